@@ -62,10 +62,10 @@ class Decoder:
 
     def embed(self, ids: Sequence[int] | NDArray[np.int64]) -> Floats:
         """[n] -> [n, d]."""
-        try:
-            found = as_float32(self.embedding[np.asarray(ids, np.int64)])
-        except IndexError:
-            raise ModelError(f"token id out of range 0..{self.shape.vocab - 1}: the tokenizer does not match this model") from None
+        ids = np.asarray(ids, np.int64)
+        if ((ids < 0) | (ids >= len(self.embedding))).any():
+            raise ModelError(f"token id out of range 0..{self.shape.vocab - 1}: the tokenizer does not match this model")
+        found = as_float32(self.embedding[ids])
         return found if self.shape.embed_scale == 1 else found * np.float32(self.shape.embed_scale)
 
     def run(self, hidden: Floats, spans: Sequence[Span], *, first: int = 0, last: int | None = None) -> Floats:

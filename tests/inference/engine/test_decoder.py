@@ -1,17 +1,21 @@
 """Logits compared with transformers in float32, for every supported shape."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.caches.base import Cache, CacheError, Span, attention, causal_mask
+from fedtune.inference.engine.caches.base import Cache, CacheError, Span
 from fedtune.inference.engine.caches.full import FIRST, FullCache
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.lora import make_lora
+from fedtune.inference.engine.reference.attention import attention, causal_mask
 from tests.inference.engine.tiny import SHAPES, VOCAB, tiny_model
 
 CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-5}
@@ -19,6 +23,10 @@ CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-5}
 
 def both(name: str, folder: Path) -> tuple[Any, Engine]:
     return tiny_model(name, folder), load_engine(folder)
+
+
+def forward(engine: Engine, ids: Tensor | None, spans: Sequence[Span], **more: Any) -> Tensor:
+    return torch.from_numpy(engine.decoder.forward(None if ids is None else ids.numpy(), spans, **more))
 
 
 def some_ids(count: int, seed: int = 0) -> Tensor:
@@ -35,7 +43,7 @@ def test_a_full_pass(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     ids = some_ids(41)
     cache = engine.cache(limit=41)
-    actual = engine.decoder.forward(ids, [Span(cache, 41, keep=None)])
+    actual = forward(engine, ids, [Span(cache, 41, keep=None)])
     assert actual.dtype == torch.float32 and cache.length == 41
     torch.testing.assert_close(actual, theirs(model, ids), **CLOSE)
 
@@ -51,7 +59,7 @@ def test_single_tokens_and_chunks(name: str, tmp_path: Path) -> None:
                 step = model(ids[None, at : at + n], past_key_values=state, use_cache=True)
             state = step.past_key_values
             want.append(step.logits[0])
-            results.append(engine.decoder.forward(ids[at : at + n], [Span(cache, n, keep=None)]))
+            results.append(forward(engine, ids[at : at + n], [Span(cache, n, keep=None)]))
             at += n
         torch.testing.assert_close(torch.cat(results), torch.cat(want), **CLOSE)
 
@@ -66,11 +74,11 @@ def test_ragged_spans_equal_a_padded_batch(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         logits = model(padded, attention_mask=mask).logits
     caches = [engine.cache(limit=22) for _ in texts]
-    actual = engine.decoder.forward(torch.cat(texts), [Span(c, len(t), keep=None) for c, t in zip(caches, texts, strict=True)])
+    actual = forward(engine, torch.cat(texts), [Span(c, len(t), keep=None) for c, t in zip(caches, texts, strict=True)])
     torch.testing.assert_close(actual, torch.cat([row[:n] for row, n in zip(logits, lengths, strict=True)]), **CLOSE)
     # one more pass: a sequence that goes on by one, one by nine, and the rows that were asked for
     more = [some_ids(1, 7), some_ids(9, 8)]
-    actual = engine.decoder.forward(torch.cat(more), [Span(caches[0], 1), Span(caches[1], 9, keep=2)])
+    actual = forward(engine, torch.cat(more), [Span(caches[0], 1), Span(caches[1], 9, keep=2)])
     want = torch.cat([theirs(model, torch.cat([texts[0], more[0]]))[-1:], theirs(model, torch.cat([texts[1], more[1]]))[-2:]])
     torch.testing.assert_close(actual, want, **CLOSE)
     assert [c.length for c in caches] == [14, 10, 22]
@@ -79,9 +87,9 @@ def test_ragged_spans_equal_a_padded_batch(name: str, tmp_path: Path) -> None:
 def test_a_cache_continues_after_a_crop(tmp_path: Path) -> None:
     model, engine = both("mistral", tmp_path)
     ids, cache = some_ids(40), engine.cache(limit=100)
-    engine.decoder.forward(ids, [Span(cache, 40)])
+    forward(engine, ids, [Span(cache, 40)])
     cache.crop(9)
-    actual = engine.decoder.forward(ids[9:30] + 0, [Span(cache, 21, keep=None)])
+    actual = forward(engine, ids[9:30] + 0, [Span(cache, 21, keep=None)])
     torch.testing.assert_close(actual, theirs(model, ids[:30])[9:], **CLOSE)
     with pytest.raises(CacheError, match="cannot be cropped to 31"):
         cache.crop(31)
@@ -93,18 +101,18 @@ def test_buffers_double_up_to_the_limit(tmp_path: Path) -> None:
     token = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
     assert cache.nbytes == 0
     for at, held in ((10, FIRST), (FIRST + 1, 2 * FIRST), (150, 150)):
-        actual = engine.decoder.forward(ids[cache.length : at], [Span(cache, at - cache.length)])
+        actual = forward(engine, ids[cache.length : at], [Span(cache, at - cache.length)])
         assert cache.nbytes == held * token
         torch.testing.assert_close(actual, theirs(model, ids[:at])[-1:], **CLOSE)
     with pytest.raises(CacheError, match="limit of 150"):
-        engine.decoder.forward(ids[:1], [Span(cache, 1)])
+        forward(engine, ids[:1], [Span(cache, 1)])
     assert cache.length == 150
 
 
 def test_a_bfloat16_cache_is_half_as_large_and_close(tmp_path: Path) -> None:
     model, engine = both("qwen3", tmp_path)
-    cache, ids = FullCache(engine.shape, 64, torch.bfloat16), some_ids(40)
-    actual = torch.cat([engine.decoder.forward(part, [Span(cache, len(part), keep=None)]) for part in ids.split(23)])
+    cache, ids = FullCache(engine.shape, 64, "bfloat16"), some_ids(40)
+    actual = torch.cat([forward(engine, part, [Span(cache, len(part), keep=None)]) for part in ids.split(23)])
     assert 2 * cache.nbytes == 64 * 2 * 3 * 2 * 12 * 4
     want = theirs(model, ids)
     assert float((actual - want).norm() / want.norm()) < 0.02
@@ -118,18 +126,18 @@ def test_an_early_exit_and_its_continuation(name: str, tmp_path: Path) -> None:
     shallow.model.layers = shallow.model.layers[:early]
     shallow.config.num_hidden_layers = shallow.model.config.num_hidden_layers = early
     cache = engine.cache(limit=30)
-    decoder.forward(ids[:12], [Span(cache, 12)])
+    forward(engine, ids[:12], [Span(cache, 12)])
     exits, states = [], []
     for i in range(12, 20):  # token by token, as a draft is written
-        hidden = decoder.run(decoder.embed(ids[i : i + 1]), [Span(cache, 1)], last=early)
+        hidden = decoder.run(decoder.embed(ids[i : i + 1].numpy()), [Span(cache, 1)], last=early)
         states.append(hidden)
         exits.append(decoder.logits(hidden))
-    torch.testing.assert_close(torch.cat(exits), theirs(shallow, ids)[12:], **CLOSE)
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(exits)), theirs(shallow, ids)[12:], **CLOSE)
     cache.crop(12)  # the other layers, all drafted tokens at once
-    actual = decoder.logits(decoder.run(torch.cat(states), [Span(cache, 8, keep=None)], first=early))
-    torch.testing.assert_close(actual, theirs(model, ids)[12:], **CLOSE)
+    actual = decoder.logits(decoder.run(np.concatenate(states), [Span(cache, 8, keep=None)], first=early))
+    torch.testing.assert_close(torch.from_numpy(actual), theirs(model, ids)[12:], **CLOSE)
     assert cache.length == 20
-    actual = decoder.forward(ids[:3], [Span(cache, 3)], layers=None)
+    actual = forward(engine, ids[:3], [Span(cache, 3)], layers=None)
     torch.testing.assert_close(actual, theirs(model, torch.cat([ids, ids[:3]]))[-1:], **CLOSE)
 
 
@@ -137,8 +145,8 @@ def test_embeddings_in_place_of_ids(tmp_path: Path) -> None:
     _, engine = both("llama", tmp_path)
     ids = some_ids(6)
     one, other = (engine.cache(limit=6) for _ in range(2))
-    result = engine.decoder.forward(None, [Span(one, 6)], embeds=engine.decoder.embed(ids))
-    assert torch.equal(result, engine.decoder.forward(ids, [Span(other, 6)]))
+    result = forward(engine, None, [Span(one, 6)], embeds=engine.decoder.embed(ids.numpy()))
+    assert torch.equal(result, forward(engine, ids, [Span(other, 6)]))
 
 
 def test_the_kept_rows(tmp_path: Path) -> None:
@@ -146,7 +154,7 @@ def test_the_kept_rows(tmp_path: Path) -> None:
     ids = some_ids(9)
 
     def kept(*keep: int | None) -> Tensor:
-        return engine.decoder.forward(ids, [Span(engine.cache(limit=9), n, keep=k) for n, k in zip((4, 5), keep, strict=True)])
+        return forward(engine, ids, [Span(engine.cache(limit=9), n, keep=k) for n, k in zip((4, 5), keep, strict=True)])
 
     whole = kept(None, None)
     assert whole.shape == (9, VOCAB)
@@ -157,22 +165,25 @@ def test_the_kept_rows(tmp_path: Path) -> None:
 FACTORS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def factors(model: Any, seed: int, modules: tuple[str, ...] = FACTORS) -> dict[str, tuple[Tensor, Tensor]]:
-    numbers = torch.Generator().manual_seed(seed)
+Factors = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+def factors(model: Any, seed: int, modules: tuple[str, ...] = FACTORS) -> Factors:
+    numbers = np.random.default_rng(seed)
     out = {}
     for layer in range(2):  # not the last
         for i, module in enumerate(modules):
             rows, columns = model.get_submodule(f"model.layers.{layer}.{module}").weight.shape
-            a, b = torch.randn(1 + i % 3, columns, generator=numbers), torch.randn(rows, 1 + i % 3, generator=numbers)
-            out[f"model.layers.{layer}.{module}"] = a * 0.2, b * 0.2
+            a, b = (0.2 * numbers.standard_normal(size) for size in ((1 + i % 3, columns), (rows, 1 + i % 3)))
+            out[f"model.layers.{layer}.{module}"] = a.astype(np.float32), b.astype(np.float32)
     return out
 
 
-def merged(name: str, folder: Path, changes: dict[str, tuple[Tensor, Tensor]]) -> Any:
+def merged(name: str, folder: Path, changes: Factors) -> Any:
     model = tiny_model(name, folder)
     with torch.no_grad():
         for module, (a, b) in changes.items():
-            model.get_submodule(module).weight.add_(b @ a)
+            model.get_submodule(module).weight.add_(torch.from_numpy(b @ a))
     return model
 
 
@@ -186,14 +197,14 @@ def test_each_span_has_its_own_adapter(name: str, tmp_path: Path) -> None:
     order = ["short", None, "tall", "tall", None]
     texts = [some_ids(3 + i, i) for i in range(5)]
     caches = [engine.cache(limit=40) for _ in texts]
-    actual = engine.decoder.forward(
-        torch.cat(texts), [Span(c, len(t), keep=None, adapter=a) for c, t, a in zip(caches, texts, order, strict=True)]
+    actual = forward(
+        engine, torch.cat(texts), [Span(c, len(t), keep=None, adapter=a) for c, t, a in zip(caches, texts, order, strict=True)]
     )
     want = [theirs(wanted[adapter], text) for adapter, text in zip(order, texts, strict=True)]
     torch.testing.assert_close(actual, torch.cat(want), **CLOSE)
     assert float((want[0] - theirs(model, texts[0])).abs().max()) > 0.01  # the smaller adapter is seen
     with pytest.raises(ModelError, match="no adapter named 'wide'; it has: tall, short"):
-        engine.decoder.forward(texts[0], [Span(engine.cache(limit=9), 3, adapter="wide")])
+        forward(engine, texts[0], [Span(engine.cache(limit=9), 3, adapter="wide")])
 
 
 def test_an_adapter_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -213,11 +224,13 @@ def test_rows_that_belong_to_no_span_and_unknown_tokens_are_refused(tmp_path: Pa
     _, engine = both("llama", tmp_path)
     decoder, cache = engine.decoder, engine.cache(limit=9)
     with pytest.raises(ModelError, match="5 rows do not match spans of"):
-        decoder.forward(some_ids(5), [Span(cache, 3), Span(cache, 1)])
+        decoder.forward(range(5), [Span(cache, 3), Span(cache, 1)])
     with pytest.raises(ModelError, match=r"out of range 0\.\.100"):
-        decoder.forward(torch.tensor([VOCAB]), [Span(cache, 1)])
+        decoder.forward([VOCAB], [Span(cache, 1)])
+    with pytest.raises(ModelError, match=r"out of range 0\.\.100"):
+        decoder.forward([-1], [Span(cache, 1)])
     with pytest.raises(ModelError, match="has 3 layers"):
-        decoder.forward(torch.tensor([1]), [Span(cache, 1)], layers=4)
+        decoder.forward([1], [Span(cache, 1)], layers=4)
     with pytest.raises(ModelError, match="needs ids or embeds"):
         decoder.forward(None, [Span(cache, 1)])
     with pytest.raises(CacheError, match="at least 1"):
@@ -246,7 +259,7 @@ def test_caches_of_different_kinds_share_a_pass(tmp_path: Path) -> None:
     ids = some_ids(8)
 
     def run(*caches: Cache) -> Tensor:
-        return engine.decoder.forward(ids, [Span(cache, 4) for cache in caches])
+        return forward(engine, ids, [Span(cache, 4) for cache in caches])
 
     a, b = FullCache(engine.shape, 9), FullCache(engine.shape, 9)
     assert torch.equal(run(a, Other(engine.shape, 9)), run(FullCache(engine.shape, 9), b))

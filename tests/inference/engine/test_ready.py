@@ -3,22 +3,24 @@
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine import linear, ready
-from fedtune.inference.engine.linear import KINDS, portable
+from fedtune.inference.engine.linear import KINDS, Native, portable
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.native.choice import why_torch
-from fedtune.inference.engine.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
+from fedtune.inference.engine.reference import linears
+from fedtune.inference.engine.reference.linears import Int8, apply
+from fedtune.inference.engine.reference.opaque import can_wrap, layout_of, raw_bytes, wrap_bytes
 from tests.inference.engine.test_load import logits, write_package_of
 from tests.inference.engine.tiny import tiny_model
 
@@ -36,12 +38,11 @@ def cache_files(tmp_path: Path) -> list[Path]:
 
 
 def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pack(*_: object) -> dict[str, Tensor]:
+    def pack(*_: object) -> dict[str, object]:
         raise AssertionError("packed again")
 
-    for made in linear.CLASSES.values():
-        monkeypatch.setattr(made, "pack", staticmethod(pack))
-    monkeypatch.setattr(linear, "pack", pack)
+    for module in (linear, linears):
+        monkeypatch.setattr(module, "pack", pack)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
@@ -49,7 +50,7 @@ def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_packed_weight_is_its_bytes_and_its_layout(kind: str, n_out: int, n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_NATIVE", "off")  # oneDNN's layout
     torch.manual_seed(n_in)
-    packed_linear = linear_from_tensors(kind, portable(kind, torch.randn(n_out, n_in)), n_in=n_in)
+    packed_linear = linear_from_tensors(kind, portable(kind, torch.randn(n_out, n_in).numpy()), n_in=n_in)
     if not packed_linear.parts.get("packed", torch.ones(1)).is_mkldnn:
         pytest.skip("this CPU multiplies plain bfloat16")
     packed = packed_linear.parts["packed"]
@@ -59,7 +60,7 @@ def test_a_packed_weight_is_its_bytes_and_its_layout(kind: str, n_out: int, n_in
     )
     for rows in (1, 5, 130):
         x = torch.randn(rows, n_in)
-        assert torch.equal(packed_linear(x), again(x))
+        assert torch.equal(apply(packed_linear, x), apply(again, x))
     assert torch.ops.mkldnn.data_ptr(again.parts["packed"]) == memory.data_ptr()  # wrapped, not copied
 
 
@@ -95,11 +96,17 @@ def test_a_cache_of_another_source_is_rebuilt(tmp_path: Path, monkeypatch: pytes
     load_engine(tmp_path / "edge")
     (second,) = cache_files(tmp_path)
     assert second == first and second.stat().st_mtime_ns > written_ns
-    monkeypatch.setattr(ready, "_FEATURES", (lambda: "another CPU",))
-    monkeypatch.setattr(torch, "__version__", "9.9.0")
-    load_engine(tmp_path / "edge")
-    card = json.loads((first.parent / "index.json").read_text())["made_from"]
-    assert card["torch"] == "9.9.0" and card["cpu"][2:] == [True]
+    for change, name, value in (
+        ("cpu_features", "cpu", [platform.machine(), "another", "fast"]),
+        ("_torch_version", "torch", "9.9.0"),
+        ("packing", "native", ["int8 0"]),
+    ):
+        made = frozenset(value[1:]) if change == "cpu_features" else value
+        monkeypatch.setattr(ready, change, lambda made=made: made)
+        written_ns = first.stat().st_mtime_ns
+        load_engine(tmp_path / "edge")
+        assert json.loads((first.parent / "index.json").read_text())["made_from"][name] == value
+        assert first.stat().st_mtime_ns > written_ns
 
 
 @pytest.mark.parametrize("damage", ["no index", "no JSON", "layout", "cut short", "offset"])
@@ -131,16 +138,16 @@ def test_a_damaged_cache_is_rebuilt(native: str, damage: str, tmp_path: Path, mo
 def test_weights_packed_for_other_kernels_are_packed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_package_of(tmp_path / "edge", "llama", "int4")
     native = load_engine(tmp_path / "edge").decoder.head
-    if not isinstance(native, linear.Native):
+    if not isinstance(native, Native):
         pytest.skip(str(why_torch("int4")))
     monkeypatch.setenv("FEDTUNE_NATIVE", "off")
-    assert isinstance(load_engine(tmp_path / "edge").decoder.head, linear.Int8)
+    assert isinstance(load_engine(tmp_path / "edge").decoder.head, Int8)
     monkeypatch.setenv("FEDTUNE_NATIVE", "portable")  # every instruction set reads the same layout
     load_engine(tmp_path / "edge")
     (weights,) = cache_files(tmp_path)
     written_ns = weights.stat().st_mtime_ns
     monkeypatch.delenv("FEDTUNE_NATIVE")
-    assert isinstance(load_engine(tmp_path / "edge").decoder.head, linear.Native) and weights.stat().st_mtime_ns == written_ns
+    assert isinstance(load_engine(tmp_path / "edge").decoder.head, Native) and weights.stat().st_mtime_ns == written_ns
 
 
 def test_an_unwritable_disk_is_reported_and_the_model_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,7 +181,7 @@ def test_small_models_are_packed_in_memory(tmp_path: Path, monkeypatch: pytest.M
 
 
 OPEN = """
-import sys, torch
+import sys
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine
 def anonymous():
@@ -183,7 +190,7 @@ def anonymous():
 before = anonymous()
 engine = load_engine(*sys.argv[1:])
 opened = anonymous()
-engine.decoder.forward(torch.arange(2), [Span(engine.cache(limit=8), 2)])
+engine.decoder.forward(range(2), [Span(engine.cache(limit=8), 2)])
 weights = sum(linear.nbytes for layer in engine.decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
 print(opened[0] - before[0], opened[1] - before[1], anonymous()[0] - before[0], anonymous()[1] - opened[1], weights)
 """

@@ -60,7 +60,13 @@ class Ids(Cache):
 
     ids: list[int] = []
 
-    def attend(self, *_: Any) -> np.ndarray:
+    def prepare(self, n: int) -> None:
+        raise NotImplementedError
+
+    def native_span(self, n: int) -> Any:
+        raise NotImplementedError
+
+    def write(self, *_: Any, **more: Any) -> None:
         raise NotImplementedError
 
     @property

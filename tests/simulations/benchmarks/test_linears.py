@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from fedtune.inference.engine.linear import Int4, Native
+from fedtune.inference.engine.linear import Native
 from fedtune.inference.engine.native.choice import why_torch
+from fedtune.inference.engine.reference.linears import Int4
 from fedtune.simulations.benchmarks.inference import linears
 
 

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.linear import dequantized, portable
+from fedtune.inference.engine.bfloat16 import Array, as_float32, to_bfloat16
+from fedtune.inference.engine.linear import dequantized
+from fedtune.inference.engine.linear import portable as portable_array
 from fedtune.inference.engine.native import build, library
 from fedtune.inference.engine.native.library import SETS, Kernels, why_not
 from fedtune.inference.engine.native.pack import PACKED, pack, weights_of
+from fedtune.inference.engine.reference.tensors import as_array, as_tensor
 
 SHAPES = [(1, 1), (1, 33), (16, 32), (17, 64), (37, 45), (33, 96), (50, 160), (129, 290)]
 MANY = 137  # rows: more than a tile of 8, more than the 128 that pass together, and no multiple
@@ -24,7 +28,11 @@ def of(instructions: str) -> Kernels:
     return Kernels(opened, instructions)
 
 
-def product(run: Kernels, parts: dict[str, Tensor], kind: str, x: Tensor, n_out: int, threads: int = 1) -> Tensor:
+def portable(kind: str, weight: Tensor, *, group: int = 32) -> dict[str, Array]:
+    return portable_array(kind, as_array(weight), group=group)
+
+
+def product(run: Kernels, parts: dict[str, Array], kind: str, x: Tensor, n_out: int, threads: int = 1) -> Tensor:
     x, y = x.contiguous(), torch.full((x.shape[0], n_out), 7.0)
     weights = weights_of(parts, kind, x.shape[1], n_out)
     run.multiply(weights, threads, x.shape[0], (x.data_ptr(), x.nbytes), (y.data_ptr(), y.nbytes))
@@ -42,8 +50,9 @@ def rounded(x: Tensor, kind: str) -> Tensor:
     return (codes.double() * (most / 127).double()).flatten(1)[:, : x.shape[1]]
 
 
-def unpacked(parts: dict[str, Tensor], kind: str, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+def unpacked(arrays: dict[str, Array], kind: str, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
     """The weights [N, K] by the formulas of kernels.h, in float64; and the sum of magnitudes of what is added for each."""
+    parts = {name: as_tensor(array) for name, array in arrays.items()}
     codes = parts["codes"]
     n, k = torch.meshgrid(torch.arange(n_out), torch.arange(n_in), indexing="ij")
     block, row, group, column = n // 16, n % 16, k // 32, k % 32
@@ -83,9 +92,9 @@ def test_products_equal_those_in_float64(kind: str, instructions: str) -> None:
     for n_out, n_in in SHAPES:
         bias = torch.randn(n_out)
         for wide in (False, True) if kind == "int4" else (False,):
-            tensors = {**portable(kind, torch.randn(n_out, n_in) + 0.1), "bias": bias}
+            tensors = {**portable(kind, torch.randn(n_out, n_in) + 0.1), "bias": as_array(bias)}
             if wide:
-                tensors["scale"] = -tensors["scale"]  # of which 8 bits without a sign hold none
+                tensors["scale"] = to_bfloat16(-as_float32(tensors["scale"]))  # of which 8 bits without a sign hold none
             parts = pack(kind, tensors, n_in, 32)
             assert kind != "int4" or n_in == 1 or (parts["scales"].shape[-1] == 64) == wide
             w, sizes = unpacked(parts, kind, n_in, n_out)
@@ -135,8 +144,8 @@ def test_all_instruction_sets_round_activations_alike(kind: str) -> None:
     x = torch.cat([torch.randn(20, 64), torch.arange(-64.0, 64.0).view(2, 64) + 0.5, torch.full((1, 64), 1e-30)])
     tensors = portable(kind, weight)
     if kind == "int4":
-        tensors["scale"], tensors["zero"] = torch.ones(64, 2, dtype=torch.bfloat16), torch.zeros(64, 2, dtype=torch.bfloat16)
-        codes = weight.to(torch.uint8) + 8
+        tensors["scale"], tensors["zero"] = to_bfloat16(np.ones((64, 2), np.float32)), np.zeros((64, 2), np.uint16)
+        codes = as_array(weight.to(torch.uint8) + 8)
         tensors["packed"] = codes[:, ::2] | codes[:, 1::2] << 4
     parts = pack(kind, tensors, 64, 32)
     found = [product(of(name), parts, kind, x, 64) for name in SETS if library._opened().fedtune_supports(SETS.index(name))]
@@ -151,7 +160,7 @@ def test_int4_reads_four_and_a_half_bits_and_keeps_the_weights(group: int) -> No
     tensors = portable("int4", weight, group=group)
     parts = pack("int4", tensors, 384, group)
     assert 8 * (parts["codes"].nbytes + parts["scales"].nbytes) == 4.5 * weight.numel() and parts["base"].nbytes == 8 * 64 / 16
-    before, (after, _) = dequantized("int4", tensors, n_in=384, group=group).double(), unpacked(parts, "int4", 384, 64)
+    before, (after, _) = torch.from_numpy(dequantized("int4", tensors, n_in=384, group=group)).double(), unpacked(parts, "int4", 384, 64)
     # what scales of 8 bits add to the squared error of rounding to 4
     assert float((after - before).square().sum()) < 0.01 * float((before - weight).square().sum())
     assert not after[5].any()
@@ -160,22 +169,21 @@ def test_int4_reads_four_and_a_half_bits_and_keeps_the_weights(group: int) -> No
 def test_scales_that_do_not_fit_8_bits_stay_exact() -> None:
     weight = torch.randn(20, 96)
     weight[3, :32] = 5 + weight[3, :32] / 1000  # 8 bits of its zero, 5, would be coarser than its steps
-    for changes in ({}, {"scale": -1.0}):
+    for sign in (1, -1):
         tensors = portable("int4", weight)
-        for part, factor in changes.items():
-            tensors[part] = tensors[part] * factor
+        tensors["scale"] = to_bfloat16(as_float32(tensors["scale"]) * sign)
         parts = pack("int4", tensors, 96, 32)
         assert parts["scales"].shape[-1] == 64
-        torch.testing.assert_close(unpacked(parts, "int4", 96, 20)[0], dequantized("int4", tensors, n_in=96).double(), rtol=0, atol=1e-7)
+        exact = torch.from_numpy(dequantized("int4", tensors, n_in=96)).double()
+        torch.testing.assert_close(unpacked(parts, "int4", 96, 20)[0], exact, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
 def test_int8_and_bf16_are_packed_without_a_change(kind: str) -> None:
     tensors = portable(kind, torch.randn(37, 45))
     found, _ = unpacked(pack(kind, tensors, 45, 32), kind, 45, 37)
-    assert torch.equal(
-        found, tensors["packed"].double() * tensors["scale"].double()[:, None] if kind == "int8" else tensors["weight"].double()
-    )
+    exact = {name: as_tensor(array).double() for name, array in tensors.items()}
+    assert torch.equal(found, exact["packed"] * exact["scale"][:, None] if kind == "int8" else exact["weight"])
 
 
 Change = Callable[[library.Weights], None]

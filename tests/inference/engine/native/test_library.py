@@ -6,16 +6,18 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from fedtune.errors import ConfigError
-from fedtune.inference.engine import linear
-from fedtune.inference.engine.linear import KINDS, portable
+from fedtune.inference.engine.linear import KINDS, Native, portable
 from fedtune.inference.engine.make_linear import describe_path, linear_from_tensors
-from fedtune.inference.engine.native import build, library
+from fedtune.inference.engine.native import build, choice, library
 from fedtune.inference.engine.native.choice import packing
 from fedtune.inference.engine.native.library import SETS, kernels, why_not
+from fedtune.inference.engine.reference.linears import Int4, apply
 
 needs_library = pytest.mark.skipif(isinstance(library._opened(), str), reason=f"run `{build.COMMAND}`: {why_not()}")
 ROOT = Path(__file__).parents[4]
@@ -32,20 +34,29 @@ def _not_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.cache_clear()
 
 
+def normal(*size: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(size, np.float32)
+
+
+def cpu(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    """A CPU with these flags."""
+    monkeypatch.setattr(choice, "cpu_features", lambda: frozenset(flags))
+
+
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_NATIVE", "sse9")
     with pytest.raises(ConfigError, match="FEDTUNE_NATIVE=sse9 is unknown: set it to off, portable, avx2, avx512, or leave it out"):
-        linear_from_tensors("int4", portable("int4", torch.ones(1, 32)), n_in=32)
+        linear_from_tensors("int4", portable("int4", np.ones((1, 32), np.float32)), n_in=32)
 
 
 @needs_library
 def test_off_gives_torch_and_a_set_gives_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = portable("int8", torch.randn(20, 40))
+    tensors = portable("int8", normal(20, 40))
     found = {}
-    for choice in ("off", *(name for name in SETS if library._opened().fedtune_supports(SETS.index(name)))):
-        monkeypatch.setenv("FEDTUNE_NATIVE", choice)
-        found[choice] = describe_path([linear_from_tensors("int8", tensors, n_in=40)])
-        assert packing() == ([] if choice == "off" else ["int4 1", "int8 1", "bf16 1"])
+    for wanted in ("off", *(name for name in SETS if library._opened().fedtune_supports(SETS.index(name)))):
+        monkeypatch.setenv("FEDTUNE_NATIVE", wanted)
+        found[wanted] = describe_path([linear_from_tensors("int8", tensors, n_in=40)])
+        assert packing() == ([] if wanted == "off" else ["int4 1", "int8 1", "bf16 1"])
     assert found.pop("off") == "int8 by torch (FEDTUNE_NATIVE=off)"
     assert found == {name: f"int8 by native kernels ({name})" for name in found} and "portable" in found
 
@@ -74,18 +85,30 @@ def test_the_best_set_of_the_cpu_is_chosen_but_never_the_portable_one(monkeypatc
 
 @needs_library
 def test_what_torch_does_faster_stays_with_torch_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    made = [linear_from_tensors(kind, portable(kind, torch.randn(20, 40)), n_in=40) for kind in KINDS]
+    cpu(monkeypatch, "amx_tile", "avx512_bf16")
+    made = [linear_from_tensors(kind, portable(kind, normal(20, 40)), n_in=40) for kind in KINDS]
     assert describe_path(made[1:3]) == (
         "bf16 by torch (this CPU has AMX, which torch uses in bf16 and the native kernels do not), "
         "int8 by torch (this CPU has AMX, which torch uses in int8 and the native kernels do not)"
     )
     assert describe_path(made[::3]).startswith("fp32 by torch (fp32 has no native kernel), int4 by native kernels")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    cpu(monkeypatch, "avx512f")
     assert packing() == ["int4 1", "int8 1"]
+    cpu(monkeypatch, "amx_tile")
+    assert packing() == ["int4 1"]
+    with monkeypatch.context() as without:
+        without.setattr(choice, "_has_torch", lambda: False)  # then the native kernels run all that they can
+        assert packing() == ["int4 1", "int8 1", "bf16 1"]
     monkeypatch.setenv("FEDTUNE_NATIVE", "portable")
     assert packing() == ["int4 1", "int8 1", "bf16 1"]
+    assert all(isinstance(linear_from_tensors(kind, portable(kind, normal(20, 40)), n_in=40), Native) for kind in KINDS[1:])
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the CPU's flags are read from /proc")
+def test_the_cpus_flags_are_those_that_torch_finds() -> None:
+    flags = choice.cpu_features()
+    assert ("amx_tile" in flags) == torch.cpu._is_amx_tile_supported()
+    assert ("avx512_bf16" in flags) == torch.cpu._is_avx512_bf16_supported()
 
 
 @pytest.mark.parametrize("damage", ["missing", "no library", "other sources"])
@@ -98,9 +121,8 @@ def test_kernels_that_cannot_be_used_are_named_with_the_command(damage: str, tmp
         monkeypatch.setattr(build, "LIBRARY", tmp_path / "kernels.so")
     if damage == "no library":
         (tmp_path / "kernels.so").write_bytes(b"text")
-    x = torch.randn(2, 32)
-    made = linear_from_tensors("int4", portable("int4", torch.randn(3, 32)), n_in=32)
-    assert isinstance(made, linear.Int4) and made(x).shape == (2, 3)  # torch's, which works
+    made = linear_from_tensors("int4", portable("int4", normal(3, 32)), n_in=32)
+    assert isinstance(made, Int4) and apply(made, torch.randn(2, 32)).shape == (2, 3)  # torch's, which works
     found = {
         "missing": "they are not built",
         "no library": f"{tmp_path}/kernels.so is not for this system",
@@ -159,12 +181,14 @@ print(product(3) == want, tasks())
 @needs_library
 def test_python_threads_may_multiply_at_once() -> None:
     torch.set_num_threads(2)
-    x = torch.randn(3, 320)
-    made = [linear_from_tensors("int4", portable("int4", torch.randn(700 + i, 320)), n_in=320) for i in range(4)]
-    wanted, wrong = [m(x) for m in made], []
+    x = normal(3, 320)
+    made = [linear_from_tensors("int4", portable("int4", normal(700 + i, 320)), n_in=320) for i in range(4)]
+    natives = [m for m in made if isinstance(m, Native)]
+    wanted, wrong = [m(x) for m in natives], []
+    assert len(natives) == 4
 
     def repeat(i: int) -> None:
-        wrong.extend(i for _ in range(200) if not torch.equal(made[i](x), wanted[i]))
+        wrong.extend(i for _ in range(200) if not np.array_equal(natives[i](x), wanted[i]))
 
     several = [threading.Thread(target=repeat, args=(i,)) for i in range(4)]
     for thread in several:
