@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine import linear, ready
+from fedtune.inference.engine import make_linear, ready
 from fedtune.inference.engine.linear import KINDS, Native, portable
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.make_linear import linear_from_tensors
@@ -41,7 +41,7 @@ def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     def pack(*_: object) -> dict[str, object]:
         raise AssertionError("packed again")
 
-    for module in (linear, linears):
+    for module in (make_linear, linears):
         monkeypatch.setattr(module, "pack", pack)
 
 

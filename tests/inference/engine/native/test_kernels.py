@@ -41,8 +41,8 @@ def product(run: Kernels, parts: dict[str, Array], kind: str, x: Tensor, n_out: 
 
 def rounded(x: Tensor, kind: str) -> Tensor:
     """The activations as the kernels round them, in float64."""
-    if kind == "bf16":
-        return x.bfloat16().double()
+    if kind in ("bf16", "fp32"):
+        return (x.bfloat16() if kind == "bf16" else x).double()
     short = -x.shape[1] % 32
     grouped = torch.nn.functional.pad(x, (0, short)).unflatten(1, (-1, 32))
     most = grouped.abs().amax(2, keepdim=True)
@@ -54,6 +54,8 @@ def unpacked(arrays: dict[str, Array], kind: str, n_in: int, n_out: int) -> tupl
     """The weights [N, K] by the formulas of kernels.h, in float64; and the sum of magnitudes of what is added for each."""
     parts = {name: as_tensor(array) for name, array in arrays.items()}
     codes = parts["codes"]
+    if kind == "fp32":
+        return codes.double(), codes.double().abs()
     n, k = torch.meshgrid(torch.arange(n_out), torch.arange(n_in), indexing="ij")
     block, row, group, column = n // 16, n % 16, k // 32, k % 32
     if kind == "bf16":
@@ -103,7 +105,7 @@ def test_products_equal_those_in_float64(kind: str, instructions: str) -> None:
                 near = rounded(x, kind)
                 y, want = product(run, parts, kind, x, n_out).double(), near @ w.T + bias
                 # sums in float32, in any order, are off by at most 2^-24 of the sum of magnitudes for each addition
-                steps = n_in if kind == "bf16" else n_in / 32
+                steps = n_in if kind in ("bf16", "fp32") else n_in / 32
                 limit = (steps + 8) * 2**-23 * (near.abs() @ sizes.T + bias.abs()) + n_in * 2**-120
                 assert bool(((y - want).abs() <= limit).all()), (n_out, n_in, rows, float(((y - want).abs() / limit).max()))
 
@@ -134,7 +136,7 @@ def test_numbers_that_are_not_finite_spoil_their_row_alone(instructions: str, ba
         x[1, 69] = bad
         y = product(run, parts, kind, x, 40)
         assert torch.equal(y[::2], clean[::2])
-        assert not y[1].isfinite().any() if kind == "bf16" else y[1].isnan().all()
+        assert not y[1].isfinite().any() if kind in ("bf16", "fp32") else y[1].isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])

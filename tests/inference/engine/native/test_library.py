@@ -45,7 +45,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
 
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_NATIVE", "sse9")
-    with pytest.raises(ConfigError, match="FEDTUNE_NATIVE=sse9 is unknown: set it to off, portable, avx2, avx512, or leave it out"):
+    with pytest.raises(ConfigError, match="FEDTUNE_NATIVE=sse9 is unknown: set it to off, portable, avx2, avxvnni, avx512, or leave it out"):
         linear_from_tensors("int4", portable("int4", np.ones((1, 32), np.float32)), n_in=32)
 
 
@@ -56,7 +56,7 @@ def test_off_gives_torch_and_a_set_gives_its_kernels(monkeypatch: pytest.MonkeyP
     for wanted in ("off", *(name for name in SETS if library._opened().fedtune_supports(SETS.index(name)))):
         monkeypatch.setenv("FEDTUNE_NATIVE", wanted)
         found[wanted] = describe_path([linear_from_tensors("int8", tensors, n_in=40)])
-        assert packing() == ([] if wanted == "off" else ["int4 1", "int8 1", "bf16 1"])
+        assert packing() == ([] if wanted == "off" else ["int4 1", "int8 1", "bf16 1", "fp32 1"])
     assert found.pop("off") == "int8 by torch (FEDTUNE_NATIVE=off)"
     assert found == {name: f"int8 by native kernels ({name})" for name in found} and "portable" in found
 
@@ -69,7 +69,7 @@ def test_the_best_set_of_the_cpu_is_chosen_but_never_the_portable_one(monkeypatc
         def __init__(self, *sets: str) -> None:
             self.fedtune_supports = lambda number: SETS[number] in sets
 
-    for sets, chosen in ((SETS, "avx512"), (SETS[:2], "avx2")):
+    for sets, chosen in ((SETS, "avx512"), (SETS[:3], "avxvnni"), (SETS[:2], "avx2")):
         monkeypatch.setattr(library, "_opened", lambda sets=sets: Cpu(*sets))
         library._chosen.cache_clear()
         run = kernels()
@@ -91,17 +91,17 @@ def test_what_torch_does_faster_stays_with_torch_unless_forced(monkeypatch: pyte
         "bf16 by torch (this CPU has AMX, which torch uses in bf16 and the native kernels do not), "
         "int8 by torch (this CPU has AMX, which torch uses in int8 and the native kernels do not)"
     )
-    assert describe_path(made[::3]).startswith("fp32 by torch (fp32 has no native kernel), int4 by native kernels")
+    assert describe_path(made[::3]).startswith("fp32 by native kernels (") and ", int4 by native kernels (" in describe_path(made[::3])
     cpu(monkeypatch, "avx512f")
-    assert packing() == ["int4 1", "int8 1"]
+    assert packing() == ["int4 1", "int8 1", "fp32 1"]
     cpu(monkeypatch, "amx_tile")
-    assert packing() == ["int4 1"]
+    assert packing() == ["int4 1", "fp32 1"]
     with monkeypatch.context() as without:
         without.setattr(choice, "_has_torch", lambda: False)  # then the native kernels run all that they can
-        assert packing() == ["int4 1", "int8 1", "bf16 1"]
+        assert packing() == ["int4 1", "int8 1", "bf16 1", "fp32 1"]
     monkeypatch.setenv("FEDTUNE_NATIVE", "portable")
-    assert packing() == ["int4 1", "int8 1", "bf16 1"]
-    assert all(isinstance(linear_from_tensors(kind, portable(kind, normal(20, 40)), n_in=40), Native) for kind in KINDS[1:])
+    assert packing() == ["int4 1", "int8 1", "bf16 1", "fp32 1"]
+    assert all(isinstance(linear_from_tensors(kind, portable(kind, normal(20, 40)), n_in=40), Native) for kind in KINDS)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the CPU's flags are read from /proc")

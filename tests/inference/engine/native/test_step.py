@@ -113,7 +113,7 @@ def test_every_architecture_gives_torchs_logits(name: str, cache: str, tmp_path:
 
 
 @pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
     of(instructions)
@@ -320,7 +320,8 @@ def test_numbers_that_are_not_finite_spoil_their_sequence_alone(tmp_path: Path) 
 
 def test_what_torch_runs_is_said(tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
-    plain = load_engine(tmp_path, "fp32", keep=False).decoder
+    with patch.dict("os.environ", {"FEDTUNE_NATIVE": "off"}):
+        plain = load_engine(tmp_path, "fp32", keep=False).decoder
     assert plain.native_step() is None and describe_passes(plain) == "by torch (fp32 linear layers are torch's)"
     decoder = native_engine("llama", tmp_path).decoder
     assert describe_passes(decoder).startswith("in native code")
