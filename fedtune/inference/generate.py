@@ -222,7 +222,7 @@ def open_context(
     if kv_budget is None:
         return Context(engine, adapter=adapter)
     longest = engine.shape.context if tokens is None else min(engine.virtual_length + tokens, engine.shape.context)
-    chosen = choose(engine.shape, longest, parse_size(kv_budget))
+    chosen = choose(engine.shape, longest, parse_size(kv_budget), engine.entries)
     tell(chosen.sentence)
     return Context(engine, chosen.build, adapter=adapter)
 

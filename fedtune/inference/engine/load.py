@@ -18,7 +18,7 @@ from fedtune.inference.engine import ready
 from fedtune.inference.engine.bfloat16 import Array, as_float32
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.budget import Choice
-from fedtune.inference.engine.decoder import Decoder
+from fedtune.inference.engine.decoder import Decoder, linears_of
 from fedtune.inference.engine.gptq_config import Packing, split_config
 from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, linears, norm_sizes
@@ -83,7 +83,13 @@ class Engine:
 
     def cache(self, policy: str = "full", limit: int | None = None) -> Cache:
         """Create an empty cache with a policy of `Choice`; the default limit is the model's context."""
-        return Choice(shape=self.shape, tokens=limit or self.shape.context, policy=policy).build()
+        return Choice(shape=self.shape, tokens=limit or self.shape.context, policy=policy, dtype=self.entries).build()
+
+    @property
+    def entries(self) -> str:
+        """The dtype of its caches' entries: bfloat16, but float32 for fp32 weights, and for torch, which is slower otherwise."""
+        exact = any(linear.kind == "fp32" for linear in linears_of(self.decoder)) or self.decoder.native_step() is None
+        return "float32" if exact else "bfloat16"
 
     def start(self, cache: Cache) -> None:
         """Put the model's virtual tokens, if any, into an empty cache."""

@@ -164,8 +164,8 @@ def make_caches(engine: Engine, budget: int | None, max_concurrent: int) -> Page
     Raises:
         ConfigError: The budget is too small.
     """
-    shape, budget = engine.shape, BUDGET if budget is None else budget
-    one = PagedPool.bytes_for(shape, 1) - PagedPool.bytes_for(shape, 0)
+    shape, dtype, budget = engine.shape, engine.entries, BUDGET if budget is None else budget
+    one = PagedPool.bytes_for(shape, 1, dtype=dtype) - PagedPool.bytes_for(shape, 0, dtype=dtype)
     size = PagedPool.bytes_for(shape, 0) // PagedPool.bytes_for(shape, 0, block=1)
     blocks = min(budget // one - 1, max_concurrent * -(-shape.context // size))
     limit = min(shape.context, blocks * size)
@@ -173,7 +173,7 @@ def make_caches(engine: Engine, budget: int | None, max_concurrent: int) -> Page
     if limit < wanted:
         least = (1 + -(-wanted // size)) * one
         raise ConfigError(f"--kv-budget {show_size(budget)} is too small for this model: give at least {show_least(least)}")
-    return PagedCaches(PagedPool(shape, blocks, size), limit, virtual=engine.virtual_length)
+    return PagedCaches(PagedPool(shape, blocks, size, dtype), limit, virtual=engine.virtual_length)
 
 
 def make_scheduler(engine: Engine, caches: Caches, *, max_concurrent: int, queue: int) -> Scheduler:

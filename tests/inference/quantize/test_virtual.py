@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import Engine, load_engine
-from fedtune.inference.engine.reference.linears import TorchLinear
+from fedtune.inference.engine.reference.linears import TorchLinear, apply
 from fedtune.inference.quantize.layers import InputStats, embedded, observe, pass_layer, prefix_of
 from fedtune.inference.quantize.model import QuantizeSettings, quantize_model
 from fedtune.inference.quantize.rtn import QuantizedLinear, dequantize, relative_error
@@ -73,7 +73,7 @@ class Watched(TorchLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         self.watch.add(x)
-        return self.own(x)
+        return apply(self.own, x)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
