@@ -80,10 +80,10 @@ class Decoder:
         last = shape.layers if last is None else last
         if not 0 <= first <= last <= shape.layers:
             raise ModelError(f"the model has {shape.layers} layers: it cannot run {first} to {last}")
-        native = self.native_step()
-        places = None if native is None else native.places(spans)
+        native, loras = self.native_step(), self._loras(spans)
+        places = None if native is None else native.places(spans, loras)
         if native is None or places is None:
-            hidden, found = self._run_torch(hidden, spans, first, last), None
+            hidden, found = self._run_torch(hidden, spans, loras, first, last), None
         else:
             hidden = hidden.float().contiguous().clone()
             found = native.run(hidden, places, first=first, last=last, kept=kept_rows(spans) if logits and native.has_head else ())
@@ -101,13 +101,13 @@ class Decoder:
             self._native = linears, None if torch_runs else NativeStep(self.shape, self.layers, self.ropes, self.norm, self.head)
         return self._native[1]
 
-    def _run_torch(self, hidden: Tensor, spans: Sequence[Span], first: int, last: int) -> Tensor:
+    def _run_torch(self, hidden: Tensor, spans: Sequence[Span], adapters: Sequence[Lora | None], first: int, last: int) -> Tensor:
         shape, rows = self.shape, hidden.shape[0]
         heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
         parts, inner, act = (heads, kv_heads, kv_heads), shape.intermediate, silu if shape.activation == "silu" else _gelu_tanh
         kind = type(spans[0].cache)
         attend = (kind if all(type(span.cache) is kind for span in spans) else Cache).attend_many
-        loras = self._loras(spans) if any(span.adapter is not None for span in spans) else None
+        loras = _rows_of(spans, adapters)
         for i in range(first, last):
             layer = self.layers[i]
             x = hidden if layer.norm is None else _rms_norm(hidden, layer.norm, shape.eps)
@@ -145,22 +145,13 @@ class Decoder:
             return hidden.new_empty(0, self.shape.vocab)
         return soft_cap(self.head(_rms_norm(hidden, self.norm, self.shape.eps)), self.shape.logit_cap)
 
-    def _loras(self, spans: Sequence[Span]) -> list[tuple[slice, Lora]]:
-        """The rows of each adapter; adjacent spans with the same adapter are merged."""
-        found: list[tuple[slice, Lora]] = []
-        at = 0
+    def _loras(self, spans: Sequence[Span]) -> list[Lora | None]:
+        """The adapter of each span."""
         for span in spans:
-            if span.adapter is not None:
-                if span.adapter not in self.adapters:
-                    known = ", ".join(self.adapters) or "none"
-                    raise ModelError(f"the model has no adapter named {span.adapter!r}; it has: {known}")
-                lora = self.adapters[span.adapter]
-                if found and found[-1][1] is lora and found[-1][0].stop == at:
-                    found[-1] = slice(found[-1][0].start, at + span.n), lora
-                else:
-                    found.append((slice(at, at + span.n), lora))
-            at += span.n
-        return found
+            if span.adapter is not None and span.adapter not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise ModelError(f"the model has no adapter named {span.adapter!r}; it has: {known}")
+        return [None if span.adapter is None else self.adapters[span.adapter] for span in spans]
 
 
 def kept_rows(spans: Sequence[Span]) -> list[int]:
@@ -170,6 +161,19 @@ def kept_rows(spans: Sequence[Span]) -> list[int]:
         end += span.n
         rows += range(end - (span.n if span.keep is None else min(span.keep, span.n)), end)
     return rows
+
+
+def _rows_of(spans: Sequence[Span], loras: Sequence[Lora | None]) -> list[tuple[slice, Lora]]:
+    """The rows of each adapter; adjacent spans with the same adapter are merged."""
+    found: list[tuple[slice, Lora]] = []
+    at = 0
+    for span, lora in zip(spans, loras, strict=True):
+        if lora is not None and found and found[-1][1] is lora and found[-1][0].stop == at:
+            found[-1] = slice(found[-1][0].start, at + span.n), lora
+        elif lora is not None:
+            found.append((slice(at, at + span.n), lora))
+        at += span.n
+    return found
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -194,7 +198,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def describe_passes(decoder: Decoder) -> str:
     """What runs the decoder's layers, and why it is torch, as the end of a sentence."""
     why = NativeStep.why_torch(decoder.shape, decoder.layers)
-    return f"by torch ({why})" if why else "in native code; those of separate adapters by torch"
+    return f"by torch ({why})" if why else "in native code"
 
 
 def linears_of(decoder: Decoder) -> list[Linear]:

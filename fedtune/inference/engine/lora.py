@@ -1,5 +1,6 @@
 """Unmerged LoRA factors, selected per span."""
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -7,19 +8,40 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.layout import home_of, linears
+from fedtune.inference.engine.native.structures import LoraPiece, LoraStructure
 from fedtune.inference.engine.shape import Shape
 
 
 @dataclass(slots=True)
 class Lora:
-    """One adapter: (layer, linear) → pieces (aᵀ [K, r], bᵀ [r, n], the first of its n output columns)."""
+    """One adapter: (layer, linear) → pieces (a [r, K], bᵀ [r, n], the first of its n output columns)."""
 
     pieces: dict[tuple[int, str], list[tuple[Tensor, Tensor, int]]] = field(default_factory=dict)
+    _structure: LoraStructure | None = field(default=None, init=False)
 
     def add(self, where: tuple[int, str], x: Tensor, y: Tensor) -> None:
         """y += x aᵀ bᵀ, in place; x [n, K], y [n, N]."""
         for a, b, column in self.pieces.get(where, ()):
-            y[:, column : column + b.shape[1]].addmm_(x @ a, b)
+            y[:, column : column + b.shape[1]].addmm_(x @ a.T, b)
+
+    def structure(self, shape: Shape) -> LoraStructure:
+        """The adapter for native code, which reads the pieces where they are; made once."""
+        if self._structure is None:
+            starts, pieces = [0], list[LoraPiece]()
+            for layer in range(shape.layers):
+                for i, linear in enumerate(linears(shape)):
+                    for a, b, first in self.pieces.get((layer, linear), ()):
+                        (rank, n_in), n = a.shape, b.shape[1]
+                        if rank:
+                            pieces.append(LoraPiece(linear=i, rank=rank, n_in=n_in, first=first, n=n, a=a.data_ptr(), b=b.data_ptr()))
+                starts.append(len(pieces))
+            self._structure = LoraStructure(
+                layers=shape.layers,
+                count=len(pieces),
+                starts=(ctypes.c_int64 * len(starts))(*starts),
+                pieces=(LoraPiece * len(pieces))(*pieces),
+            )
+        return self._structure
 
 
 def make_lora(shape: Shape, factors: Mapping[str, tuple[Tensor, Tensor]], name: str) -> Lora:
@@ -44,7 +66,7 @@ def make_lora(shape: Shape, factors: Mapping[str, tuple[Tensor, Tensor]], name: 
         if a.dim() != 2 or a.shape[1] != columns or b.shape != (part.rows, a.shape[0]):
             raise ModelError(f"adapter {name!r} does not fit '{module}' of shape {(part.rows, columns)}: it belongs to another model")
         b = b.float() if part.order is None else b.float()[part.order]
-        lora.pieces.setdefault((int(layer), linear), []).append((a.float().T.contiguous(), b.T.contiguous(), first))
+        lora.pieces.setdefault((int(layer), linear), []).append((a.float().contiguous(), b.T.contiguous(), first))
     return lora
 
 

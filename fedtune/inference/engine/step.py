@@ -1,7 +1,7 @@
 """Passes through the decoder in native code: one call from Python runs the layers, the final norm and the head.
 
-It runs if all linears of the layers are native, the caches have a native form, and no span has a separate adapter. Otherwise the decoder
-runs its torch operations, which are the reference; `NativeStep.why_torch` says why.
+It runs if all linears of the layers are native, and the caches have a native form. Otherwise the decoder runs its torch operations, which
+are the reference; `NativeStep.why_torch` says why.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from torch import Tensor
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.layer import Layer
 from fedtune.inference.engine.linear import Linear, Native
+from fedtune.inference.engine.lora import Lora
 from fedtune.inference.engine.native.library import Kernels
 from fedtune.inference.engine.native.structures import DecoderStructure, LayerStructure, PassStructure, SpanStructure
 from fedtune.inference.engine.rope import Rope
@@ -30,7 +31,7 @@ class NativeStep:
     """The native form of a decoder. It holds the layers' weights as long as it lives."""
 
     def __init__(self, shape: Shape, layers: Sequence[Layer], ropes: Sequence[Rope], norm: Tensor, head: Linear) -> None:
-        self._kernels, self._head = _kernels(layers[0]), head
+        self._kernels, self._head, self._shape = _kernels(layers[0]), head, shape
         self._kinds = list(dict.fromkeys(ropes))
         self._held: list[Any] = [list(layers), norm.float().contiguous()]
         made = (LayerStructure * shape.layers)()
@@ -62,17 +63,23 @@ class NativeStep:
             return f"native code has heads of up to {_WIDEST} channels and up to {_MOST_SHARED} query heads for each key head"
         return ""
 
-    @staticmethod
-    def places(spans: Sequence[Span]) -> list[SpanStructure] | None:
+    def places(self, spans: Sequence[Span], loras: Sequence[Lora | None]) -> list[SpanStructure] | None:
         """Reserve the caches' room for a pass; None if it must run by torch.
+
+        Args:
+            spans: The pass.
+            loras: Each span's adapter, which must live as long as the places.
 
         Raises:
             CacheError: A cache is full; nothing has changed.
         """
         kind = type(spans[0].cache)
-        if any(span.adapter is not None or type(span.cache) is not kind for span in spans):
-            return None
-        return kind.native_spans(spans)
+        places = kind.native_spans(spans) if all(type(span.cache) is kind for span in spans) else None
+        if places is not None:
+            for place, lora in zip(places, loras, strict=True):
+                if lora is not None:
+                    place.lora = ctypes.pointer(lora.structure(self._shape))
+        return places
 
     @property
     def has_head(self) -> bool:
