@@ -1,5 +1,6 @@
 """Unmerged LoRA factors, selected per span."""
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.layout import home_of, linears
+from fedtune.inference.engine.native.structures import LoraPiece, LoraStructure
 from fedtune.inference.engine.shape import Shape
 
 Floats = NDArray[np.float32]
@@ -15,9 +17,29 @@ Floats = NDArray[np.float32]
 
 @dataclass(slots=True, eq=False)
 class Lora:
-    """One adapter: (layer, linear) → pieces (aᵀ [K, r], bᵀ [r, n], the first of its n output columns), whose y += x aᵀ bᵀ."""
+    """One adapter: (layer, linear) → pieces (a [r, K], bᵀ [r, n], the first of its n output columns), which add x aᵀ bᵀ to y."""
 
     pieces: dict[tuple[int, str], list[tuple[Floats, Floats, int]]] = field(default_factory=dict)
+    _structure: LoraStructure | None = field(default=None, init=False)
+
+    def structure(self, shape: Shape) -> LoraStructure:
+        """The adapter for native code, which reads the pieces where they are; made once."""
+        if self._structure is None:
+            starts, pieces = [0], list[LoraPiece]()
+            for layer in range(shape.layers):
+                for i, linear in enumerate(linears(shape)):
+                    for a, b, first in self.pieces.get((layer, linear), ()):
+                        (rank, n_in), n = a.shape, b.shape[1]
+                        if rank:
+                            pieces.append(LoraPiece(linear=i, rank=rank, n_in=n_in, first=first, n=n, a=a.ctypes.data, b=b.ctypes.data))
+                starts.append(len(pieces))
+            self._structure = LoraStructure(
+                layers=shape.layers,
+                count=len(pieces),
+                starts=(ctypes.c_int64 * len(starts))(*starts),
+                pieces=(LoraPiece * len(pieces))(*pieces),
+            )
+        return self._structure
 
 
 def make_lora(shape: Shape, factors: Mapping[str, tuple[Floats, Floats]], name: str) -> Lora:
@@ -43,5 +65,5 @@ def make_lora(shape: Shape, factors: Mapping[str, tuple[Floats, Floats]], name: 
             raise ModelError(f"adapter {name!r} does not fit '{module}' of shape {(part.rows, columns)}: it belongs to another model")
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         b = b if part.order is None else b[part.order]
-        lora.pieces.setdefault((int(layer), linear), []).append((np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), first))
+        lora.pieces.setdefault((int(layer), linear), []).append((np.ascontiguousarray(a), np.ascontiguousarray(b.T), first))
     return lora

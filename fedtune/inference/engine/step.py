@@ -33,7 +33,7 @@ class NativeStep:
     """The native form of a decoder. It holds the layers' weights as long as it lives."""
 
     def __init__(self, shape: Shape, layers: Sequence[Layer], ropes: Sequence[Rope], norm: Floats, head: Linear) -> None:
-        self._kernels, self._head = _kernels(layers[0]), head
+        self._kernels, self._head, self._shape = _kernels(layers[0]), head, shape
         self._kinds = list(dict.fromkeys(ropes))
         self._held: list[Any] = [list(layers)]
         made = (LayerStructure * shape.layers)()
@@ -90,6 +90,9 @@ class NativeStep:
             Logits [len(kept), V], or None if none are wanted.
         """
         places = [span.cache.native_span(span.n) for span in spans]
+        for place, lora in zip(places, loras, strict=True):
+            if lora is not None:
+                place.lora = ctypes.pointer(lora.structure(self._shape))
         turns, rings = self._turns(places), self._places(places)
         logits = np.empty((len(kept), self._head.n_out), np.float32) if kept else None
         part = PassStructure(

@@ -22,6 +22,7 @@
 enum { BLOCK = 16, GROUP = 32, TILE = 8 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
+enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* of a layer */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
 enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, SETS = 4 };
 
@@ -92,6 +93,9 @@ struct operations {
     void (*cap)(float *x, int64_t n, float most);
     void (*rotate)(float *x, const float *turns, int64_t pairs, float factor);
     void (*attend)(const struct attention *a, int64_t row, int rows); /* 1..ROWS_AT_ONCE rows */
+    void (*shrink)(const float *x, int64_t x_stride, int64_t rows, const float *a, int64_t n_in, int64_t ranks, float *out, int64_t out_stride);
+    void (*expand)(const float *x, int64_t x_stride, int64_t rows, const float *b, int64_t b_stride, int64_t ranks, float *y, int64_t y_stride,
+                   int64_t n);
 };
 
 struct kernels {
@@ -124,6 +128,10 @@ static inline int64_t slot_of(int64_t at, int64_t first, const int32_t *blocks, 
     return ring && at >= sinks ? sinks + (at - sinks) % ring : at - first;
 }
 
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 static inline int64_t groups_of(int64_t n_in) { return (n_in + GROUP - 1) / GROUP; }
 
 /* Group codes of these magnitudes count as zeros: their reciprocal would not be a float. */
@@ -148,6 +156,20 @@ struct fedtune_decoder {
     struct fedtune_weights head;
 };
 
+/* A LoRA adapter's part in a linear of a layer: y[first .. first + n - 1] += (x aᵀ) b. */
+struct fedtune_lora_piece {
+    int64_t linear; /* QKV .. DOWN */
+    int64_t rank, n_in, first, n;
+    const float *a, *b; /* [rank, n_in], [rank, n] */
+};
+
+/* A LoRA adapter: pieces starts[i] .. starts[i + 1] - 1 belong to layer i. */
+struct fedtune_lora {
+    int64_t layers, count; /* of the pieces */
+    const int64_t *starts; /* [layers + 1] */
+    const struct fedtune_lora_piece *pieces;
+};
+
 /* One sequence's share of a pass: where its keys and values are, for each layer. They hold `entries` numbers each, of which token t's for head h
  * begin at t * token_stride + h * head_stride, where `blocks` say which slot t is in (see struct attention). */
 struct fedtune_span {
@@ -161,6 +183,7 @@ struct fedtune_span {
     int64_t window, sinks, ring; /* of a ring: a row sees the sinks and `window` newest tokens, and less if the layer's own window says so */
     void *const *codes; /* null, or [layers][6]: the buffers of struct codes, in its order */
     int64_t bits, group, values_together, residual, groups; /* groups: tokens of the buffers, in groups */
+    const struct fedtune_lora *lora; /* or null */
 };
 
 /* Rows of hidden states [rows, hidden] that layers first..last-1 change in place; then, with `logits`, those of the rows in `kept`. */

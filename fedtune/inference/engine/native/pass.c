@@ -11,6 +11,7 @@
 #include "kernels.h"
 
 enum { MOST_ROWS = 1 << 20, MOST_SIZE = 1 << 24, MOST_LAYERS = 4096, FEW = 4, PIECE = 8 };
+enum { SOME_RANKS = 8, SOME_COLUMNS = 256 }; /* of an adapter, done at once */
 
 struct work {
     const struct fedtune_decoder *d;
@@ -24,6 +25,11 @@ struct work {
     int64_t *owners;    /* [rows]: the span */
     int64_t *starts;    /* [spans]: the first row */
     float *x, *qkv, *attended, *y, *wide;
+    int64_t linear; /* whose adapters run: rows of its input and of its output, and of their products [rows, ranks] with a */
+    const float *input;
+    int64_t input_stride, ranks;
+    float *output, *shrunk;
+    int64_t output_width;
     void *space;
     int threads;
 };
@@ -33,6 +39,40 @@ static int all_present(void *const *pointers, int64_t count) {
         if (!pointers[i])
             return 0;
     return 1;
+}
+
+static const struct fedtune_weights *linear_of(const struct fedtune_layer *l, int64_t linear) {
+    const struct fedtune_weights *all[LINEARS] = {&l->qkv, &l->o, &l->gate_up, &l->down};
+    return all[linear];
+}
+
+static int lora_fits(const struct fedtune_decoder *d, const struct fedtune_lora *lora) {
+    if (lora->layers != d->layers || lora->count < 0 || !lora->starts || lora->starts[0] != 0 || lora->starts[d->layers] != lora->count ||
+        (lora->count && !lora->pieces))
+        return 0;
+    for (int64_t i = 0; i < d->layers; i++) {
+        if (lora->starts[i] > lora->starts[i + 1] || lora->starts[i + 1] > lora->count)
+            return 0;
+        int64_t ranks = 0;
+        for (const struct fedtune_lora_piece *p = lora->pieces + lora->starts[i]; p < lora->pieces + lora->starts[i + 1]; p++) {
+            if (p->linear < 0 || p->linear >= LINEARS || p->rank < 1 || p->rank > MOST_SIZE || !p->a || !p->b)
+                return 0;
+            const struct fedtune_weights *w = linear_of(d->layer + i, p->linear);
+            if (p->n_in != w->n_in || p->n < 1 || p->n > w->n_out || p->first < 0 || p->first > w->n_out - p->n)
+                return 0;
+            if ((ranks += p->rank) > MOST_SIZE)
+                return 0;
+        }
+    }
+    return 1;
+}
+
+/* The ranks of a linear's pieces together. */
+static int64_t ranks_of(const struct fedtune_lora *lora, int64_t layer, int64_t linear) {
+    int64_t ranks = 0;
+    for (int64_t i = lora->starts[layer]; i < lora->starts[layer + 1]; i++)
+        ranks += lora->pieces[i].linear == linear ? lora->pieces[i].rank : 0;
+    return ranks;
 }
 
 /* Whether token 0 .. rows + length - 1 of every head lies within the entries. */
@@ -119,7 +159,7 @@ static int pass_fits(const struct fedtune_decoder *d, const struct fedtune_pass 
         return 0;
     int64_t rows = 0;
     for (int64_t i = 0; i < p->span_count; i++) {
-        if (!span_fits(d, p->spans + i))
+        if (!span_fits(d, p->spans + i) || (p->spans[i].lora && !lora_fits(d, p->spans[i].lora)))
             return 0;
         rows += p->spans[i].rows;
     }
@@ -269,8 +309,66 @@ static void finish_mlp(void *argument, int64_t first, int64_t end) {
     }
 }
 
-static void product(const struct work *w, const struct fedtune_weights *weights, const float *x, int64_t stride, float *y) {
+/* Adapters' products with a, of ranks low .. high - 1 of each row, or with b, of these columns of the linear. */
+static void adapt_tile(const struct work *w, int64_t row, int64_t stop, int64_t low, int64_t high, int expands) {
+    while (row < stop) {
+        const struct fedtune_lora *lora = w->p->spans[w->owners[row]].lora;
+        int64_t end = row + 1, rank = 0;
+        while (end < stop && w->p->spans[w->owners[end]].lora == lora)
+            end++;
+        for (int64_t i = lora ? lora->starts[w->index] : 0; lora && i < lora->starts[w->index + 1]; i++) {
+            const struct fedtune_lora_piece *p = lora->pieces + i;
+            if (p->linear != w->linear)
+                continue;
+            float *shrunk = w->shrunk + row * w->ranks + rank;
+            const int64_t start = expands ? p->first : rank, count = expands ? p->n : p->rank;
+            const int64_t from = larger(low - start, 0), n = smaller(high - start, count) - from;
+            if (n > 0 && expands)
+                w->op->expand(shrunk, w->ranks, end - row, p->b + from, p->n, p->rank, w->output + row * w->output_width + start + from,
+                              w->output_width, n);
+            else if (n > 0)
+                w->op->shrink(w->input + row * w->input_stride, w->input_stride, end - row, p->a + from * p->n_in, p->n_in, n, shrunk + from,
+                              w->ranks);
+            rank += p->rank;
+        }
+        row = end;
+    }
+}
+
+static void adapt_tiles(const struct work *w, int64_t first, int64_t end, int64_t width, int64_t step, int expands) {
+    const int64_t tiles = (width + step - 1) / step;
+    for (int64_t item = first; item < end; item++) {
+        int64_t row = item / tiles * PIECE, low = item % tiles * step;
+        adapt_tile(w, row, smaller(row + PIECE, w->p->rows), low, low + step, expands);
+    }
+}
+
+static void shrink(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    adapt_tiles(w, first, end, w->ranks, SOME_RANKS, 0);
+}
+
+static void expand(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    adapt_tiles(w, first, end, w->output_width, SOME_COLUMNS, 1);
+}
+
+/* A linear, and the adapters of the rows that have one. */
+static void product(struct work *w, int64_t linear, const float *x, int64_t stride, float *y) {
+    const struct fedtune_weights *weights = linear_of(w->layer, linear);
+    const int64_t pieces = (w->p->rows + PIECE - 1) / PIECE;
     fedtune_product(weights, w->kernels, w->threads, w->p->rows, x, stride, y, w->space);
+    w->ranks = 0;
+    for (int64_t i = 0; i < w->p->span_count; i++)
+        if (w->p->spans[i].lora)
+            w->ranks = larger(w->ranks, ranks_of(w->p->spans[i].lora, w->index, linear));
+    if (!w->ranks)
+        return;
+    w->linear = linear, w->input = x, w->input_stride = stride, w->output = y, w->output_width = weights->n_out;
+    int64_t tiles = (w->ranks + SOME_RANKS - 1) / SOME_RANKS;
+    fedtune_pool_run(w->threads, pieces * tiles, pieces > 1 ? tiles : 1, shrink, w);
+    tiles = (w->output_width + SOME_COLUMNS - 1) / SOME_COLUMNS;
+    fedtune_pool_run(w->threads, pieces * tiles, pieces > 1 ? tiles : 1, expand, w);
 }
 
 static void run_layer(struct work *w) {
@@ -278,14 +376,14 @@ static void run_layer(struct work *w) {
     const int64_t n = w->d->hidden, rows = w->p->rows;
     if (l->norm)
         for_rows(w, rows, norm_before_attention);
-    product(w, &l->qkv, l->norm ? w->x : w->p->hidden, n, w->qkv);
+    product(w, QKV, l->norm ? w->x : w->p->hidden, n, w->qkv);
     for_rows(w, rows, prepare);
     fedtune_pool_run(w->threads, w->d->kv_heads * ((rows + PIECE - 1) / PIECE), 1, attend, w);
-    product(w, &l->o, w->attended, w->d->heads * w->d->head_dim, w->y);
+    product(w, O, w->attended, w->d->heads * w->d->head_dim, w->y);
     for_rows(w, rows, finish_attention);
-    product(w, &l->gate_up, l->mlp_norm ? w->x : w->p->hidden, n, w->wide);
+    product(w, GATE_UP, l->mlp_norm ? w->x : w->p->hidden, n, w->wide);
     for_rows(w, rows, activate);
-    product(w, &l->down, w->wide, 2 * w->d->intermediate, w->y);
+    product(w, DOWN, w->wide, 2 * w->d->intermediate, w->y);
     for_rows(w, rows, finish_mlp);
 }
 
@@ -313,14 +411,16 @@ static void *cut(char *memory, int64_t *at, int64_t bytes) {
 
 static int64_t most_space(const struct work *w) {
     int64_t most = w->p->logits ? fedtune_space_for(&w->d->head, w->p->rows) : 0;
-    for (int64_t i = 0; i < w->d->layers; i++) {
-        const struct fedtune_layer *l = w->d->layer + i;
-        const struct fedtune_weights *all[] = {&l->qkv, &l->o, &l->gate_up, &l->down};
-        for (size_t k = 0; k < sizeof all / sizeof *all; k++) {
-            int64_t own = fedtune_space_for(all[k], w->p->rows);
-            most = own > most ? own : most;
-        }
-    }
+    for (int64_t i = 0; i < w->d->layers * LINEARS; i++)
+        most = larger(most, fedtune_space_for(linear_of(w->d->layer + i / LINEARS, i % LINEARS), w->p->rows));
+    return most;
+}
+
+static int64_t most_ranks(const struct work *w) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < w->p->span_count; i++)
+        for (int64_t k = 0; w->p->spans[i].lora && k < w->d->layers * LINEARS; k++)
+            most = larger(most, ranks_of(w->p->spans[i].lora, k / LINEARS, k % LINEARS));
     return most;
 }
 
@@ -337,6 +437,7 @@ static int64_t lay_out(struct work *w, char *memory) {
     w->qkv = cut(memory, &at, a_float * w->qkv_width);
     w->attended = cut(memory, &at, a_float * d->heads * d->head_dim);
     w->wide = cut(memory, &at, a_float * 2 * d->intermediate);
+    w->shrunk = cut(memory, &at, a_float * most_ranks(w));
     w->space = cut(memory, &at, most_space(w));
     return at;
 }

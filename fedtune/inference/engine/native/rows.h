@@ -1,4 +1,4 @@
-/* What a decoder does beside its products: norms, rotations, activations, attention. Included once for each instruction set, which defines
+/* What a decoder does beside its products: norms, rotations, activations, attention, adapters. Included once for each instruction set, which defines
  *
  *   CODE    attributes of every function
  *   LANES   floats of a vector
@@ -17,10 +17,6 @@
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(float))));
-
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #define SMALL static inline __attribute__((always_inline)) CODE
 
@@ -353,4 +349,86 @@ CODE static void attend(const struct attention *a, int64_t row, int rows) {
         }
 }
 
-static const struct operations operations = {norm, add, activate, cap, rotate, attend};
+enum { X_ROWS = 2, RANKS = 4 }; /* of a tile of an adapter's products, whose sums fit in 16 registers */
+
+/* out[k][r] = x[k] a[r]; `rows` and `ranks` are constants. */
+SMALL void shrink_tile(const float *x, int64_t x_stride, const int rows, const float *a, int64_t n_in, const int ranks, float *out,
+                       int64_t out_stride) {
+    vec sums[X_ROWS][RANKS] = {{{0}}};
+    int64_t i = 0;
+    for (; i + LANES <= n_in; i += LANES)
+        for (int r = 0; r < ranks; r++)
+            for (int k = 0; k < rows; k++)
+                sums[k][r] = fused(load(x + k * x_stride + i), load(a + r * n_in + i), sums[k][r]);
+    for (int r = 0; r < ranks; r++)
+        for (int k = 0; k < rows; k++) {
+            if (i < n_in)
+                sums[k][r] = fused(load_some(x + k * x_stride + i, n_in - i), load_some(a + r * n_in + i, n_in - i), sums[k][r]);
+            out[k * out_stride + r] = sum_of_lanes(sums[k][r]);
+        }
+}
+
+/* out [rows, ranks] = x [rows, n_in] aᵀ; a [ranks, n_in]. */
+CODE static void shrink(const float *x, int64_t x_stride, int64_t rows, const float *a, int64_t n_in, int64_t ranks, float *out,
+                        int64_t out_stride) {
+    for (; rows > 0; rows -= X_ROWS, x += X_ROWS * x_stride, out += X_ROWS * out_stride)
+        for (int64_t r = 0; r < ranks;) {
+            const int many = r + RANKS <= ranks;
+            if (rows < X_ROWS && many)
+                shrink_tile(x, x_stride, 1, a + r * n_in, n_in, RANKS, out + r, out_stride);
+            else if (rows < X_ROWS)
+                shrink_tile(x, x_stride, 1, a + r * n_in, n_in, 1, out + r, out_stride);
+            else if (many)
+                shrink_tile(x, x_stride, X_ROWS, a + r * n_in, n_in, RANKS, out + r, out_stride);
+            else
+                shrink_tile(x, x_stride, X_ROWS, a + r * n_in, n_in, 1, out + r, out_stride);
+            r += many ? RANKS : 1;
+        }
+}
+
+/* n <= LANES columns of expand_tile. */
+SMALL void expand_lanes(vec factors[X_ROWS][RANKS], const int rows, const float *b, int64_t b_stride, const int ranks, float *y, int64_t y_stride,
+                        int64_t n) {
+    vec sums[X_ROWS];
+    for (int k = 0; k < rows; k++)
+        sums[k] = load_upto(y + k * y_stride, n);
+    for (int r = 0; r < ranks; r++)
+        for (int k = 0; k < rows; k++)
+            sums[k] = fused(factors[k][r], load_upto(b + r * b_stride, n), sums[k]);
+    for (int k = 0; k < rows; k++)
+        store_upto(y + k * y_stride, sums[k], n);
+}
+
+/* y[k] += x[k] b; `rows` and `ranks` are constants. */
+SMALL void expand_tile(const float *x, int64_t x_stride, const int rows, const float *b, int64_t b_stride, const int ranks, float *y,
+                       int64_t y_stride, int64_t n) {
+    vec factors[X_ROWS][RANKS];
+    for (int k = 0; k < rows; k++)
+        for (int r = 0; r < ranks; r++)
+            factors[k][r] = (vec){0} + x[k * x_stride + r];
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        expand_lanes(factors, rows, b + i, b_stride, ranks, y + i, y_stride, LANES);
+    if (i < n)
+        expand_lanes(factors, rows, b + i, b_stride, ranks, y + i, y_stride, n - i);
+}
+
+/* y [rows, n] += x [rows, ranks] b; b [ranks, n]. An output's ranks are added one after the other. */
+CODE static void expand(const float *x, int64_t x_stride, int64_t rows, const float *b, int64_t b_stride, int64_t ranks, float *y,
+                        int64_t y_stride, int64_t n) {
+    for (; rows > 0; rows -= X_ROWS, x += X_ROWS * x_stride, y += X_ROWS * y_stride)
+        for (int64_t r = 0; r < ranks;) {
+            const int many = r + RANKS <= ranks;
+            if (rows < X_ROWS && many)
+                expand_tile(x + r, x_stride, 1, b + r * b_stride, b_stride, RANKS, y, y_stride, n);
+            else if (rows < X_ROWS)
+                expand_tile(x + r, x_stride, 1, b + r * b_stride, b_stride, 1, y, y_stride, n);
+            else if (many)
+                expand_tile(x + r, x_stride, X_ROWS, b + r * b_stride, b_stride, RANKS, y, y_stride, n);
+            else
+                expand_tile(x + r, x_stride, X_ROWS, b + r * b_stride, b_stride, 1, y, y_stride, n);
+            r += many ? RANKS : 1;
+        }
+}
+
+static const struct operations operations = {norm, add, activate, cap, rotate, attend, shrink, expand};

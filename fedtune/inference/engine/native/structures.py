@@ -2,7 +2,7 @@
 
 import ctypes
 
-__all__ = ["DecoderStructure", "LayerStructure", "PassStructure", "SpanStructure", "Weights"]
+__all__ = ["DecoderStructure", "LayerStructure", "LoraPiece", "LoraStructure", "PassStructure", "SpanStructure", "Weights"]
 
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -43,6 +43,24 @@ class DecoderStructure(ctypes.Structure):
     ]  # fmt: skip
 
 
+class LoraPiece(ctypes.Structure):
+    """`struct fedtune_lora_piece`."""
+
+    _fields_ = [
+        ("linear", _INT), ("rank", _INT), ("n_in", _INT), ("first", _INT), ("n", _INT),
+        ("a", _POINTER), ("b", _POINTER),
+    ]  # fmt: skip
+
+
+class LoraStructure(ctypes.Structure):
+    """`struct fedtune_lora`."""
+
+    _fields_ = [
+        ("layers", _INT), ("count", _INT),
+        ("starts", ctypes.POINTER(_INT)), ("pieces", ctypes.POINTER(LoraPiece)),
+    ]  # fmt: skip
+
+
 class SpanStructure(ctypes.Structure):
     """`struct fedtune_span`."""
 
@@ -53,6 +71,7 @@ class SpanStructure(ctypes.Structure):
         ("blocks", _POINTER), ("block_count", _INT), ("block", _INT),
         ("first", _INT), ("window", _INT), ("sinks", _INT), ("ring", _INT),
         ("codes", _POINTER), ("bits", _INT), ("group", _INT), ("values_together", _INT), ("residual", _INT), ("groups", _INT),
+        ("lora", ctypes.POINTER(LoraStructure)),
     ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def run_layers(
         y = linear(own, x)
         for part, lora in loras:
             for a, b, column in lora.pieces.get((i, name), ()):
-                y[part, column : column + b.shape[1]] += x[part] @ as_tensor(a) @ as_tensor(b)
+                y[part, column : column + b.shape[1]] += x[part] @ as_tensor(a).T @ as_tensor(b)
         return y
 
     for i, layer, rope in layers:

@@ -8,7 +8,7 @@
 int fedtune_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, int set, int threads);
 int fedtune_supports(int set);
 
-enum { LAYERS = 2, HIDDEN = 37, INNER = 21, VOCABULARY = 19, KV = 2, SHARED = 3, SPANS = 3 };
+enum { LAYERS = 2, HIDDEN = 37, INNER = 21, VOCABULARY = 19, KV = 2, SHARED = 3, SPANS = 3, PIECES = 7 };
 
 static void *held[4096];
 static int held_count;
@@ -27,6 +27,21 @@ static struct fedtune_weights linear(int64_t kind, int64_t n_in, int64_t n_out) 
                                 blocks * base[kind] * 4, 0, 0};
     w.codes = filled(w.codes_bytes), w.scales = filled(w.scales_bytes), w.base = filled(w.base_bytes);
     return w;
+}
+
+/* An adapter with pieces of random ranks in random columns of random linears of each layer. */
+static struct fedtune_lora adapter(const struct fedtune_layer *layers, struct fedtune_lora_piece *pieces, int64_t *starts, int count) {
+    for (int i = 0; i < LAYERS; i++)
+        for (int k = 0; k < count; k++) {
+            struct fedtune_lora_piece *p = pieces + i * count + k;
+            const struct fedtune_weights *all[] = {&layers[i].qkv, &layers[i].o, &layers[i].gate_up, &layers[i].down};
+            p->linear = rand() % LINEARS, p->rank = 1 + rand() % 19, p->n_in = all[p->linear]->n_in;
+            p->n = 1 + rand() % all[p->linear]->n_out, p->first = rand() % (all[p->linear]->n_out - p->n + 1);
+            p->a = filled(p->rank * p->n_in * 4), p->b = filled(p->rank * p->n * 4);
+        }
+    for (int i = 0; i <= LAYERS; i++)
+        starts[i] = i * count;
+    return (struct fedtune_lora){LAYERS, LAYERS * count, starts, pieces};
 }
 
 /* Codes of `groups` groups for every layer. */
@@ -59,11 +74,14 @@ static int pass(int set, int kind, int width, int halves, int block, int window,
     void *pointers[SPANS][2][LAYERS];
     int32_t tables[SPANS][128];
     void *codes[SPANS][6 * LAYERS];
-    int64_t rows = 0;
+    struct fedtune_lora_piece pieces[2][LAYERS * PIECES];
+    int64_t starts[2][LAYERS + 1], rows = 0;
+    const struct fedtune_lora loras[2] = {adapter(layers, pieces[0], starts[0], PIECES), adapter(layers, pieces[1], starts[1], 1)};
     memset(spans, 0, sizeof spans);
     for (int i = 0; i < SPANS; i++) {
         struct fedtune_span *s = spans + i;
         s->rows = 1 + 10 * i, s->length = 31 * i, s->halves = halves;
+        s->lora = rand() % 3 ? loras + rand() % 2 : NULL;
         if (form == 1)
             s->sinks = i, s->window = 20, s->ring = s->window - 1 + s->rows;
         if (form > 1)

@@ -45,7 +45,9 @@ def cpu(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
 
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_NATIVE", "sse9")
-    with pytest.raises(ConfigError, match="FEDTUNE_NATIVE=sse9 is unknown: set it to off, portable, avx2, avxvnni, avx512, or leave it out"):
+    with pytest.raises(
+        ConfigError, match="FEDTUNE_NATIVE=sse9 is unknown: set it to off, portable, avx2, avxvnni, avx512, or leave it out"
+    ):
         linear_from_tensors("int4", portable("int4", np.ones((1, 32), np.float32)), n_in=32)
 
 
