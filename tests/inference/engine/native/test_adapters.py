@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -25,7 +26,7 @@ from tests.inference.engine.native.test_step import CACHES, EXACT, assert_alike,
 from tests.inference.engine.tiny import SHAPES
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="needs the native kernels")
-Factors = dict[str, tuple[Tensor, Tensor]]
+Factors = dict[str, tuple[Any, Any]]
 
 
 def factors(decoder: Decoder, seed: int, ranks: Sequence[int], layers: Sequence[int] | None = None, only: str = "") -> Factors:
@@ -37,7 +38,7 @@ def factors(decoder: Decoder, seed: int, ranks: Sequence[int], layers: Sequence[
                 if only in part.module:
                     rank = ranks[len(out) % len(ranks)]
                     a, b = torch.randn(rank, fused.columns, generator=draws), torch.randn(part.rows, rank, generator=draws)
-                    out[f"model.layers.{layer}.{part.module}"] = a * fused.columns**-0.5, b * 0.5 * rank**-0.5
+                    out[f"model.layers.{layer}.{part.module}"] = (a * fused.columns**-0.5).numpy(), (b * 0.5 * rank**-0.5).numpy()
     return out
 
 
@@ -52,41 +53,50 @@ def adapted(decoder: Decoder) -> Decoder:
     return adapt(decoder, wide=factors(decoder, 1, (17, 3, 1)), narrow=factors(decoder, 2, (5, 16), last, "v_proj"), none={})
 
 
-def both(decoder: Decoder, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def forward(decoder: Decoder, ids: Tensor | None, spans: Sequence[Span], *, embeds: Tensor | None = None) -> Tensor:
+    arrays = (None if x is None else x.numpy() for x in (ids, embeds))
+    return torch.from_numpy(decoder.forward(next(arrays), spans, embeds=next(arrays)))
+
+
+def run(decoder: Decoder, hidden: Tensor, spans: Sequence[Span], **layers: int) -> Tensor:
+    return torch.from_numpy(decoder.run(hidden.numpy(), spans, **layers))
+
+
+def both(decoder: Decoder, measured: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """What native code and torch give."""
-    with patch.object(decoder, "_run_torch", side_effect=AssertionError("a pass ran by torch")):
-        found = run()
+    with patch("fedtune.inference.engine.reference.passes.run_layers", side_effect=AssertionError("a pass ran by torch")):
+        found = measured()
     with by_torch(decoder):
-        return found, run()
+        return found, measured()
 
 
 def story(decoder: Decoder, make: Callable[[], Cache]) -> Tensor:
     """Logits of passes in which each sequence has its adapter or none: prefills, decoding, several rows, after a crop."""
     names = "wide", None, "narrow", "wide", "wide", "none"
-    caches, ids = [make() for _ in names], texts(len(names), 40)
+    caches, ids = [make() for _ in names], [torch.from_numpy(text) for text in texts(len(names), 40)]
     ends, out = [0] * len(names), []
     for counts in ((11, 1, 9, 2, 7, 3), (1,) * 6, (1,) * 6, (0, 3, 4, 0, 17, 1), (0, 0, 1, 1, 0, 0), (1, 0, 0, 0, 0, 0)):
         spans = [Span(caches[i], n, keep=None, adapter=names[i]) for i, n in enumerate(counts) if n]
-        out.append(decoder.forward(torch.cat([ids[i][ends[i] : ends[i] + n] for i, n in enumerate(counts)]), spans))
+        out.append(forward(decoder, torch.cat([ids[i][ends[i] : ends[i] + n] for i, n in enumerate(counts)]), spans))
         ends = [end + n for end, n in zip(ends, counts, strict=True)]
     caches[0].crop(8)
-    out.append(decoder.forward(ids[0][8:20], [Span(caches[0], 12, keep=None, adapter="wide")]))
+    out.append(forward(decoder, ids[0][8:20], [Span(caches[0], 12, keep=None, adapter="wide")]))
     return torch.cat(out)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_architecture_gives_torchs_logits(name: str, tmp_path: Path) -> None:
     decoder = adapted(native_engine(name, tmp_path).decoder)
-    assert_alike(*both(decoder, lambda: story(decoder, CACHES["full"](decoder.shape))))
+    assert_alike(*(t.numpy() for t in both(decoder, lambda: story(decoder, CACHES["full"](decoder.shape)))))
 
 
 @pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
     of(instructions)
     decoder = adapted(native_engine(name, tmp_path, kind, instructions).decoder)
-    assert_alike(*both(decoder, lambda: story(decoder, CACHES["paged"](decoder.shape))))
+    assert_alike(*(t.numpy() for t in both(decoder, lambda: story(decoder, CACHES["paged"](decoder.shape)))))
 
 
 def one_layer(instructions: str = "", *sizes: int) -> Decoder:
@@ -102,27 +112,25 @@ def assert_equal_but_for_rounding(found: Tensor, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@torch.inference_mode()
 def test_every_cache(cache: str) -> None:
     decoder = adapted(one_layer())
     ids = torch.randint(37, (90,), generator=torch.Generator().manual_seed(3))
 
-    def run() -> Tensor:
+    def story() -> Tensor:
         make = CACHES[cache](decoder.shape)
         caches, at, parts = [(make(), "wide"), (make(), None), (make(), "narrow")], 0, list[Tensor]()
         for n in (7, 1, 12, 1, 1, 13, 1, *(1,) * 40, 9, 2):
             spans = [Span(cache, n, adapter=name) for cache, name in caches]
-            parts.append(decoder.run(decoder.embed(ids[at : at + n]).repeat(3, 1), spans))
+            parts.append(run(decoder, torch.from_numpy(decoder.embed(ids[at : at + n].numpy())).repeat(3, 1), spans))
             at += n
         return torch.cat(parts)
 
-    assert_equal_but_for_rounding(*both(decoder, run))
+    assert_equal_but_for_rounding(*both(decoder, story))
 
 
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("ranks", [(1,), (3,), (4, 2), (17,), (256, 40)])
 @pytest.mark.parametrize("sizes", [(300, 5, 1, 64, 530), (33, 1, 1, 4, 7)])
-@torch.inference_mode()
 def test_every_rank_and_awkward_sizes(sizes: Sequence[int], ranks: Sequence[int], instructions: str) -> None:
     """More ranks and columns than one thread takes at once, and fewer than a vector has."""
     of(instructions)
@@ -131,21 +139,19 @@ def test_every_rank_and_awkward_sizes(sizes: Sequence[int], ranks: Sequence[int]
     for rows in (4, 19):
         hidden = torch.randn(rows, decoder.shape.hidden, generator=torch.Generator().manual_seed(rows))
         spans = lambda rows=rows: [Span(FullCache(decoder.shape, 20), rows, adapter="mine")]  # noqa: E731
-        assert_equal_but_for_rounding(*both(decoder, lambda hidden=hidden, spans=spans: decoder.run(hidden, spans())))
+        assert_equal_but_for_rounding(*both(decoder, lambda hidden=hidden, spans=spans: run(decoder, hidden, spans())))
 
 
 @pytest.mark.parametrize("only", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-@torch.inference_mode()
 def test_each_module_alone(only: str) -> None:
     decoder = one_layer("", 300, 5, 1, 64, 290)
     adapt(decoder, mine=factors(decoder, 1, (6,), only=only))
     hidden = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
-    found, wanted = both(decoder, lambda: decoder.run(hidden, [Span(FullCache(decoder.shape, 9), 5, adapter="mine")]))
+    found, wanted = both(decoder, lambda: run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 5, adapter="mine")]))
     assert_equal_but_for_rounding(found, wanted)
-    assert (found - decoder.run(hidden, [Span(FullCache(decoder.shape, 9), 5)])).abs().max() > 1e-3  # the adapter is seen
+    assert (found - run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 5)])).abs().max() > 1e-3  # the adapter is seen
 
 
-@torch.inference_mode()
 def test_two_pieces_of_the_same_columns_are_both_added() -> None:
     decoder = one_layer("", 40, 2, 1, 16, 50)
     adapt(decoder, mine=factors(decoder, 1, (3,)), other=factors(decoder, 2, (5,)))
@@ -153,12 +159,11 @@ def test_two_pieces_of_the_same_columns_are_both_added() -> None:
     for where, pieces in one.items():
         pieces += other[where]
     hidden = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    assert_equal_but_for_rounding(*both(decoder, lambda: decoder.run(hidden, [Span(FullCache(decoder.shape, 9), 5, adapter="mine")])))
+    assert_equal_but_for_rounding(*both(decoder, lambda: run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 5, adapter="mine")])))
 
 
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("cache", EXACT)
-@torch.inference_mode()
 def test_a_row_does_not_depend_on_how_a_text_is_split_on_other_sequences_or_on_threads(cache: str, instructions: str) -> None:
     of(instructions)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions}):
@@ -166,20 +171,20 @@ def test_a_row_does_not_depend_on_how_a_text_is_split_on_other_sequences_or_on_t
     a, b = torch.randint(37, (2, 100), generator=torch.Generator().manual_seed(7))
     make = CACHES[cache](decoder.shape)
     alone, bare = make(), make()
-    wanted = torch.cat([decoder.forward(token[None], [Span(alone, 1, adapter="wide")]) for token in a])
-    plain = torch.cat([decoder.forward(token[None], [Span(bare, 1)]) for token in b])
+    wanted = torch.cat([forward(decoder, token[None], [Span(alone, 1, adapter="wide")]) for token in a])
+    plain = torch.cat([forward(decoder, token[None], [Span(bare, 1)]) for token in b])
 
     def split(threads: int) -> None:
         make = CACHES[cache](decoder.shape)
         torch.set_num_threads(threads)  # the fixture of all tests sets it back
-        assert torch.equal(decoder.forward(a, [Span(make(), 100, keep=None, adapter="wide")]), wanted)
-        assert torch.equal(decoder.forward(a[:1], [Span(make(), 1, adapter="wide")]), wanted[:1])
+        assert torch.equal(forward(decoder, a, [Span(make(), 100, keep=None, adapter="wide")]), wanted)
+        assert torch.equal(forward(decoder, a[:1], [Span(make(), 1, adapter="wide")]), wanted[:1])
         one, other, third, at = make(), make(), make(), 0
         for n in (31, 1, 8, 17, 43):
             spans = [Span(other, n, keep=None), Span(one, n, keep=None, adapter="wide"), Span(third, n, keep=0, adapter="narrow")]
             parts = [b[at : at + n], a[at : at + n], b[at : at + n]]
             order = (1, 0, 2) if n % 2 else (0, 1, 2)
-            logits = decoder.forward(torch.cat([parts[i] for i in order]), [spans[i] for i in order])
+            logits = forward(decoder, torch.cat([parts[i] for i in order]), [spans[i] for i in order])
             mine, others = (logits[:n], logits[n:]) if n % 2 else (logits[n:], logits[:n])
             assert torch.equal(mine, wanted[at : at + n]) and torch.equal(others, plain[at : at + n])
             at += n
@@ -191,22 +196,21 @@ def test_a_row_does_not_depend_on_how_a_text_is_split_on_other_sequences_or_on_t
 def test_numbers_that_are_not_finite_spoil_their_sequence_alone() -> None:
     decoder = adapted(decoder_of(48, 6, 2, 12, 80))
     hidden = torch.randn(6, 48, generator=torch.Generator().manual_seed(0))
-    wanted = decoder.forward(None, [Span(FullCache(decoder.shape, 9), 3, keep=None, adapter="wide")], embeds=hidden[3:])
+    wanted = forward(decoder, None, [Span(FullCache(decoder.shape, 9), 3, keep=None, adapter="wide")], embeds=hidden[3:])
     hidden[1, 5] = torch.inf
     spans = [Span(FullCache(decoder.shape, 9), 3, keep=None, adapter="wide") for _ in range(2)]
-    logits = decoder.forward(None, spans, embeds=hidden)
+    logits = forward(decoder, None, spans, embeds=hidden)
     assert not logits[1:3].isfinite().any() and torch.equal(logits[3:], wanted)
 
 
-@torch.inference_mode()
 def test_an_early_exit_continues_with_its_adapter() -> None:
     decoder = adapted(decoder_of(48, 6, 2, 12, 80))
     hidden = torch.randn(6, 48, generator=torch.Generator().manual_seed(0))
     span = Span(FullCache(decoder.shape, 9), 6, adapter="wide")
-    whole = decoder.run(hidden, [Span(FullCache(decoder.shape, 9), 6, adapter="wide")])
-    begun = decoder.run(hidden, [span], last=1)
+    whole = run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 6, adapter="wide")])
+    begun = run(decoder, hidden, [span], last=1)
     span.cache.crop(0)
-    assert torch.equal(decoder.run(begun, [span], first=1), whole)
+    assert torch.equal(run(decoder, begun, [span], first=1), whole)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -217,7 +221,7 @@ def test_an_unknown_adapter_is_refused_before_anything_changes(native: bool) -> 
         nullcontext() if native else by_torch(decoder),
         pytest.raises(ModelError, match="no adapter named 'odd'; it has: wide, narrow, none"),
     ):
-        decoder.forward(torch.arange(4), [Span(caches[0], 2, adapter="wide"), Span(caches[1], 2, adapter="odd")])
+        forward(decoder, torch.arange(4), [Span(caches[0], 2, adapter="wide"), Span(caches[1], 2, adapter="odd")])
     assert all(cache.length == cache.nbytes == 0 for cache in caches)
 
 
@@ -225,7 +229,7 @@ def test_an_adapter_is_replaced_and_freed() -> None:
     decoder = adapt(decoder_of(48, 6, 2, 12, 80), mine=factors(decoder_of(48, 6, 2, 12, 80), 1, (3,)))
 
     def logits(name: str | None) -> Tensor:
-        return decoder.forward(torch.arange(4), [Span(FullCache(decoder.shape, 4), 4, keep=None, adapter=name)])
+        return forward(decoder, torch.arange(4), [Span(FullCache(decoder.shape, 4), 4, keep=None, adapter=name)])
 
     old = logits("mine")
     kept = weakref.ref(decoder.adapters["mine"].pieces[0, "qkv"][0][0])
@@ -267,9 +271,9 @@ def test_adapters_that_do_not_fit_are_refused(change: Callable[[LoraStructure], 
     assert structure.count == 14 and list(structure.starts[:3]) == [0, 7, 14] and structure.pieces[2].first == 72
     hidden = torch.randn(4, 48)
     span = Span(FullCache(decoder.shape, 9), 4, adapter="mine")
-    wanted = decoder.run(hidden, [span])
+    wanted = run(decoder, hidden, [span])
     span.cache.crop(0)
     change(structure)
     with pytest.raises(ModelError, match="do not fit each other"):
-        decoder.run(hidden, [Span(FullCache(decoder.shape, 9), 2), replace(span, n=2)])
+        run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 2), replace(span, n=2)])
     assert span.cache.length == 0 and wanted.isfinite().all()
