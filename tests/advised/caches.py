@@ -124,7 +124,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     for count in (3, 2):
         pool = PagedPool(SHAPE, 4, 4)
-        yield raised(lambda pool=pool, count=count: pool.plan([Span(pool.cache(), 8) for _ in range(count)]))
+        yield raised(lambda pool=pool, count=count: pool.admit([Span(pool.cache(), 8) for _ in range(count)]))
 
 
 @follows("do not fit in {} blocks of {}: use at most {}")

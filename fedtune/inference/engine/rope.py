@@ -109,8 +109,8 @@ def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple
     if rope.kind == "dynamic":
         factor, context = rope.get("factor"), rope.get("max_position_embeddings")
         grown = factor * max(length or 0, context) / context - (factor - 1)
-        return 1.0 / (rope.theta * grown ** (width / (width - 2))) ** steps, 1.0
-    plain = 1.0 / rope.theta**steps
+        return _powers(rope.theta * grown ** (width / (width - 2)), steps), 1.0
+    plain = _powers(rope.theta, steps)
     if rope.kind == "linear":
         return plain / rope.get("factor"), 1.0
     if rope.kind == "llama3":
@@ -120,6 +120,11 @@ def frequencies(rope: RopeShape, width: int, length: int | None = None) -> tuple
     if rope.kind == "longrope":
         return _longrope(rope, plain)
     return plain, 1.0
+
+
+def _powers(base: float, steps: Floats) -> Floats:
+    """base ** -steps; numpy's float32 powers are off by more than their last bit."""
+    return (base ** -steps.astype(np.float64)).astype(np.float32)
 
 
 def _llama3(rope: RopeShape, plain: Floats) -> Floats:
@@ -150,7 +155,7 @@ def _yarn(rope: RopeShape, width: int, steps: Floats) -> tuple[Floats, float]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     slowed = np.clip((np.arange(width // 2, dtype=np.float32) - np.float32(low)) / np.float32((high - low) or 0.001), 0, 1)
-    plain = 1.0 / rope.theta**steps
+    plain = _powers(rope.theta, steps)
 
     def grown(mscale: float = 1.0) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -11,7 +11,6 @@ Source: Liu et al. 2024, KIVI, arXiv:2402.02750, algorithm 1. Keys are quantized
 """
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,6 @@ from fedtune.inference.engine.caches.packing import WIDTHS, Codes, Floats, Halve
 from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
-
-BLOCK = 1 << 18  # numbers that are quantized at once, to fit a core's cache
 
 
 @dataclass(slots=True)
@@ -88,6 +85,7 @@ class KiviCache(Cache):
         if residual < 1 or undo < 0:
             raise CacheError(f"residual={residual} must be at least 1 and undo={undo} at least 0")
         self._size = group_size(shape.head_dim, group or 32)
+        self._room = min(limit, residual + undo + self.group - 1)  # tokens in full precision
         self.layers: list[_Layer] = []
         self._addresses: list[Any] | None = None  # of keys, values and codes, until a buffer is replaced
 
@@ -108,8 +106,9 @@ class KiviCache(Cache):
         return sum(a.nbytes for layer in self.layers for a in (layer.keys, layer.values, *layer.packed()))
 
     def most(self, n: int) -> int:
-        """A pass must not have rows that see others of it as codes, nor more than can be undone."""
-        return n if self.length + n <= self.residual else min(n, self.undo + 1, self.residual)
+        """A pass must not have rows that see others of it as codes, nor more than fit beside the older tokens that its first row sees."""
+        room = self._room - (self.length - self.seen_as_codes(self.length))
+        return min(n, max(min(self.residual, room), self.residual - self.length))
 
     def can_crop_to(self, length: int) -> bool:
         """True within `undo` tokens of the cache's greatest length, or while nothing is quantized."""
@@ -123,9 +122,8 @@ class KiviCache(Cache):
             )
         super().crop(length)
         for layer in self.layers:
-            layer.done = min(
-                layer.done, length // self.group * self.group
-            )  # a removed token's group is quantized again, from full-precision rows
+            # a removed token's group is quantized again, from full-precision rows
+            layer.done = min(layer.done, length // self.group * self.group)
 
     def prepare(self, n: int) -> None:
         self.room(n)
@@ -171,10 +169,9 @@ class KiviCache(Cache):
 
     def _empty(self) -> _Layer:
         heads, width, g = self.shape.kv_heads, self.shape.head_dim, self.group
-        room = min(self.limit, self.residual + self.undo + g - 1)
         codes, low = np.empty((heads, 0, g * self.bits // 8, width), np.uint8), np.empty((heads, 0, 1, width), np.float16)
         value_low = np.empty((heads, 0, g, -(-width // self._size)), np.float16)
-        keys, values = (np.zeros((heads, room, width), self.dtype) for _ in range(2))
+        keys, values = (np.zeros((heads, self._room, width), self.dtype) for _ in range(2))
         return _Layer(0, 0, keys, values, codes, low, low, codes, value_low, value_low)
 
     def _quantize(self, store: _Layer, upto: int) -> None:
@@ -185,26 +182,20 @@ class KiviCache(Cache):
         if upto // g > store.key_codes.shape[1]:
             self._addresses = None
             store.grow(min(max(0, self.limit - self.residual) // g, max(4, 2 * store.key_codes.shape[1], upto // g)))
-        for a, b in self._blocks(done, upto):
-            at, rows = slice(a // g, b // g), slice(a - store.first, b - store.first)
-            x = self._grouped(store.keys[:, rows])
-            low, scale = grid(x, 2, self.bits)
-            store.key_low[:, at], store.key_scale[:, at], store.key_codes[:, at] = low, scale, encode(x, low, scale, self.bits)
-            x = self._grouped(store.values[:, rows])
-            pairs = [grid(x[..., c : c + self._size], 3, self.bits) for c in range(0, x.shape[3], self._size)]
-            low, scale = (np.concatenate(parts, 3) for parts in zip(*pairs, strict=True))
-            store.value_low[:, at], store.value_scale[:, at] = low, scale
-            store.value_codes[:, at] = encode(x, self._spread(low), self._spread(scale), self.bits)
+        at, rows = slice(done // g, upto // g), slice(done - store.first, upto - store.first)
+        x = self._grouped(store.keys[:, rows])
+        low, scale = grid(x, 2, self.bits)
+        store.key_low[:, at], store.key_scale[:, at], store.key_codes[:, at] = low, scale, encode(x, low, scale, self.bits)
+        x = self._grouped(store.values[:, rows])
+        pairs = [grid(x[..., c : c + self._size], 3, self.bits) for c in range(0, x.shape[3], self._size)]
+        low, scale = (np.concatenate(parts, 3) for parts in zip(*pairs, strict=True))
+        store.value_low[:, at], store.value_scale[:, at] = low, scale
+        store.value_codes[:, at] = encode(x, self._spread(low), self._spread(scale), self.bits)
         store.done = upto
 
     def _grouped(self, rows: Array) -> Floats:
         """[Hkv, tokens, D] -> [Hkv, groups, g, D] float32."""
         return as_float32(rows).reshape(len(rows), rows.shape[1] // self.group, self.group, rows.shape[2])
-
-    def _blocks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Split tokens begin..end-1 (group boundaries) into ranges whose keys fill a block."""
-        step = max(1, BLOCK // (self.shape.kv_heads * self.shape.head_dim * self.group)) * self.group
-        return ((a, min(a + step, end)) for a in range(begin, end, step))
 
     def dequantized(self, layer: int, a: int, b: int) -> tuple[Floats, Floats]:
         """Keys and values [Hkv, tokens, D] of the groups a..b-1."""

@@ -28,7 +28,7 @@ class WindowCache(Cache):
         limit: Maximum tokens of the text; memory does not grow with it.
         window: Newest tokens that a query sees, including itself.
         sinks: First tokens, which every query sees.
-        undo: Number of tokens that `crop` can always remove; also the most that a pass may have once it overwrites others.
+        undo: Number of tokens that `crop` can always remove; also the most rows of a pass that overwrites others.
         dtype: Dtype of the entries: float32 or bfloat16.
 
     Attributes:
@@ -82,7 +82,7 @@ class WindowCache(Cache):
 
     def most(self, n: int) -> int:
         """A pass must not overwrite entries that one of its rows needs."""
-        return n if self.length + n <= self._slots else min(n, self.undo)
+        return min(n, max(self.undo, self._slots - self.length))
 
     def prepare(self, n: int) -> None:
         self.room(n)

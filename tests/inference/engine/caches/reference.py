@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedtune.inference.engine.caches.base import Cache
+from fedtune.inference.engine.reference.attention import attend, rotate
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import RopeShape, Shape
 
@@ -47,14 +48,20 @@ def tokens(of: Shape, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def passes(cache: Cache, rope: Rope, qkv: tuple[Tensor, Tensor, Tensor], cuts: Iterable[int], begin: int = 0) -> Tensor:
-    """The tokens begin.. through the cache in passes of the sizes in `cuts`: [layers, sum(cuts), H, D]."""
+    """The tokens begin.. through the cache in texts of the sizes in `cuts`, each in as few passes as the cache allows:
+    [layers, sum(cuts), H, D]."""
     q, k, v = qkv
     out = []
     for n in cuts:
-        part = slice(begin, begin + n)
-        out.append(torch.stack([cache.attend(i, q[i, part], k[i, part], v[i, part], rope) for i in range(q.shape[0])]))
-        cache.advance(n)
-        begin += n
+        cache.room(n)
+        end = begin + n
+        while begin < end:
+            rows = cache.most(end - begin)
+            cache.prepare(rows)
+            part = slice(begin, begin + rows)
+            out.append(torch.stack([attend(cache, i, q[i, part], k[i, part], v[i, part], rope) for i in range(q.shape[0])]))
+            cache.advance(rows)
+            begin += rows
     return torch.cat(out, 1)
 
 
@@ -76,7 +83,7 @@ def written_out(
                 scores = []
                 for j in keys:
                     a, b = place(p, j)
-                    scores.append((rope.rotate(q[i, p : p + 1, h : h + 1], a) * rope.rotate(k[i, j : j + 1, at : at + 1], b)).sum())
+                    scores.append((rotate(rope, q[i, p : p + 1, h : h + 1], a) * rotate(rope, k[i, j : j + 1, at : at + 1], b)).sum())
                 weights = (torch.stack(scores) / width**0.5).softmax(0)
                 out[i, p, h] = weights @ v[i, keys, at]
     return out

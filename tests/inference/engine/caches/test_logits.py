@@ -1,12 +1,15 @@
 """Every cache with the real decoder: a sufficiently wide one gives the full cache's logits, and logits do not depend on the passes."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
 
-from fedtune.inference.engine.caches.base import Cache, Span
+from fedtune.inference.engine.caches.base import Cache, CacheError, Span
 from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.caches.kivi import KiviCache
 from fedtune.inference.engine.caches.paged import PagedPool
@@ -15,6 +18,7 @@ from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.shape import Shape
 from tests.inference.engine.tiny import SHAPES, VOCAB, tiny_model
 
+Floats, Ids = NDArray[np.float32], NDArray[np.int64]
 N = 33
 WIDE: dict[str, Callable[[Shape], Cache]] = {
     "window": lambda shape: WindowCache(shape, N, N, sinks=0),
@@ -45,32 +49,42 @@ NARROW: dict[str, Callable[[Shape], Cache]] = {
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Engine]:
-    engines_by_name: dict[str, Engine] = {}
-
-    def get(name: str) -> Engine:
-        if name not in engines_by_name:
-            folder: Path = tmp_path_factory.mktemp(name)
-            tiny_model(name, folder)
-            engines_by_name[name] = load_engine(folder)
-        return engines_by_name[name]
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @cache
+    def get(name: str) -> Path:
+        tiny_model(name, folder := tmp_path_factory.mktemp(name))
+        return folder
 
     return get
 
 
-def logits(engine: Engine, cache: Cache, cuts: list[int]) -> torch.Tensor:
-    ids = torch.randint(0, VOCAB, (N,), generator=torch.Generator().manual_seed(3))
-    return torch.cat([engine.decoder.forward(part, [Span(cache, len(part), keep=None)]) for part in ids.split(cuts)])
+@pytest.fixture(scope="module")
+def engines(folders: Callable[[str], Path]) -> Callable[[str], Engine]:
+    return cache(lambda name: load_engine(folders(name)))
+
+
+@pytest.fixture(scope="module")
+def native(folders: Callable[[str], Path]) -> Callable[[str], Engine]:
+    return cache(lambda name: load_engine(folders(name), "int8", keep=False))
+
+
+def draw(n: int, seed: int) -> Ids:
+    return np.random.default_rng(seed).integers(0, VOCAB, n)
+
+
+def logits(engine: Engine, cache: Cache, cuts: list[int], ids: Ids | None = None) -> Floats:
+    parts = np.split(draw(N, 3) if ids is None else ids, np.cumsum(cuts)[:-1])
+    return np.concatenate([engine.decoder.forward(part, [Span(cache, len(part), keep=None)]) for part in parts])
 
 
 def other_codes(a: Cache, b: Cache) -> list[float]:
     """By layer, the share of packed bytes and grid numbers that are not the same."""
     if not isinstance(a, KiviCache) or not isinstance(b, KiviCache):
         return [0.0]
-    groups, out = a._layers[0].done // a.group, []
-    for x, y in zip(a._layers, b._layers, strict=True):
-        other = torch.cat([(s[:, :groups] != t[:, :groups]).flatten() for s, t in zip(x.packed(), y.packed(), strict=True)])
-        out.append(float(other.float().mean()))
+    groups, out = a.layers[0].done // a.group, []
+    for x, y in zip(a.layers, b.layers, strict=True):
+        other = [(s[:, :groups] != t[:, :groups]).ravel() for s, t in zip(x.packed(), y.packed(), strict=True)]
+        out.append(float(np.concatenate(other).mean()))
     return out
 
 
@@ -79,7 +93,7 @@ def test_a_sufficiently_wide_cache_equals_the_full_cache(engines: Callable[[str]
     engine = engines(name)
     cuts = [N] if name == "llama_dynamic" else [20, 1, 1, 11]  # its base hangs on a pass's last position: transformers' too
     want = logits(engine, FullCache(engine.shape, N), cuts)
-    torch.testing.assert_close(logits(engine, WIDE[kind](engine.shape), cuts), want, atol=1e-5, rtol=1e-5)
+    assert_allclose(logits(engine, WIDE[kind](engine.shape), cuts), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_layer_types", "qwen3", "mistral", "smollm", "gemma2", "gemma3", "phi4_mini", "smollm3"])
@@ -97,26 +111,61 @@ def test_prefill_and_decode_are_one_pass(engines: Callable[[str], Engine], name:
         moved = other_codes(cache, whole)
         assert moved[0] < 0.001  # nothing but rounding comes before the first layer's; one code there moves later layers' numbers
         bound = 0.01 if any(moved) else 1e-4
-        torch.testing.assert_close(got, want, atol=bound, rtol=bound)
+        assert_allclose(got, want, atol=bound, rtol=bound)
     full = logits(engine, FullCache(engine.shape, N), [N])
-    assert (want - full).abs().max() > 1e-3  # the cache is narrow indeed
+    assert np.abs(want - full).max() > 1e-3  # the cache is narrow indeed
     if kind == "kivi8":
-        assert (want - full).abs().max() < 0.1
+        assert np.abs(want - full).max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_layer_types", "gemma2", "gemma3", "phi4_mini", "smollm3"])
+@pytest.mark.parametrize("kind", NARROW)
+def test_a_text_of_several_native_passes_has_the_logits_of_single_tokens(native: Callable[[str], Engine], name: str, kind: str) -> None:
+    """Up to rounding: an activation or key at the edge between two codes may fall to the other side, which moves its row alone."""
+
+    def same(got: Floats, wanted: Floats) -> None:
+        off = np.abs(got - wanted).max(1)
+        assert np.quantile(off, 0.75) < 1e-5 and off.max() < 0.02, off
+
+    engine = native(name)
+    assert engine.decoder.native_step() is not None
+    text = NARROW[kind](engine.shape)
+    assert text.most(N) < N / 2
+    want = logits(engine, NARROW[kind](engine.shape), [1] * N)
+    same(logits(engine, text, [N]), want)
+    mixed = [NARROW[kind](engine.shape), FullCache(engine.shape, N)]
+    both = engine.decoder.forward(np.tile(draw(N, 3), 2), [Span(own, N, keep=None) for own in mixed])
+    same(both[:N], want)
+    same(both[N:], logits(engine, FullCache(engine.shape, N), [1] * N))
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_a_text_that_is_too_long_for_several_passes_changes_nothing(native: Callable[[str], Engine], kind: str) -> None:
+    engine = native("llama")
+    full, free = NARROW[kind](engine.shape), NARROW[kind](engine.shape)
+    before = logits(engine, full, [20], draw(N, 3)[:20])
+    ids = draw(N, 5)
+    for first, second in ((full, free), (free, full)):
+        with pytest.raises(CacheError, match=r"20 \+ 14 tokens exceed the cache's limit of 33"):
+            engine.decoder.forward(ids[:28], [Span(own, 14) for own in (first, second)])
+        assert (full.length, free.length, free.nbytes) == (20, 0, 0)
+    whole = logits(engine, NARROW[kind](engine.shape), [20, 13])
+    assert_allclose(np.concatenate([before, logits(engine, full, [13], draw(N, 3)[20:])]), whole, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2_window", "gemma2", "gemma3", "phi4_mini", "smollm3_window"])
 def test_a_ragged_paged_batch_gives_each_text_its_own_logits(engines: Callable[[str], Engine], name: str) -> None:
     engine = engines(name)
     pool = PagedPool(engine.shape, 40, 4)
-    texts = [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 17, 9, 30, 1)]
+    texts = [draw(n, n) for n in (3, 17, 9, 30, 1)]
     caches = [pool.cache() for _ in texts]
-    engine.decoder.forward(torch.cat(texts), [Span(c, len(t)) for c, t in zip(caches, texts, strict=True)])
+    engine.decoder.forward(np.concatenate(texts), [Span(c, len(t)) for c, t in zip(caches, texts, strict=True)])
     for step in range(3):
-        new = torch.randint(0, VOCAB, (len(texts),), generator=torch.Generator().manual_seed(50 + step))
-        texts = [torch.cat([text, new[i : i + 1]]) for i, text in enumerate(texts)]
+        new = draw(len(texts), 50 + step)
+        texts = [np.append(text, token) for text, token in zip(texts, new, strict=True)]
         got = engine.decoder.forward(new, [Span(c, 1) for c in caches])
         alone = [engine.decoder.forward(t, [Span(FullCache(engine.shape, 40), len(t))]) for t in texts]
-        torch.testing.assert_close(got, torch.cat(alone), atol=1e-5, rtol=1e-5)
+        assert_allclose(got, np.concatenate(alone), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [*NARROW, "full"])
@@ -124,7 +173,7 @@ def test_an_early_exit_continues_after_a_crop(engines: Callable[[str], Engine], 
     """Drafts by the first layer, then the rest from its hidden states: as if there had been no draft."""
     engine = engines("llama")
     make = NARROW.get(kind, lambda shape: FullCache(shape, N))
-    ids = torch.randint(0, VOCAB, (N,), generator=torch.Generator().manual_seed(3))
+    ids = draw(N, 3)
     want = logits(engine, make(engine.shape), [N])
     cache, decoder = make(engine.shape), engine.decoder
     decoder.forward(ids[:21], [Span(cache, 21)])
@@ -134,5 +183,5 @@ def test_an_early_exit_continues_after_a_crop(engines: Callable[[str], Engine], 
             hidden.append(decoder.run(decoder.embed(ids[i : i + 1]), [Span(cache, 1)], last=1))
         cache.crop(begin)
         spans = [Span(cache, 2, keep=None)]
-        got = decoder.logits(decoder.run(torch.cat(hidden), spans, first=1), spans)
-        torch.testing.assert_close(got, want[begin : begin + 2], atol=1e-4, rtol=1e-4)
+        got = decoder.logits(decoder.run(np.concatenate(hidden), spans, first=1), spans)
+        assert_allclose(got, want[begin : begin + 2], atol=1e-4, rtol=1e-4)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -42,8 +43,8 @@ def scores(engine: Engine, parts: list[torch.Tensor], make: Callable[[], Cache],
     for ids in parts:
         cache = make()
         pieces = ids[:-1].split(100)
-        rows = torch.cat([engine.decoder.forward(piece, [Span(cache, len(piece), keep=None)]) for piece in pieces])
-        out.append(rows[after:].log_softmax(-1))
+        rows = np.concatenate([engine.decoder.forward(piece.numpy(), [Span(cache, len(piece), keep=None)]) for piece in pieces])
+        out.append(torch.from_numpy(rows[after:]).log_softmax(-1))
     return torch.cat(out)
 
 

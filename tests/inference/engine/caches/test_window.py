@@ -101,15 +101,15 @@ def test_memory_does_not_grow_with_the_text() -> None:
     for i in range(5):
         passes(cache, ROPE, QKV, [20], i % 3)
     assert cache.nbytes == 1920 and cache.length == 123
-    half = WindowCache(SHAPE, 1000, 6, 2, undo=3, dtype=torch.bfloat16)
+    half = WindowCache(SHAPE, 1000, 6, 2, undo=3, dtype="bfloat16")
     passes(half, ROPE, QKV, [23])
-    assert half.nbytes == 960 == WindowCache.bytes_for(SHAPE, 1000, 6, 2, undo=3, dtype=torch.bfloat16)
+    assert half.nbytes == 960 == WindowCache.bytes_for(SHAPE, 1000, 6, 2, undo=3, dtype="bfloat16")
 
 
 def test_bfloat16_stays_close_and_does_not_depend_on_the_passes() -> None:
-    whole = passes(WindowCache(SHAPE, 23, 5, 2, dtype=torch.bfloat16), ROPE, QKV, [23])
+    whole = passes(WindowCache(SHAPE, 23, 5, 2, dtype="bfloat16"), ROPE, QKV, [23])
     assert (whole - streaming(5, 2)).abs().max() < 0.03  # numbers around 1 with 8 bits
-    steps = passes(WindowCache(SHAPE, 23, 5, 2, dtype=torch.bfloat16), ROPE, QKV, [1] * 23)
+    steps = passes(WindowCache(SHAPE, 23, 5, 2, dtype="bfloat16"), ROPE, QKV, [1] * 23)
     torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
 
 
