@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,21 +35,20 @@ class StoredTensor:
         """Map the tensor; its pages are freed with the array, which may be changed without an effect on the file.
 
         Raises:
-            ModelError: The file has shrunk, or the dtype is unknown.
+            ModelError: The file has shrunk, numpy has no such shape, or the engine no such dtype.
         """
         if self.dtype not in DTYPES:
             raise ModelError(f"{self.path} holds {self.dtype} numbers, which the engine cannot read: export the model again")
         dtype = DTYPES[self.dtype]
-        size = dtype.itemsize * math.prod(self.shape)
-        if not size:
-            return np.empty(self.shape, dtype)
         start = self.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
+            if not (count := math.prod(self.shape)):
+                return np.empty(self.shape, dtype)
             with open(self.path, "rb") as file:
-                memory = mmap.mmap(file.fileno(), size + self.begin - start, access=mmap.ACCESS_COPY, offset=start)
-        except (OSError, ValueError) as bad:
+                memory = mmap.mmap(file.fileno(), dtype.itemsize * count + self.begin - start, access=mmap.ACCESS_COPY, offset=start)
+            return np.frombuffer(memory, dtype, count, self.begin - start).reshape(self.shape)
+        except (OSError, ValueError, OverflowError) as bad:  # numpy refuses shapes that the format allows
             raise ModelError(f"{self.path} cannot be read ({str(bad)[:80]}): it is damaged") from None
-        return np.frombuffer(memory, dtype, math.prod(self.shape), self.begin - start).reshape(self.shape)
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -58,6 +58,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         ModelError: The file is missing or damaged.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is no regular file")
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _HEADER:
@@ -65,7 +67,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             header: dict[str, Any] = parse_json(file.read(length).decode())
         with safe_open(path, "np") as checked:  # sizes, offsets and the file's length
             names = set(checked.keys())
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         found = {
             name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
             for name, entry in header.items()
