@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from fedtune.inference.engine.bfloat16 import Array
 from fedtune.inference.engine.generate import Context, Generation
 from fedtune.inference.engine.linear import portable
 from fedtune.inference.engine.load import load_engine
@@ -18,6 +20,7 @@ from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.requests import GenerationRequest
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
+from fedtune.inference.engine.tensor_files import read_header
 from fedtune.inference.engine.text import read_text
 from fedtune.inference.generate_transformers import load_model
 from fedtune.templates import render
@@ -65,6 +68,14 @@ def _damaged(says: str, name: str, content: str | int) -> None:
 _damaged("{} is not JSON: export the model again", "config.json", "{")
 _damaged("{} does not hold a JSON object: export the model again", "config.json", "[]")
 _damaged("{} is not a valid safetensors file ({}): export the model again", "model.safetensors", 900)
+
+
+@follows("{} holds {} numbers, which the engine cannot read: export the model again")
+def _(place: Place) -> Iterator[str]:
+    file = place.folder / "x.safetensors"  # of GPTQ's parts, whose dtypes nothing else checks
+    for dtype in (torch.uint32, torch.int32):
+        save_file({"qweight": torch.ones(4, dtype=dtype)}, file)
+        yield raised(read_header(file)[0]["qweight"].read)
 
 
 @follows("{} has no tensor {}: give a merged model, as written by `fedtune export`")
@@ -124,14 +135,14 @@ def _(place: Place) -> Iterator[str]:
     yield raised(lambda: engine.start(engine.cache()))
 
 
-def _linear(says: str, kind: str, group: int = 32, **parts: torch.Tensor | None) -> None:
+def _linear(says: str, kind: str, group: int = 32, **parts: Array | None) -> None:
     """A row about a stored linear layer with these parts; the next export writes all of them.
 
     No file causes this error, because the package reader checks first.
     """
 
     def follow(place: Place) -> Iterator[str]:
-        whole: Any = portable(kind, torch.ones(8, 64))
+        whole: Any = portable(kind, np.ones((8, 64), np.float32))
         damaged = {name: part for name, part in (whole | parts).items() if part is not None}
         yield raised(lambda: linear_from_tensors(kind, damaged, n_in=64, group=group))
         yield raised(lambda: linear_from_tensors(kind, whole, n_in=64))
@@ -140,7 +151,7 @@ def _linear(says: str, kind: str, group: int = 32, **parts: torch.Tensor | None)
 
 
 _linear("{} lacks its {}, which {} needs: export the model again", "int4", zero=None)
-_linear("{} has a {} of shape {}, {} needs {}: export the model again", "int4", zero=torch.ones(3, 2))
+_linear("{} has a {} of shape {}, {} needs {}: export the model again", "int4", zero=np.ones((3, 2), np.uint16))
 _linear("{} has int4 groups of {} columns: the engine supports {}; export it again", "int4", group=16)
 
 
@@ -247,7 +258,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("adapter {} changes '{}', which the engine cannot adapt: merge it with `fedtune export`")
 def _(place: Place) -> Iterator[str]:
     engine = load_engine(exported(place, run_of(place), "--to", "edge", "--separate"))
-    factors = {"lm_head": (torch.ones(1, engine.shape.hidden), torch.ones(engine.shape.vocab, 1))}
+    factors = {"lm_head": (np.ones((1, engine.shape.hidden), np.float32), np.ones((engine.shape.vocab, 1), np.float32))}
     yield raised(lambda: engine.add_adapter("more", factors))
     yield loaded(exported(place, run_of(place), "--to", "edge"))  # without --separate it is merged
 

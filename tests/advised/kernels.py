@@ -1,14 +1,16 @@
 """The advice of the native kernels."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
+from fedtune.inference.engine import reference
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.linear import Linear, portable
@@ -17,12 +19,13 @@ from fedtune.inference.engine.make_linear import describe_path, linear_from_tens
 from fedtune.inference.engine.native import build, library
 from fedtune.inference.engine.native.library import SETS, Kernels
 from fedtune.inference.engine.native.pack import pack, weights_of
+from fedtune.inference.engine.reference import linears
 from tests.advised.rows import Place, follows, raised
 from tests.inference.engine.tiny import tiny_model
 
 
 def linear() -> Linear:
-    return linear_from_tensors("int4", portable("int4", torch.ones(8, 64)), n_in=64)
+    return linear_from_tensors("int4", portable("int4", np.ones((8, 64), np.float32)), n_in=64)
 
 
 def refused(place: Place, choice: str) -> str:
@@ -45,6 +48,17 @@ def _(place: Place) -> Iterator[str]:
     for choice in ("off", *SETS, ""):
         yield refused(place, choice)
     library._chosen.cache_clear()
+
+
+@follows("{} linear layers run by torch here ({}), which is not installed: pip install torch")
+def _(place: Place) -> Iterator[str]:
+    place.patch.setenv("FEDTUNE_NATIVE", "off")
+    with place.patch.context() as without:
+        without.delitem(sys.modules, linears.__name__)
+        without.delattr(reference, "linears")
+        without.setitem(sys.modules, "torch", None)
+        yield raised(linear)
+    yield raised(linear)  # installed
 
 
 @follows("{}={} needs a CPU with {}, and this one has {}: set one of these or leave it out")
@@ -77,7 +91,7 @@ def _(place: Place) -> Iterator[str]:
 
 def multiplied(code: int) -> str:
     """What is said about a product for which the library returns a code."""
-    parts = pack("int4", portable("int4", torch.ones(8, 64)), 64, 32)
+    parts = pack("int4", portable("int4", np.ones((8, 64), np.float32)), 64, 32)
     run = Kernels(SimpleNamespace(fedtune_multiply=lambda *_: code), "portable")
     return raised(lambda: run.multiply(weights_of(parts, "int4", 64, 8), 1, 1, (0, 0), (0, 0)))
 
@@ -101,7 +115,7 @@ def passed(place: Place, code: int) -> str:
     tiny_model("llama", place.folder / "llama")
     place.patch.setattr(Kernels, "run", partialmethod(_ran, code=code))
     decoder = load_engine(place.folder / "llama", "int8", keep=False).decoder
-    return raised(lambda: decoder.forward(torch.arange(9), [Span(FullCache(decoder.shape, 9), 9)]))
+    return raised(lambda: decoder.forward(range(9), [Span(FullCache(decoder.shape, 9), 9)]))
 
 
 def _ran(self: Kernels, decoder: Any, part: Any, threads: int, *, code: int) -> None:

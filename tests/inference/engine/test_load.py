@@ -66,7 +66,7 @@ def write_package_of(folder: Path, name: str, kind: str = "int4", adapters: Any 
     """Write a tiny model as an edge package. Returns the model."""
     model = tiny_model(name, folder.with_name(folder.name + "-hf"))
     config = json.loads((folder.with_name(folder.name + "-hf") / "config.json").read_text())
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # a tokenizer may be there
     shapes, state = dict(tensor_shapes(read_shape(config))), model.state_dict()
     linears = {
         n.removesuffix(".weight"): StoredLinear(
