@@ -81,10 +81,9 @@ else:
     raise AssertionError("torch is found")
 """
 
-# the tokens of a package and of a folder, in every way of generating; what fp32 says
+# the tokens of a package and of a folder, in every way of generating; the number of ways in fp32
 ANSWERS = """
 import json, sys
-from fedtune.errors import ModelError
 from fedtune.inference.engine import ready
 from fedtune.inference.engine.caches.kivi import KiviCache
 from fedtune.inference.engine.caches.window import WindowCache
@@ -105,10 +104,7 @@ def answers(engine):
     ids = [2 + i % 7 for i in range(30)]
     return [describe_passes(engine.decoder), *([p.token for p in Generation(engine, ids, max_new_tokens=20, **way)] for way in ways)]
 found = [answers(load_engine(folder, kind)) for folder, kind in json.loads(sys.argv[1])]
-try:
-    print(json.dumps([*found, len(answers(load_engine(json.loads(sys.argv[1])[1][0], "fp32")))]))
-except ModelError as bad:
-    print(json.dumps([*found, str(bad)]))
+print(json.dumps([*found, len(answers(load_engine(json.loads(sys.argv[1])[1][0], "fp32")))]))
 print("torch" in sys.modules)
 """
 
@@ -143,5 +139,8 @@ def test_the_engine_generates_the_same_tokens_where_torch_is_not_installed(tmp_p
     (*found, said), (*wanted, ways) = (json.loads(process.stdout.splitlines()[0]) for process in (without, normal))
     assert found == wanted and ways == 7 and [model[0] for model in found] == ["in native code"] * 2
     assert all(len(tokens) > 5 for model in found for tokens in model[1:])
-    assert said == "fp32 linear layers run by torch here (fp32 has no native kernel), which is not installed: pip install torch"
+    assert said == ways
+    off = run(WITHOUT_TORCH, FEDTUNE_NATIVE="off")
+    sentence = "int4 linear layers run by torch here (FEDTUNE_NATIVE=off), which is not installed: pip install torch"
+    assert off.stderr.splitlines()[-1] == f"fedtune.errors.ModelError: {sentence}"
     assert [process.stdout.splitlines()[1] for process in (without, normal)] == ["False", "True"]
