@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedtune.errors import ConfigError
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.requests import Busy, End, GenerationRequest, Output, Stopping
 from fedtune.inference.engine.sample import Sampler, rate
+from fedtune.inference.engine.speculate.batch import BatchAdapt, SequenceDrafts
 from fedtune.inference.engine.text import StopStrings, Stream, Text
 
 _log = logging.getLogger("fedtune.inference")
@@ -57,6 +59,7 @@ class _Sequence:
         self.cache: Cache | None = None
         self.sampler = Sampler(request.sampling, request.ids, vocabulary)
         self.stream, self.stops = Stream(text, request.ids if request.joins else ()), StopStrings(request.sampling.stop)
+        self.drafts, self.drafted = SequenceDrafts(), list[int]()  # the draft tokens of the next pass
 
     @property
     def held(self) -> int:
@@ -84,9 +87,12 @@ class Scheduler:
         rows: Tokens per pass, decoding ones first.
         virtual: Number of virtual tokens in a cache (a tuned prompt); caches with them share no prefix.
         begin: Puts the virtual tokens into a new cache.
+        speculates: Whether passes without prompts also verify draft tokens, while that is faster. Answers stay the same if a row's logits
+            do not depend on other rows, as in native code.
 
     Attributes:
         passes: Number of passes so far.
+        drafted, accepted: Draft tokens that were verified, and accepted.
         preempted: Number of preemptions so far.
     """
 
@@ -102,6 +108,7 @@ class Scheduler:
         rows: int = 128,
         virtual: int = 0,
         begin: Callable[[Cache], None] = lambda cache: None,
+        speculates: bool = False,
     ) -> None:
         if max_running < 1 or max_waiting < 0:
             raise ConfigError(f"max_running={max_running} must be at least 1 and max_waiting={max_waiting} at least 0")
@@ -112,7 +119,8 @@ class Scheduler:
         self._running: list[_Sequence] = []  # in order of admission
         self._lock = threading.Condition()
         self._draining = self._closed = False
-        self.passes = self.preempted = 0
+        self._adapt = BatchAdapt() if speculates else None
+        self.passes = self.preempted = self.drafted = self.accepted = 0
 
     @property
     def limit(self) -> int:
@@ -202,17 +210,27 @@ class Scheduler:
         plan = self._plan()
         if not plan:
             return False
-        ids = [sequence.tokens[sequence.held : sequence.held + n] for sequence, n in plan]
-        spans = [Span(s.cache, n, keep=int(n == s.pending), adapter=s.request.adapter) for s, n in plan]  # type: ignore[arg-type]
-        due = [s for s, n in plan if n == s.pending]
-        logits = self._decoder.forward([i for part in ids for i in part], spans)
+        begun, decodes = time.perf_counter(), all(n == s.pending == 1 for s, n in plan)
+        if decodes and self._adapt is not None:
+            self._draft([s for s, _ in plan], self._adapt)
+        ids, spans, due = list[int](), list[Span](), list[tuple[_Sequence, int]]()
+        for s, n in plan:
+            assert s.cache is not None
+            ids += [*s.tokens[s.held : s.held + n], *s.drafted]
+            keep = 1 + len(s.drafted) if n == s.pending else 0
+            spans.append(Span(s.cache, n + len(s.drafted), keep=keep, adapter=s.request.adapter))
+            due += [(s, keep)] if keep else []
+        logits = self._decoder.forward(ids, spans)
         self.passes += 1
-        for sequence, row in zip(due, logits, strict=True):
+        ends = accumulate(keep for _, keep in due)
+        for (sequence, keep), end in zip(due, ends, strict=True):
             try:
-                self._decide(sequence, row)
+                self._decide_all(sequence, logits[end - keep : end])
             except Exception:  # an error of one request must not affect the others
                 _log.exception("the next token of a request cannot be chosen")
                 self._end(sequence, "failed")
+        if decodes and self._adapt is not None:
+            self._adapt.ran(len(ids), time.perf_counter() - begun)
         return True
 
     def _take_waiting(self) -> list[_Sequence]:
@@ -271,6 +289,17 @@ class Scheduler:
                 left -= n
         return list(plan.items())
 
+    def _draft(self, sequences: Sequence[_Sequence], adapt: BatchAdapt) -> None:
+        """Give the sequences of a pass their draft tokens, as far as there is room."""
+        for s, count in zip(sequences, adapt.counts([s.drafts.acceptance(s.tokens) for s in sequences]), strict=True):
+            assert s.cache is not None
+            room = min(s.request.max_new_tokens - s.request.answered - 1, self.limit - len(s.tokens))
+            count = max(0, min(count, room, room if s.cache.undo is None else s.cache.undo - 1))
+            if count and self._caches.reserve(s.cache, 1 + count):
+                s.drafted = s.drafts.draft(s.tokens, count)
+            else:
+                s.drafts.saw(0, 0)
+
     def _preempt(self, sequence: _Sequence) -> None:
         """Free a sequence's cache for others. It is queued first, and its tokens will be recomputed."""
         self.preempted += 1
@@ -282,13 +311,36 @@ class Scheduler:
         self._running.remove(sequence)
         cache, sequence.cache = sequence.cache, None
         assert cache is not None
+        if cache.length > (end := self._virtual + len(sequence.tokens)):  # draft tokens after the end
+            cache.crop(end)
         self._caches.close(cache, sequence.tokens[: cache.length - self._virtual], sequence.request.adapter)
+
+    def _decide_all(self, sequence: _Sequence, logits: np.ndarray) -> None:
+        """Choose the sequence's next tokens from logits [1 + drafted, V]: those of plain decoding, as long as the draft has them."""
+        drafted, sequence.drafted = sequence.drafted, []
+        chosen = list[int]()
+        for row, draft in zip(logits, [*drafted, None], strict=True):
+            chosen.append(sequence.sampler.next(row))
+            sequence.sampler.take(chosen[-1])
+            if chosen[-1] != draft:
+                break
+        if drafted:
+            assert sequence.cache is not None
+            sequence.cache.crop(sequence.cache.length - len(drafted) + len(chosen) - 1)
+            sequence.drafts.saw(len(drafted), len(chosen) - 1)
+            self.drafted, self.accepted = self.drafted + len(drafted), self.accepted + len(chosen) - 1
+        for token, row in zip(chosen, logits, strict=False):
+            self._add(sequence, token, row)
+            if sequence.cache is None:  # it has ended
+                return
 
     def _decide(self, sequence: _Sequence, logits: np.ndarray) -> None:
         """Choose the sequence's next token from logits [V]."""
+        self._decide_all(sequence, logits[None])
+
+    def _add(self, sequence: _Sequence, token: int, logits: np.ndarray) -> None:
+        """Append a token, which was chosen from logits [V]."""
         request = sequence.request
-        token = sequence.sampler.next(logits)
-        sequence.sampler.take(token)
         sequence.tokens.append(token)
         request.answered += 1
         logprob, rivals = None, ()

@@ -187,6 +187,7 @@ def make_scheduler(engine: Engine, caches: Caches, *, max_concurrent: int, queue
         max_waiting=queue,
         virtual=engine.virtual_length,
         begin=engine.start,
+        speculates=True,
     )
 
 

@@ -13,7 +13,7 @@ _DECAY = 0.9  # of the acceptance statistics, per verification
 _TRIALS = 3  # verifications before an attempt is judged; fewer if at the measured costs not even good drafts pay off
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 1024  # steps until the next attempt
 _REFRESH = 32  # verifications until a plain step measures c(1) again
-_WORTH = 1.05  # expected gain below which speculation pauses: measurements are not exact
+WORTH = 1.05  # expected gain below which speculation pauses: measurements are not exact
 _HOPE, _WEIGHT = 0.7, 0.5  # prior acceptance at the start of an attempt, and its weight in draft tokens
 _GROW = 3  # a pass has at most this many times the tokens of the largest measured one: beyond it, costs are unknown
 
@@ -128,9 +128,9 @@ class Adapt:
         if not self.costs.known(1) or self._since_plain >= _REFRESH:
             return 0
         gain, guesses = self.best(grade)
-        if state.left == _TRIALS or (state.left > 0 and self.best(grade, _HOPE)[0] > _WORTH):
+        if state.left == _TRIALS or (state.left > 0 and self.best(grade, _HOPE)[0] > WORTH):
             return guesses
-        if gain > _WORTH:
+        if gain > WORTH:
             state.interval = 0
             return guesses
         state.interval = min(2 * state.interval, _LONGEST_PAUSE) or _FIRST_PAUSE
@@ -150,22 +150,41 @@ class Adapt:
         self._since_plain += 1
 
 
+class Acceptance:
+    """The share of draft tokens that are accepted if those before them are, from a prior and recent verifications."""
+
+    def __init__(self) -> None:
+        self.kept = self.tried = 0.0
+
+    @property
+    def share(self) -> float:
+        return (self.kept + _HOPE * _WEIGHT) / (self.tried + _WEIGHT)
+
+    def saw(self, guesses: int, kept: int) -> None:
+        """Record a verification."""
+        self.kept = self.kept * _DECAY + kept
+        self.tried = self.tried * _DECAY + kept + (kept < guesses)
+
+    def fade(self, factor: float) -> None:
+        """Move towards the prior."""
+        self.kept, self.tried = self.kept * factor, self.tried * factor
+
+
 class _Grade:
-    """Acceptance statistics and pauses of one grade."""
+    """Acceptance and pauses of one grade."""
 
     def __init__(self) -> None:
         self.pause = self.interval = 0  # remaining steps of the pause; length of the last pause
         self.begin()
 
     def begin(self) -> None:
-        self.kept = self.tried = 0.0
+        self.of = Acceptance()
         self.left = _TRIALS
 
     @property
     def acceptance(self) -> float:
-        return (self.kept + _HOPE * _WEIGHT) / (self.tried + _WEIGHT)
+        return self.of.share
 
     def saw(self, guesses: int, kept: int) -> None:
-        self.kept = self.kept * _DECAY + kept
-        self.tried = self.tried * _DECAY + kept + (kept < guesses)
+        self.of.saw(guesses, kept)
         self.left -= 1
