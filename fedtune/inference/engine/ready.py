@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.inference.engine.aligned import ALIGNED
 from fedtune.inference.engine.bfloat16 import Array
 from fedtune.inference.engine.linear import Linear, Native
 from fedtune.inference.engine.make_linear import linear_from_parts
@@ -32,7 +33,6 @@ from fedtune.storage.parsing import parse_json, read_text
 __all__ = ["Place", "open_ready", "place", "write_ready"]
 
 LEAST = 1 << 26  # smallest model, in bytes, for which packing pays off
-_ALIGNED = 64
 _DTYPES = {str(dtype): dtype for dtype in map(np.dtype, ("f4", "u2", "i1", "u1"))}
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _written(file: Any, linears: Iterable[tuple[str, Linear]]) -> dict[str, Any]
                 layout = layouts.index(described.hex())
             memory = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             file.write(memory)
-            file.write(more := bytes(-len(memory) % _ALIGNED))
+            file.write(more := bytes(-len(memory) % ALIGNED))
             parts[part] = {"at": at, "bytes": len(memory), "dtype": dtype, "shape": list(shape), "layout": layout}
             at += len(memory) + len(more)
         entries[name] = {"kind": linear.kind, "n_in": linear.n_in, "n_out": linear.n_out, "group": linear.group, "parts": parts}

@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.inference.engine.aligned import zeros
 from fedtune.inference.engine.shape import RopeShape, Shape
 
 Floats = NDArray[np.float32]
@@ -79,7 +80,7 @@ class Rope:
     def _make(self, freqs: Floats, start: int, n: int) -> Turns:
         freqs = np.concatenate([freqs, np.zeros(self._still, np.float32)])
         angles = np.arange(start, start + n, dtype=np.float32)[:, None] * freqs
-        out = np.empty((n, 1, len(freqs)), np.complex64)
+        out = zeros((n, 1, len(freqs)), np.complex64)
         out.real[:, 0], out.imag[:, 0] = self._factor * np.cos(angles), self._factor * np.sin(angles)
         return out
 

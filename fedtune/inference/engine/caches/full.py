@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.inference.engine.aligned import zeros
 from fedtune.inference.engine.bfloat16 import Array, to_dtype
 from fedtune.inference.engine.caches.base import Cache, addresses
 from fedtune.inference.engine.native.structures import SpanStructure
@@ -59,7 +60,7 @@ class FullCache(Cache):
         size = min(self.limit, max(FIRST, 2 * held, needed))
         for buffers in (self.keys, self.values):
             for layer in range(shape.layers):
-                new = np.zeros((shape.kv_heads, size, shape.head_dim), self.dtype)
+                new = zeros((shape.kv_heads, size, shape.head_dim), self.dtype)
                 if held:
                     new[:, :held] = buffers[layer]  # including cropped entries, from which an early exit is continued
                     buffers[layer] = new

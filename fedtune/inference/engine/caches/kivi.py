@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.inference.engine.aligned import zeros
 from fedtune.inference.engine.bfloat16 import DTYPES, Array, as_float32, to_dtype
 from fedtune.inference.engine.caches.base import Cache, CacheError, addresses
 from fedtune.inference.engine.caches.packing import WIDTHS, Codes, Floats, Halves, decode, encode, grid, group_size, spread
@@ -47,7 +48,7 @@ class _Layer:
         held = self.done // (self.value_low.shape[2])
         bigger: list[Any] = []
         for a in self.packed():
-            new = np.empty((a.shape[0], groups, *a.shape[2:]), a.dtype)
+            new = zeros((a.shape[0], groups, *a.shape[2:]), a.dtype)
             new[:, :held] = a[:, :held]
             bigger.append(new)
         self.key_codes, self.key_low, self.key_scale, self.value_codes, self.value_low, self.value_scale = bigger
@@ -171,7 +172,7 @@ class KiviCache(Cache):
         heads, width, g = self.shape.kv_heads, self.shape.head_dim, self.group
         codes, low = np.empty((heads, 0, g * self.bits // 8, width), np.uint8), np.empty((heads, 0, 1, width), np.float16)
         value_low = np.empty((heads, 0, g, -(-width // self._size)), np.float16)
-        keys, values = (np.zeros((heads, self._room, width), self.dtype) for _ in range(2))
+        keys, values = (zeros((heads, self._room, width), self.dtype) for _ in range(2))
         return _Layer(0, 0, keys, values, codes, low, low, codes, value_low, value_low)
 
     def _quantize(self, store: _Layer, upto: int) -> None:

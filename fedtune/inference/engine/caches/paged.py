@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.inference.engine.aligned import zeros
 from fedtune.inference.engine.bfloat16 import DTYPES, to_dtype
 from fedtune.inference.engine.caches.base import Cache, CacheError, Span, addresses
 from fedtune.inference.engine.native.structures import SpanStructure
@@ -42,7 +43,7 @@ class PagedPool:
         self.shape, self.blocks, self.block, self.dtype = shape, blocks, block, dtype
         entries = DTYPES[dtype]
         size = shape.layers, blocks + 1, block, shape.kv_heads, shape.head_dim  # block 0 stays zero: it pads tables
-        self.keys, self.values = np.zeros(size, entries), np.zeros(size, entries)  # memory is allocated on the first write
+        self.keys, self.values = zeros(size, entries), zeros(size, entries)  # memory is allocated on the first write
         self.reclaim: Callable[[int], None] = lambda wanted: None
         self.spare: Callable[[], int] = lambda: 0
         self._free = list(range(blocks, 0, -1))

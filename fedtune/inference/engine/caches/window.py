@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.inference.engine.aligned import zeros
 from fedtune.inference.engine.bfloat16 import DTYPES, Array, to_dtype
 from fedtune.inference.engine.caches.base import Cache, CacheError, addresses
 from fedtune.inference.engine.native.structures import SpanStructure
@@ -88,7 +89,7 @@ class WindowCache(Cache):
         self.room(n)
         if not self.keys:
             size = self._slots, self.shape.kv_heads, self.shape.head_dim
-            self.keys, self.values = ([np.zeros(size, self.dtype) for _ in range(self.shape.layers)] for _ in range(2))
+            self.keys, self.values = ([zeros(size, self.dtype) for _ in range(self.shape.layers)] for _ in range(2))
             self._addresses = [addresses(self.keys), addresses(self.values)]
 
     def native_span(self, n: int) -> SpanStructure:

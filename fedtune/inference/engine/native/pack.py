@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.inference.engine.aligned import aligned
 from fedtune.inference.engine.bfloat16 import Array, as_float32, to_bfloat16
 from fedtune.inference.engine.native.library import KINDS
 from fedtune.inference.engine.native.structures import Weights
@@ -45,7 +46,7 @@ def pack(kind: str, tensors: Mapping[str, Array], n_in: int, group: int) -> dict
         out["base"] = _padded(as_float32(tensors["scale"])[:, None], BLOCK, 1)[:, 0].copy()
     if "bias" in tensors:
         out["bias"] = tensors["bias"]
-    return {name: np.ascontiguousarray(array) for name, array in out.items()}  # numpy keeps the order of a transposed operand
+    return {name: aligned(array) for name, array in out.items()}
 
 
 def weights_of(parts: Mapping[str, Array], kind: str, n_in: int, n_out: int) -> Weights:
