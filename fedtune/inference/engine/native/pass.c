@@ -437,8 +437,8 @@ static int64_t lay_out(struct work *w, char *memory) {
     w->qkv = cut(memory, &at, a_float * w->qkv_width);
     w->attended = cut(memory, &at, a_float * d->heads * d->head_dim);
     w->wide = cut(memory, &at, a_float * 2 * d->intermediate);
-    w->shrunk = cut(memory, &at, a_float * most_ranks(w));
     w->space = cut(memory, &at, most_space(w));
+    w->shrunk = cut(memory, &at, a_float * most_ranks(w));
     return at;
 }
 

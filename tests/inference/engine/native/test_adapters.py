@@ -1,5 +1,6 @@
 """Separate adapters in native passes against torch's, on the same linear layers and factors."""
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from fedtune.inference.engine.decoder import Decoder
 from fedtune.inference.engine.layout import linears
 from fedtune.inference.engine.lora import make_lora
 from fedtune.inference.engine.native.library import SETS, kernels
-from fedtune.inference.engine.native.structures import LoraStructure
+from fedtune.inference.engine.native.structures import LoraPiece, LoraStructure
 from tests.inference.engine.native.test_kernels import of
 from tests.inference.engine.native.test_step import CACHES, EXACT, assert_alike, by_torch, decoder_of, native_engine, texts
 from tests.inference.engine.tiny import SHAPES
@@ -252,10 +253,16 @@ def set_whole(name: str, value: int | None) -> Callable[[LoraStructure], None]:
     return lambda lora: setattr(lora, name, value)
 
 
+def begin_before_the_first(lora: LoraStructure) -> None:
+    """The pieces of the second layer begin before the array, where there is a fitting one."""
+    ctypes.c_int64.from_buffer(lora, LoraStructure.pieces.offset).value += ctypes.sizeof(LoraPiece)  # an assignment would free them
+    lora.count, lora.starts[1], lora.starts[2] = 13, -1, 13
+
+
 BAD: Sequence[Callable[[LoraStructure], None]] = [
     set_whole("layers", 1), set_whole("layers", 3), set_whole("count", -1), set_whole("count", 13), set_whole("count", 15),
     set_whole("starts", None), set_whole("pieces", None),
-    set_start(0, 1), set_start(0, -1), set_start(1, -1), set_start(1, 15), set_start(2, 13),
+    begin_before_the_first, set_start(0, 1), set_start(0, -1), set_start(1, -1), set_start(1, 15), set_start(2, 13),
     *(set_piece(name, value) for name in ("rank", "n_in", "n") for value in (0, -1, 2**62)),
     *(set_piece(name, value) for name in ("linear", "first") for value in (-1, 4, 2**62)),
     set_piece("rank", 2**24), set_piece("n_in", 81), set_piece("n_in", 79), set_piece("n", 49), set_piece("first", 1),
