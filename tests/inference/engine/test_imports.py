@@ -123,14 +123,8 @@ def test_the_engine_generates_the_same_tokens_where_torch_is_not_installed(tmp_p
 
     def run(script: str, **more: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / f"cache{len(script)}"), **more}
-        return subprocess.run(
-            [sys.executable, "-c", script + ANSWERS, models],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=ROOT.parents[2],
-            env=environment,
-        )
+        command = [sys.executable, "-c", script + ANSWERS, models]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT.parents[2], env=environment)
 
     without, normal = run(WITHOUT_TORCH), run("import torch\n", FEDTUNE_NATIVE=best.instructions)  # torch may be faster in int8
     assert without.returncode == 0, without.stderr

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine import linear as engine_linear
-from fedtune.inference.engine.bfloat16 import Array, as_float32
+from fedtune.inference.engine.bfloat16 import Array, as_float32, to_bfloat16
 from fedtune.inference.engine.linear import KINDS
 from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.native.choice import why_torch
@@ -85,6 +85,15 @@ def test_groups_of_equal_weights_are_exact() -> None:
     weight = torch.tensor([0.0, 0.25, -3.0]).repeat_interleave(32)[None]
     assert torch.equal(dequantized("int4", portable("int4", weight), n_in=96), weight)
     assert torch.equal(dequantized("int8", portable("int8", weight * 0), n_in=96), weight * 0)
+
+
+def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):  # below, at and above the middle, with every sign and exponent
+        x = (upper | lower).view(np.float32)
+        found, wanted = as_tensor(to_bfloat16(x)), torch.from_numpy(x).bfloat16()
+        assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found[~found.isnan()], wanted[~wanted.isnan()])
+        assert torch.equal(torch.from_numpy(as_float32(to_bfloat16(x))).nan_to_num(7), found.float().nan_to_num(7))
 
 
 def test_onednn_gets_few_different_row_counts() -> None:
