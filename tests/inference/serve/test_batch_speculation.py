@@ -66,6 +66,7 @@ class Copier:
                     logits[0, END] -= 1
                     logits[0, tape.tokens[-3:][0]] += 4
                     out.append(logits)
+            assert len(tape.tokens) <= 4 * tape.blocks  # reserved
         return np.concatenate(out)
 
 
@@ -110,9 +111,14 @@ def test_answers_are_those_without_drafts(seed: int) -> None:
 def test_accepted_drafts_save_passes_and_are_counted() -> None:
     requests = [{"ids": [1, 2, 3], "sampling": Sampling(seed=i), "max_new_tokens": 60} for i in range(3)]
     plain, before, _ = answers(requests, blocks=10**6, speculates=False)
-    with patch.object(BatchAdapt, "counts", lambda self, acceptances: [3 if a else 0 for a in acceptances]):
+    noted = list[tuple[int, int]]()
+    with (
+        patch.object(BatchAdapt, "counts", lambda self, acceptances: [3 if a else 0 for a in acceptances]),
+        patch.object(SequenceDrafts, "saw", lambda self, *saw: noted.append(saw)),
+    ):
         found, after, decoder = answers(requests, blocks=10**6, speculates=True)
     assert found == plain and before.drafted == 0 < after.accepted < after.drafted
+    assert (sum(g for g, _ in noted), sum(k for _, k in noted)) == (after.drafted, after.accepted)
     assert after.passes == len(decoder.rows) < 0.7 * before.passes
     # a pass that also reads prompts verifies no draft
     assert sum(decoder.rows) == sum(len(o) for o in found) - 3 + 9 + after.drafted - after.accepted
