@@ -13,6 +13,7 @@ FOR = {  # flag → the formats that have it
     "trust_remote_code": ("hf", "vllm"),
     "quantize": ("edge",),
     "method": ("edge",),
+    "head": ("edge",),
     "calibrate": ("edge", "gptq", "awq"),
     "separate": ("edge", "vllm"),
     "gguf_type": ("gguf", "ollama"),
@@ -44,6 +45,7 @@ def add(commands: Any) -> None:
     )
     export.add_argument("--trust-remote-code", action="store_true", help=f"hf, vllm: {TRUST}")
     export.add_argument("--quantize", choices=["int8", "int4"], help="edge: weight format (default: as in the checkpoint)")
+    export.add_argument("--head", choices=["int8", "int4"], help="edge: format of a quantized model's output head (default: int8)")
     export.add_argument("--method", choices=["rtn", "gptq", "awq", "smoothquant"], help="edge: quantization method (default: rtn)")
     export.add_argument(
         "--calibrate", type=Path, metavar="DATA", help="edge, gptq, awq: text for the quantization and perplexity: a RUN, .txt or .jsonl"
@@ -58,6 +60,8 @@ def _run(args: argparse.Namespace) -> str:
         raise ConfigError(f"--{odd[0].replace('_', '-')} is for --to {' or '.join(FOR[odd[0]])}, not for --to {args.to}: leave it out")
     if args.method and not args.quantize:
         raise ConfigError(f"--method {args.method} needs --quantize int8 or int4")
+    if args.head and not args.quantize:
+        raise ConfigError(f"--head {args.head} needs --quantize int8 or int4")
     if args.method in ("gptq", "awq", "smoothquant") and not args.calibrate:
         raise ConfigError(f"--method {args.method} needs text: give --calibrate RUN, a .txt file or rows of JSON")
     if args.to == "gguf":
@@ -84,7 +88,8 @@ def _run(args: argparse.Namespace) -> str:
         from fedtune.export.edge import describe_package, export_edge
 
         out = args.out or args.source / (f"edge-{args.quantize}" if args.quantize else "edge")
-        export_edge(args.source, out, quantize=args.quantize, method=args.method, calibrate=args.calibrate, separate=args.separate)
+        how = {"quantize": args.quantize, "method": args.method, "head": args.head}
+        export_edge(args.source, out, calibrate=args.calibrate, separate=args.separate, **how)
         note = describe_package(out)
     elif args.to == "vllm":
         from fedtune.export.vllm import describe_vllm, export_vllm

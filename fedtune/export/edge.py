@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,12 @@ from fedtune.export.huggingface import check_out, export_folder, write_tokenizer
 from fedtune.export.measured import streamed_score
 from fedtune.export.merged import Merged, MergedTensor, read_merged
 from fedtune.export.provenance import provenance
-from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.linear import portable
+from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear, read_object
 from fedtune.inference.engine.package_writer import PackageWriter
+from fedtune.inference.engine.reference.tensors import as_array
 from fedtune.inference.engine.shape import text_config
 from fedtune.inference.engine.text import Text, read_text
 from fedtune.inference.quantize.heap import give_back
@@ -41,6 +45,7 @@ def export_edge(
     calibrate: Path | None = None,
     separate: bool = False,
     replace: bool = False,
+    head: str | None = None,
 ) -> Path:
     """Merge an adapter into its decoder tensor by tensor (or read a complete model), quantize it, and write the package.
 
@@ -54,6 +59,8 @@ def export_edge(
         calibrate: Calibration text: a file, a folder of files, or a run (its training rows).
         separate: Store a LoRA adapter unmerged, to be selected per request.
         replace: Overwrite `out` if it is an export of fedtune.
+        head: Format of a quantized model's output head, int8 or int4; None means int8. If it is given, the card also has the perplexity
+            with the head in bfloat16.
 
     Returns:
         `out`.
@@ -66,9 +73,11 @@ def export_edge(
     """
     source, out = Path(source), Path(out)
     check_out(out, replace)
-    if not quantize and (method or calibrate):
-        raise ConfigError(f"--{'method' if method else 'calibrate'} has an effect only with quantization: add --quantize int8 or int4")
-    recipe = QuantizeSettings(kind=quantize, group=GROUP if quantize == "int4" else 0, method=method or "rtn") if quantize else None  # pyright: ignore
+    if not quantize and (method or calibrate or head):
+        odd = "method" if method else "calibrate" if calibrate else "head"
+        raise ConfigError(f"--{odd} has an effect only with quantization: add --quantize int8 or int4")
+    settings: Any = {"kind": quantize, "group": GROUP if quantize == "int4" else 0, "method": method or "rtn", "head": head or "int8"}
+    recipe = QuantizeSettings(**settings) if quantize else None
     if recipe and recipe.method != "rtn" and not calibrate:
         raise ConfigError(f"--method {recipe.method} needs calibration text: give --calibrate, or use rtn")
     if separate and recipe and recipe.method in FOLDING:
@@ -94,9 +103,12 @@ def export_edge(
             figures = _write_quantized(folder, merged, recipe, seen, card)
             if before:
                 give_back()
-                after = engine_score(load_engine(folder, keep=False), held)
+                engine = load_engine(folder, keep=False)
+                after = engine_score(engine, held)
                 measured_on = "calibrate" if calibrate else "the run's global test"
                 found = {"before": before.perplexity, "after": after.perplexity, "tokens": after.tokens, "text": measured_on}
+                if head:
+                    found["whole_head"] = engine_score(_with_whole_head(engine, merged), held).perplexity
                 figures["perplexity"] = found
             (folder / CARD).write_text(json.dumps({**card, "quantised": figures}, indent=1) + "\n", encoding="utf-8")
     return out
@@ -129,7 +141,16 @@ def _write_quantized(
         else:
             writer.put(name, made)
     _finish(writer, merged, card, recipe)
-    return {"kind": recipe.kind, "method": recipe.method, "group": recipe.group, **error_figures(errors)}
+    return {"kind": recipe.kind, "method": recipe.method, "group": recipe.group, "head": recipe.head, **error_figures(errors)}
+
+
+def _with_whole_head(engine: Engine, merged: Merged) -> Engine:
+    """The engine with the head and the norm before it as they were, the head in bfloat16."""
+    shape, decoder = merged.shape, engine.decoder
+    table = merged.tensors["model.embed_tokens.weight" if shape.tied else "lm_head.weight"]
+    decoder.norm = as_array(merged.tensors["model.norm.weight"].read(torch.float32)) + np.float32(shape.norm_offset)
+    decoder.head = linear_from_tensors("bf16", portable("bf16", as_array(table.read(torch.bfloat16))), n_in=shape.hidden, name="lm_head")
+    return engine
 
 
 def error_figures(errors: Mapping[str, float]) -> dict[str, Any]:
@@ -211,6 +232,8 @@ def describe_package(out: Path) -> str:
         if p := f.get("perplexity"):
             of = " of the calibration text, requests included" if p["text"] == "calibrate" else ""
             sentences.append(f"perplexity on {p['tokens']} held-out tokens{of}: {p['before']:.4g} before, {p['after']:.4g} after")
+            if "whole_head" in p:
+                sentences.append(f"with the output head in bfloat16 instead of {f['head']}, it would be {p['whole_head']:.4g}")
         else:
             sentences.append("there is no test data here to measure the perplexity: give text with --calibrate")
     return "; ".join(sentences)

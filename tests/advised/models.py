@@ -27,6 +27,7 @@ def lora(place: Place) -> dict[str, str]:
 EXPORT = "fedtune export {run} --out {here}/out "
 command("is for --to {}, not for --to {}: leave it out", EXPORT + "--to edge --requantize", ready=lora)
 command("--method {} needs --quantize int8 or int4", EXPORT + "--to edge --method rtn", ready=lora)
+command("--head {} needs --quantize int8 or int4", EXPORT + "--to edge --head int4", ready=lora)
 command("--method {} needs text: give --calibrate", EXPORT + "--to edge --quantize int8 --method awq",
         ready=lora, calibrate="{here}/text.txt")  # fmt: skip
 

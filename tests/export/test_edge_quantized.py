@@ -82,6 +82,23 @@ def test_a_calibrated_package_reports_both_perplexities(tmp_path: Path, quantize
     assert changed == (method in ("awq", "smoothquant"))  # they fold scales into the norms
 
 
+@pytest.mark.parametrize(("tie", "method"), [(True, "rtn"), (False, "awq")])
+def test_the_heads_format_is_chosen_and_its_cost_is_reported(tmp_path: Path, tie: bool, method: str) -> None:
+    run, _ = make_run(tmp_path / "run", hub(save(tmp_path / "m", llama_config(Qwen3Config, **AWKWARD, tie_word_embeddings=tie))), CAUSAL)
+    (tmp_path / "text.txt").write_text(TEXT)
+    how = {"quantize": "int4", "method": method, "calibrate": tmp_path / "text.txt"}
+    small, whole = (export_edge(run, run / f"edge-{head}", **how, head=head) for head in ("int4", None))
+    package, figures = read_package(small), [read_package(out).card["quantised"] for out in (small, whole)]
+    assert {kept.kind for kept in package.linears.values()} == {"int4"} and [f["head"] for f in figures] == ["int4", "int8"]
+    assert load_engine(small).decoder.head.kind == "int4" and load_engine(whole).decoder.head.kind == "int8"
+    few, many = (f["perplexity"] for f in figures)
+    # with the head in bfloat16 both are one model, and int8 costs almost nothing
+    assert few["whole_head"] == pytest.approx(many["after"], rel=5e-3) and few["after"] != few["whole_head"]
+    assert f"bfloat16 instead of int4, it would be {few['whole_head']:.4g}" in describe_package(small) and "whole_head" not in many
+    with pytest.raises(ConfigError, match="--head has an effect only with quantization: add --quantize int8 or int4"):
+        export_edge(run, run / "other", head="int4")
+
+
 def test_without_calibration_perplexity_is_measured_on_the_runs_test(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": t, "client": "a"}) for t in TEXT.split("\n\n") if t))

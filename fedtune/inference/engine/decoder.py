@@ -125,6 +125,7 @@ class Decoder:
     def native_step(self) -> NativeStep | None:
         """The native form of the layers as they are now, or None if torch runs them."""
         linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        linears.append(self.head)
         if self._native is None or linears != self._native[0]:
             torch_runs = NativeStep.why_torch(self.shape, self.layers)
             self._native = linears, None if torch_runs else NativeStep(self.shape, self.layers, self.ropes, self.norm, self.head)
