@@ -133,8 +133,8 @@ def test_every_architecture_has_a_score_for_each_prompt(tmp_path: Path, kind: st
         plan = dataclasses.replace(PLAN, params={"stage": stage})
         (seen,) = turn_of(plan).observe(work(live, examples, plan, config, pad)).tensors.values()
         again = turn_of(plan).observe(work(live, examples[::-1], plan, config, pad))
-        wanted = sum(n.endswith(".prompt") for n in live.parameters) if stage == "layers" else 1
-        assert seen.shape == (wanted,) and bool(torch.isfinite(seen).all())
+        expected = sum(n.endswith(".prompt") for n in live.parameters) if stage == "layers" else 1
+        assert seen.shape == (expected,) and bool(torch.isfinite(seen).all())
         if stage == "layers":
             assert again["layers"].tolist() == pytest.approx(seen.tolist(), rel=1e-3)
 

@@ -66,9 +66,9 @@ def test_devices_are_those_of_the_choice() -> None:
 def test_settings_over_a_composition_that_was_kept_are_those_that_hydra_composes(args: str) -> None:
     words = args.split(" ") if "{" not in args else re.findall(r"[\w.]+=(?:\{.*?\}|\S+)", args)
     with hydra.initialize_config_module("fedtune.conf", version_base="1.3"):
-        wanted = OmegaConf.to_object(hydra.compose("heterogeneous", overrides=[re.sub(r"^(data.columns)", r"++\1", w) for w in words]))
-    assert one(*words) == one(*words) == wanted
-    assert one(*words) is not one(*words) and one() != wanted
+        expected = OmegaConf.to_object(hydra.compose("heterogeneous", overrides=[re.sub(r"^(data.columns)", r"++\1", w) for w in words]))
+    assert one(*words) == one(*words) == expected
+    assert one(*words) is not one(*words) and one() != expected
 
 
 def test_each_task_file_has_its_yaml() -> None:

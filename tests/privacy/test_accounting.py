@@ -95,13 +95,13 @@ def test_epsilon_is_infinite_without_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "rate", "steps", "accountant"),
+    ("target", "rate", "steps", "accountant"),
     quick([(8.0, 0.1, 40, "rdp"), (1.0, 0.02, 100, "prv"), *(few := [(1.0, 0.02, 100, "rdp"), (0.3, 1.0, 5, "prv")])], *few),
 )
-def test_the_solved_noise_keeps_epsilon(wanted: float, rate: float, steps: int, accountant: str) -> None:
-    noise = solve_noise(wanted, 1e-5, rate, steps, accountant)
+def test_the_solved_noise_keeps_epsilon(target: float, rate: float, steps: int, accountant: str) -> None:
+    noise = solve_noise(target, 1e-5, rate, steps, accountant)
     cost = epsilon([Spend(noise=noise, rate=rate, steps=steps)], 1e-5, accountant)
-    assert wanted - min(0.01, wanted / 20) <= cost <= wanted
+    assert target - min(0.01, target / 20) <= cost <= target
 
 
 def test_a_very_large_epsilon_is_a_number() -> None:
