@@ -291,12 +291,12 @@ def test_a_diverging_loss_is_an_error(space: Workspace, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (MemoryError(), "failed: out of memory: lower client.batch_size"),
+        pytest.param(MemoryError(), "failed: out of memory: lower client.batch_size", marks=pytest.mark.slow),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: not enough memory"),
             "failed: out of memory",
         ),
-        (ZeroDivisionError("oops"), "failed: ZeroDivisionError: oops"),
+        pytest.param(ZeroDivisionError("oops"), "failed: ZeroDivisionError: oops", marks=pytest.mark.slow),
     ],
 )
 def test_a_failing_turn_ends_that_clients_round_only(
