@@ -177,8 +177,8 @@ def measure(row: Row, folder: Path) -> dict[str, Cell]:
         else:
             engine = load_engine(export_edge(result.path, result.path / "edge"))
             want = merged.generate(ids, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :].tolist()
-            got = [p.token for p in Generation(engine, ids[0].tolist(), Sampling(), 8) if p.token is not None]
-            assert got == want, (got, want)
+            actual = [p.token for p in Generation(engine, ids[0].tolist(), Sampling(), 8) if p.token is not None]
+            assert actual == want, (actual, want)
             cells["edge"] = Cell("engine")
     with _refusable(cells, "gguf", folder):
         export_gguf(result.path, result.path / "m.gguf")

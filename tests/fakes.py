@@ -67,9 +67,9 @@ def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | Non
         plan = received.plan
         assert plan is not None
         message.content.array_records.pop("adapter")  # clients may empty their records
-        got = received.adapter.replace({**lora_state(fill=0.0).tensors, **received.adapter.tensors})
-        trained = got.replace({n: got[n] + examples[client] for n in matching(got.tensors, plan.train)})
-        sent = got.replace({n: trained.tensors.get(n, got[n]) for n in matching(got.tensors, plan.send)})
+        start = received.adapter.replace({**lora_state(fill=0.0).tensors, **received.adapter.tensors})
+        trained = start.replace({n: start[n] + examples[client] for n in matching(start.tensors, plan.train)})
+        sent = start.replace({n: trained.tensors.get(n, start[n]) for n in matching(start.tensors, plan.send)})
         update = Update(
             client=client,
             round=plan.round,

@@ -25,6 +25,7 @@ from fedtune.export.edge import export_edge
 from fedtune.inference.engine.package import read_package
 from fedtune.runs.directory import RunDirectory
 from tests.models.build import checkpoint
+from tests.quick import quick
 from tests.syntax import nodes
 from tests.test_layout import files
 from tests.tiny import tiny_llama
@@ -169,7 +170,7 @@ STARTS |= {
 }
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", quick(STARTS, "python -m fedtune.sim"))
 def test_a_program_that_trains_says_what_to_install(name: str) -> None:
     program, code = STARTS[name]
     process = without(code, "--help")

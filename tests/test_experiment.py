@@ -41,7 +41,7 @@ def run_logits(config: Config, run: Path) -> torch.Tensor:
 def test_adapter_and_merged_model_give_the_runs_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     config = tiny_config(tmp_path, task=TaskConfig(kind=kind, max_length=16, stride_texts=False), inference=InferenceConfig(export="hf"))
     run = simulate(config)
-    wanted = run_logits(config, run)
+    expected = run_logits(config, run)
     auto = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
     labels = {"num_labels": 3} if kind == "classification" else {}
     base = auto.from_pretrained(config.model.name, **labels)
@@ -50,12 +50,12 @@ def test_adapter_and_merged_model_give_the_runs_logits(tmp_path: Path, capsys: p
     adapted = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
     merged = auto.from_pretrained(run / "merged").eval()
     with torch.inference_mode():
-        assert (adapted(input_ids=TOKENS).logits - wanted).abs().max() < 1e-5
-        assert (merged(input_ids=TOKENS).logits - wanted).abs().max() < 1e-5
+        assert (adapted(input_ids=TOKENS).logits - expected).abs().max() < 1e-5
+        assert (merged(input_ids=TOKENS).logits - expected).abs().max() < 1e-5
     untouched = auto.from_pretrained(config.model.name, **labels).eval()
     if kind == "causal_lm":
         with torch.inference_mode():
-            assert (untouched(input_ids=TOKENS).logits - wanted).abs().max() > 1e-3  # the run did change the model
+            assert (untouched(input_ids=TOKENS).logits - expected).abs().max() > 1e-3  # the run did change the model
 
 
 def test_a_second_run_in_the_process_starts_from_the_original_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def points(config: Config, folder: Path) -> Iterator[tuple[int, Config]]:
 @pytest.mark.parametrize("stop", [OSError, Killed], ids=["disk full", "killed"])
 def test_a_full_disk_is_one_sentence_and_resumable(tmp_path: Path, stop: type[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="server", clients=2))
-    wanted = (simulate(config) / "adapter" / "fedtune.safetensors").read_bytes()
+    expected = (simulate(config) / "adapter" / "fedtune.safetensors").read_bytes()
     stopped = 0
     for operations, mine in points(config, tmp_path / "runs"):
         folder = Path(mine.output_dir)
@@ -60,7 +60,7 @@ def test_a_full_disk_is_one_sentence_and_resumable(tmp_path: Path, stop: type[Ba
             path = simulate(dataclasses.replace(read_config(path), resume=str(path)))
         except (FileNotFoundError, ValueError, CheckpointError):  # nothing, or no config yet: a run that had not begun is begun again
             path = simulate(mine)
-        assert (path / "adapter" / "fedtune.safetensors").read_bytes() == wanted, operations
+        assert (path / "adapter" / "fedtune.safetensors").read_bytes() == expected, operations
     assert stopped >= 10
     assert torch.get_num_threads() == 1
 

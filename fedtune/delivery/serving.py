@@ -126,9 +126,7 @@ class DeviceServer:
         try:
             current = self._versions.current()
             if current != self._current:
-                self._current, self._mute, self._told = current, None, ""
-                self._broken.clear()
-                self._deaths, self._pause, self._not_before = 0, FIRST_PAUSE_S, 0.0
+                self._change_to(current)
             if current is None or current not in self._broken | {self._mute}:
                 return current
             if serving is not None or current == self._mute:
@@ -139,6 +137,12 @@ class DeviceServer:
                 self._told = str(bad)
                 self._tell(self._told)
             return self._wanted
+
+    def _change_to(self, current: str | None) -> None:
+        """Another version is current: what is known of the earlier ones no longer counts."""
+        self._current, self._mute, self._told = current, None, ""
+        self._broken.clear()
+        self._deaths, self._pause, self._not_before = 0, FIRST_PAUSE_S, 0.0
 
     def _older(self, current: str) -> list[str]:
         """Versions to fall back to, newest first."""
@@ -205,6 +209,7 @@ class DeviceServer:
         except CheckpointError as bad:
             self._tell(str(bad))
         else:
+            self._change_to(name)  # now: if a broken version becomes current before the next step, it is tried again
             self._tell(f"the model {name} is current again")
 
     def _bury(self, child: Child) -> None:

@@ -268,8 +268,8 @@ def _(place: Place) -> Iterator[str]:
         error = refused(["conf=sst2"])
     yield error
     package, extra = error.split()[2], re.findall(r"fedtune\[(\w+)\]", error)[0]
-    wanted = [w for w in importlib.metadata.requires("fedtune") or () if f'extra == "{extra}"' in w.replace("'", '"')]
-    assert any(w.replace("-", "_").startswith(package) for w in wanted), f"the extra {extra} brings {wanted}"
+    required = [w for w in importlib.metadata.requires("fedtune") or () if f'extra == "{extra}"' in w.replace("'", '"')]
+    assert any(w.replace("-", "_").startswith(package) for w in required), f"the extra {extra} brings {required}"
     (place.folder / package / "model").mkdir(parents=True)  # as pip would leave it
     (place.folder / package / "__init__.py").touch()
     place.patch.syspath_prepend(place.folder)

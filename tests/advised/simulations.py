@@ -91,8 +91,8 @@ def _(place: Place) -> Iterator[str]:
     error = raised(lambda: ray.check_ray(EngineConfig(kind="ray")))
     yield error
     extra = error.partition("fedtune[")[2].partition("]")[0]
-    wanted = [w for w in importlib.metadata.requires("fedtune") or () if w.replace("'", '"').endswith(f'extra == "{extra}"')]
-    assert any(w.startswith("flwr[simulation]") for w in wanted)  # Flower's extra with Ray
+    required = [w for w in importlib.metadata.requires("fedtune") or () if w.replace("'", '"').endswith(f'extra == "{extra}"')]
+    assert any(w.startswith("flwr[simulation]") for w in required)  # Flower's extra with Ray
     place.patch.setattr(importlib.util, "find_spec", lambda name: name)
     yield raised(lambda: ray.check_ray(EngineConfig(kind="ray")))
 

@@ -120,33 +120,33 @@ EXPORT = [
 ]
 
 
-def one_sentence(code: int, err: str, wanted: str) -> None:
+def one_sentence(code: int, err: str, expected: str) -> None:
     lines = [line for line in err.splitlines() if line.startswith("fedtune: ")]
-    assert code == 2 and len(lines) == 1 and wanted in lines[0], err
+    assert code == 2 and len(lines) == 1 and expected in lines[0], err
     assert "Traceback" not in err and len(lines[0]) < 450
 
 
-@pytest.mark.parametrize(("spoil", "args", "wanted"), [c[1:] for c in SIM], ids=[c[0] for c in SIM])
+@pytest.mark.parametrize(("spoil", "args", "expected"), [c[1:] for c in SIM], ids=[c[0] for c in SIM])
 def test_a_simulation(
-    place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], args: list[str], wanted: str
+    place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], args: list[str], expected: str
 ) -> None:
     spoil(place)
     code = sim([f"conf={place}/tiny.yaml", *(a.replace("$", str(place)) for a in args)])
-    one_sentence(code, capsys.readouterr().err, wanted)
+    one_sentence(code, capsys.readouterr().err, expected)
     assert not list(place.glob("outputs/*/*/adapter"))
 
 
-@pytest.mark.parametrize(("spoil", "wanted"), [c[1:] for c in RESUME], ids=[c[0] for c in RESUME])
-def test_a_resume(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], wanted: str) -> None:
+@pytest.mark.parametrize(("spoil", "expected"), [c[1:] for c in RESUME], ids=[c[0] for c in RESUME])
+def test_a_resume(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str) -> None:
     spoil(place)
     code = sim([f"resume={place}/run", "rounds=2"])
-    one_sentence(code, capsys.readouterr().err, wanted)
+    one_sentence(code, capsys.readouterr().err, expected)
 
 
-@pytest.mark.parametrize(("spoil", "wanted"), [c[1:] for c in EXPORT], ids=[c[0] for c in EXPORT])
-def test_an_export(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], wanted: str) -> None:
+@pytest.mark.parametrize(("spoil", "expected"), [c[1:] for c in EXPORT], ids=[c[0] for c in EXPORT])
+def test_an_export(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str) -> None:
     spoil(place)
-    one_sentence(fedtune(["export", str(place / "run")]), capsys.readouterr().err, wanted)
+    one_sentence(fedtune(["export", str(place / "run")]), capsys.readouterr().err, expected)
 
 
 def test_generate_from_a_missing_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ def superlink(tmp_path: Path) -> Iterator[Superlink]:
 @pytest.mark.slow
 def test_flwr_run_ends_with_the_simulations_adapter(tmp_path: Path, superlink: Superlink) -> None:
     config = tiny_config(tmp_path)
-    wanted = AdapterState.load(simulate(config) / "adapter" / "fedtune.safetensors")
+    expected = AdapterState.load(simulate(config) / "adapter" / "fedtune.safetensors")
     conf = tmp_path / "tiny.yaml"
     values = {k: v for k, v in to_dict(config).items() if k not in ("resume", "strategy", "engine")}
     conf.write_text("defaults: [base, _self_]\n" + yaml.safe_dump(values, sort_keys=False))
@@ -163,8 +163,8 @@ def test_flwr_run_ends_with_the_simulations_adapter(tmp_path: Path, superlink: S
     ended = superlink.run(f"resume={run} rounds=2", conf, nodes=4)  # another Flower run goes on with the same run
     assert ended["status"] == "finished:completed", ended
     assert [r["counted"] for r in read_metrics(run) if r["client"] is None and r["round"]] == [4, 4]
-    got = AdapterState.load(run / "adapter" / "fedtune.safetensors")
-    assert list(got.tensors) == list(wanted.tensors)
-    assert max((got[n] - wanted[n]).abs().max() for n in got.tensors) < torch.tensor(1e-6)
+    actual = AdapterState.load(run / "adapter" / "fedtune.safetensors")
+    assert list(actual.tensors) == list(expected.tensors)
+    assert max((actual[n] - expected[n]).abs().max() for n in actual.tensors) < torch.tensor(1e-6)
     refused = superlink.run("client.lrr=1", conf, nodes=4)
     assert refused["status"] == "finished:failed" and "did you mean client.lr?" in refused["status-details"]

@@ -47,9 +47,9 @@ def test_it_is_the_gradient_of_one_batch_in_the_orientation_of_lora(tmp_path: Pa
     assert seen.spec.version == 4 and list(seen.tensors) == [f"{n}.gradient" for n in weights]
     for name, weight in weights.items():
         rows, columns = live.parameters[f"{name}.lora_B"].shape[0], live.parameters[f"{name}.lora_A"].shape[1]
-        wanted = weight.grad.abs().T if kind == "gpt2" else weight.grad.abs()
-        assert seen[f"{name}.gradient"].shape == (rows, columns) and wanted.max() > 1e-3
-        torch.testing.assert_close(seen[f"{name}.gradient"], wanted, atol=1e-6, rtol=1e-4)
+        expected = weight.grad.abs().T if kind == "gpt2" else weight.grad.abs()
+        assert seen[f"{name}.gradient"].shape == (rows, columns) and expected.max() > 1e-3
+        torch.testing.assert_close(seen[f"{name}.gradient"], expected, atol=1e-6, rtol=1e-4)
     # nothing is left behind: no gradients, no flags, no mode, no weights
     assert live.model.training
     assert all(

@@ -50,9 +50,9 @@ def test_stacked_training_reads_the_cache_and_vmap_does_not(tmp_path: Path, meth
     way, _ = way_of(live, LM)
     assert way is not None
     for _ in range(2):
-        got = train_together(live, turn_inputs_of(rows(LM), initial), LM, pad_id=1, way=way)
+        together = train_together(live, turn_inputs_of(rows(LM), initial), LM, pad_id=1, way=way)
     assert (cache.hits > cache.misses) == (method == "lora")
-    for turn_input, a, b in zip(turn_inputs_of(rows(LM), initial), plain, got, strict=True):
+    for turn_input, a, b in zip(turn_inputs_of(rows(LM), initial), plain, together, strict=True):
         assert isinstance(b, tuple) and distance(a, b[0]) <= 1e-4 * distance(a, turn_input.start)
 
 
@@ -109,5 +109,5 @@ def test_a_workspace_has_a_cache_if_the_config_enables_it(tmp_path: Path) -> Non
         before = space._lower.misses
         for each in (space, plain):
             each.rebase(base, [shift] if base else [])
-        cached, wanted = (alone(each.live, turn_input, config.task, each.pad_id)[0] for each in (space, plain))
-        assert distance(cached, wanted) < 1e-5 and (space._lower.misses == before) == warm
+        cached, expected = (alone(each.live, turn_input, config.task, each.pad_id)[0] for each in (space, plain))
+        assert distance(cached, expected) < 1e-5 and (space._lower.misses == before) == warm

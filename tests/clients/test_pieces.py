@@ -87,23 +87,23 @@ def test_out_of_memory_halves_the_micro_batch_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, dropout: float
 ) -> None:
     space = workspace(tmp_path, dropout=dropout)
-    wanted, _ = turn(space, 3, accumulate=2)
+    expected, _ = turn(space, 3, accumulate=2)
     # from the first piece on: 6 rows are too many, 3 are not; the second attempt draws what the first one drew
     monkeypatch.setattr(trainer, "loss_sum", Small(3, 0, error))
-    got, turned = turn(space, None, accumulate=2)
-    assert far(wanted, got) < 1e-6 and (turned.micro, turned.out_of_memory) == (3, 1)
+    actual, turned = turn(space, None, accumulate=2)
+    assert far(expected, actual) < 1e-6 and (turned.micro, turned.out_of_memory) == (3, 1)
 
 
 def test_out_of_memory_within_a_step_discards_its_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space, error = workspace(tmp_path), torch.OutOfMemoryError("CUDA out of memory")
-    wanted, _ = turn(space, None, accumulate=2)
+    expected, _ = turn(space, None, accumulate=2)
     # the second batch of the first step fails: were the first one's gradient kept, it would count twice
     monkeypatch.setattr(trainer, "loss_sum", Small(3, 1, error))
-    got, turned = turn(space, None, accumulate=2)
-    assert far(wanted, got) < 1e-5 and (turned.micro, turned.out_of_memory) == (3, 1)
+    actual, turned = turn(space, None, accumulate=2)
+    assert far(expected, actual) < 1e-5 and (turned.micro, turned.out_of_memory) == (3, 1)
     monkeypatch.setattr(trainer, "loss_sum", Small(1, 3, error))
-    got, turned = turn(space, 5, accumulate=2)
-    assert far(wanted, got) < 1e-5 and (turned.micro, turned.out_of_memory) == (1, 2)  # 5 → 2 → 1
+    actual, turned = turn(space, 5, accumulate=2)
+    assert far(expected, actual) < 1e-5 and (turned.micro, turned.out_of_memory) == (1, 2)  # 5 → 2 → 1
 
 
 def test_a_single_row_that_does_not_fit_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,8 +160,8 @@ def test_identical_clients_are_one_client(name: str, strategy: Strategy) -> None
     (alone,), _ = updates(strategy, state, [5])
     many = [dataclasses.replace(alone, client=f"c{i}") for i in range(8)]
     one = many[:1] if name not in NOT_ALONE else many[:7]
-    after, wanted = strategy.aggregate(1, state, iter(many)), strategy.aggregate(1, state, iter(one))
-    assert torch.allclose(whole(after), whole(wanted), atol=1e-6)
+    after, expected = strategy.aggregate(1, state, iter(many)), strategy.aggregate(1, state, iter(one))
+    assert torch.allclose(whole(after), whole(expected), atol=1e-6)
 
 
 def test_order_does_not_matter(strategy: Strategy) -> None:
@@ -294,11 +294,11 @@ def test_memory_survives_a_checkpoint_and_bad_updates_are_dropped(strategy: Stra
         finally:
             bridge.run.close()
 
-    wanted, records = run(tmp_path / "whole", 3)
+    expected, records = run(tmp_path / "whole", 3)
     assert [r["dropped"] for r in records[1:]] == [{"refused": 1}] * 3
     run(tmp_path / "part", 1)
-    got, _ = run(tmp_path / "part", 3)
-    assert same(snapshot(wanted), snapshot(got))
+    actual, _ = run(tmp_path / "part", 3)
+    assert same(snapshot(expected), snapshot(actual))
 
 
 @pytest.mark.parametrize("name", choices("strategy"))

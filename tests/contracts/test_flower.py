@@ -40,12 +40,12 @@ def test_a_copy_can_be_emptied_without_harm() -> None:
 def test_our_arrays_equal_flowers() -> None:
     tensor = torch.arange(6.0).view(2, 3)
     ours = AdapterState({"w": tensor, "s": torch.tensor(2.0)}, AdapterSpec(method="lora")).to_arrays()
-    for name, wanted in (("w", Array(tensor)), ("s", Array(torch.tensor(2.0)))):
+    for name, expected in (("w", Array(tensor)), ("s", Array(torch.tensor(2.0)))):
         assert (ours[name].dtype, ours[name].shape, ours[name].stype, ours[name].data) == (
-            wanted.dtype,
-            wanted.shape,
-            wanted.stype,
-            wanted.data,
+            expected.dtype,
+            expected.shape,
+            expected.stype,
+            expected.data,
         )
     back = recorddict_from_proto(recorddict_to_proto(RecordDict({"a": ours})))
     assert torch.equal(AdapterState.from_arrays(back.array_records["a"], AdapterSpec(method="lora"))["w"], tensor)

@@ -29,27 +29,27 @@ def texts(values: list[str], longest: int = 4, indices: list[int] | None = None,
 
 
 def test_only_the_answer_and_the_end_are_learned() -> None:
-    got = instruction("a b", "c d")
-    assert got.input_ids.tolist() == [0, 3, 4, 5, 6, 1]
-    assert got.labels.tolist() == [-100, -100, -100, 5, 6, 1]
-    assert (got.prompt_length, got.answer) == (3, "c d")
-    assert got.input_ids.dtype == got.labels.dtype == np.int32
+    example = instruction("a b", "c d")
+    assert example.input_ids.tolist() == [0, 3, 4, 5, 6, 1]
+    assert example.labels.tolist() == [-100, -100, -100, 5, 6, 1]
+    assert (example.prompt_length, example.answer) == (3, "c d")
+    assert example.input_ids.dtype == example.labels.dtype == np.int32
 
 
 def test_a_long_prompt_loses_its_beginning_but_not_the_start_token() -> None:
-    got = instruction("a b c d", "e f", longest=6)
+    example = instruction("a b c d", "e f", longest=6)
     # answer and end take 3 of 6; <s> stays, and the last two words of the prompt
-    assert got.input_ids.tolist() == [0, 5, 6, 7, 8, 1]
-    assert got.prompt_length == 3
+    assert example.input_ids.tolist() == [0, 5, 6, 7, 8, 1]
+    assert example.prompt_length == 3
     without = instruction("a b c d", "e f", longest=6, bos=False)
     assert without.input_ids.tolist() == [4, 5, 6, 7, 8, 1]
 
 
 def test_a_long_answer_loses_its_end_and_one_prompt_token_stays() -> None:
-    got = instruction("a b", "c d e f g", longest=4)
-    assert got.input_ids.tolist() == [4, 5, 6, 7]  # the prompt's last token, then the answer's first three
-    assert got.labels.tolist() == [-100, 5, 6, 7]
-    assert got.answer == "c d e f g"  # scored against all of it
+    example = instruction("a b", "c d e f g", longest=4)
+    assert example.input_ids.tolist() == [4, 5, 6, 7]  # the prompt's last token, then the answer's first three
+    assert example.labels.tolist() == [-100, 5, 6, 7]
+    assert example.answer == "c d e f g"  # scored against all of it
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_a_long_answer_loses_its_end_and_one_prompt_token_stays() -> None:
     ],
 )
 def test_empty_parts_and_missing_special_tokens(kinds: dict[str, bool], prompt: str, answer: str, ids: list[int], start: int) -> None:
-    got = instruction(prompt, answer, **kinds)
-    assert (got.input_ids.tolist(), got.prompt_length) == (ids, start)
-    assert (got.labels[1:] != -100).any()  # after the shift there is something to learn
+    example = instruction(prompt, answer, **kinds)
+    assert (example.input_ids.tolist(), example.prompt_length) == (ids, start)
+    assert (example.labels[1:] != -100).any()  # after the shift there is something to learn
 
 
 def test_an_empty_answer_without_an_end_token_is_refused() -> None:
@@ -78,11 +78,11 @@ def test_no_example_is_longer_than_the_limit_or_without_loss() -> None:
     for _ in range(100):
         prompt, answer = (" ".join(rng.choice(list("abcdefg"), rng.integers(0, 9))) for _ in range(2))
         longest = int(rng.integers(2, 9))
-        got = instruction(prompt, answer, longest, bos=bool(rng.integers(2)))
-        assert 2 <= len(got.input_ids) <= longest
-        assert (got.labels[1:] != -100).any()
-        assert 1 <= got.prompt_length < len(got.input_ids)
-        assert_array_equal(got.labels[: got.prompt_length], -100)
+        example = instruction(prompt, answer, longest, bos=bool(rng.integers(2)))
+        assert 2 <= len(example.input_ids) <= longest
+        assert (example.labels[1:] != -100).any()
+        assert 1 <= example.prompt_length < len(example.input_ids)
+        assert_array_equal(example.labels[: example.prompt_length], -100)
 
 
 def test_texts_are_joined_with_end_tokens_and_cut_into_blocks() -> None:
@@ -134,9 +134,9 @@ def test_an_encoder_decoder_reads_the_prompt_and_writes_the_answer() -> None:
 
 def test_an_encoder_decoder_classifies_at_the_one_end_token() -> None:
     rows = Dataset.from_dict({"text": ["a b c d", "a </s> b", ""], "label": [1, 0, 2]})
-    got = encode(rows, np.arange(3), word_tokenizer(bos=False), TaskConfig(kind="classification", max_length=3), seq2seq=True)
-    assert [e.input_ids.tolist() for e in got] == [[3, 4, 1], [3, 4, 1], [1]]
-    assert [e.labels.tolist() for e in got] == [[1], [0], [2]]
+    examples = encode(rows, np.arange(3), word_tokenizer(bos=False), TaskConfig(kind="classification", max_length=3), seq2seq=True)
+    assert [e.input_ids.tolist() for e in examples] == [[3, 4, 1], [3, 4, 1], [1]]
+    assert [e.labels.tolist() for e in examples] == [[1], [0], [2]]
 
 
 def test_collate_pads_on_either_side() -> None:
@@ -158,11 +158,11 @@ def test_collate_gives_class_ids_as_a_vector() -> None:
 
 
 def test_prompts_are_padded_on_the_left_and_hold_no_answer() -> None:
-    got = prompts([instruction("a", "b"), instruction("a b", "c d")], pad_id=9)
-    assert got["input_ids"].tolist() == [[9, 0, 3], [0, 3, 4]]
-    assert got["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
+    batch = prompts([instruction("a", "b"), instruction("a b", "c d")], pad_id=9)
+    assert batch["input_ids"].tolist() == [[9, 0, 3], [0, 3, 4]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
-@pytest.mark.parametrize(("kinds", "wanted"), [({"pad": True}, 2), ({}, 1), ({"eos": False}, 0)])
-def test_the_padding_token(kinds: dict[str, Any], wanted: int) -> None:
-    assert pad_id(word_tokenizer(**kinds)) == wanted
+@pytest.mark.parametrize(("kinds", "expected"), [({"pad": True}, 2), ({}, 1), ({"eos": False}, 0)])
+def test_the_padding_token(kinds: dict[str, Any], expected: int) -> None:
+    assert pad_id(word_tokenizer(**kinds)) == expected

@@ -34,14 +34,14 @@ def signature(federation: Federation) -> Any:
 
 
 def test_test_clients_and_held_out_rows_share_nothing_and_lose_nothing(tmp_path: Path) -> None:
-    got = load(tmp_path, plain(40), data={"test_fraction": 0.1, "held_out": 0.25})
-    assert (len(got.rows), len(got.test)) == (36, 4)
-    dealt = np.concatenate([np.concatenate([c.train, c.held_out]) for c in got.clients.values()])
+    federation = load(tmp_path, plain(40), data={"test_fraction": 0.1, "held_out": 0.25})
+    assert (len(federation.rows), len(federation.test)) == (36, 4)
+    dealt = np.concatenate([np.concatenate([c.train, c.held_out]) for c in federation.clients.values()])
     assert sorted(dealt.tolist()) == list(range(36))
-    assert sorted(got.rows["text"][:] + got.test["text"][:]) == sorted(f"text {i}" for i in range(40))
+    assert sorted(federation.rows["text"][:] + federation.test["text"][:]) == sorted(f"text {i}" for i in range(40))
     # 36 rows to 4 clients: 9 each, and int(9 * .25 + .5) = 2 of each are held out
-    assert [(len(c.train), len(c.held_out)) for c in got.clients.values()] == [(7, 2)] * 4
-    assert got.clients["client-000"].train.dtype == np.int64
+    assert [(len(c.train), len(c.held_out)) for c in federation.clients.values()] == [(7, 2)] * 4
+    assert federation.clients["client-000"].train.dtype == np.int64
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:
@@ -60,15 +60,16 @@ def test_a_client_s_split_does_not_depend_on_the_others(tmp_path: Path) -> None:
 
 
 def test_clients_of_one_size_hold_out_different_rows(tmp_path: Path) -> None:
-    got = load(tmp_path, sorted(plain(), key=lambda row: row["client"]), partition={"kind": "natural"}, data={"test_fraction": 0.0})
-    places = {tuple(client.held_out - 8 * i) for i, client in enumerate(got.clients.values())}  # each client's 8 rows lie side by side
+    federation = load(tmp_path, sorted(plain(), key=lambda row: row["client"]), partition={"kind": "natural"}, data={"test_fraction": 0.0})
+    # each client's 8 rows lie side by side
+    places = {tuple(client.held_out - 8 * i) for i, client in enumerate(federation.clients.values())}
     assert len(places) > 1
 
 
 def test_summary(tmp_path: Path) -> None:
     rows = [{"text": str(i), "label": label, "client": client} for i, (label, client) in enumerate(["nb", "na", "ya", "na"])]
-    got = load(tmp_path, rows, partition={"kind": "natural"}, data={"test_fraction": 0.0, "held_out": 0.4})
-    assert got.summary() == {
+    federation = load(tmp_path, rows, partition={"kind": "natural"}, data={"test_fraction": 0.0, "held_out": 0.4})
+    assert federation.summary() == {
         "labels": ["n", "y"],
         "test": 0,
         "clients": [
@@ -76,25 +77,26 @@ def test_summary(tmp_path: Path) -> None:
             {"id": "b", "device_class": "", "train": 1, "held_out": 0, "histogram": [1, 0]},  # a single row is trained on
         ],
     }
-    json.dumps(got.summary())
+    json.dumps(federation.summary())
 
 
 def test_limits_are_samples(tmp_path: Path) -> None:
-    got = load(tmp_path, plain(), data={"limit": 12, "test_limit": 2})
-    assert (len(got.rows), len(got.test)) == (12, 2)
-    assert not set(got.rows["text"][:]) & set(got.test["text"][:])
+    federation = load(tmp_path, plain(), data={"limit": 12, "test_limit": 2})
+    assert (len(federation.rows), len(federation.test)) == (12, 2)
+    assert not set(federation.rows["text"][:]) & set(federation.test["text"][:])
 
 
 def test_a_test_file_and_its_labels(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "t", "label": "yes"}')
-    got = load(tmp_path, plain(), data={"test_path": str(tmp_path / "test.jsonl")})
-    assert (len(got.rows), got.test["text"][:], got.test["label"][:]) == (40, ["t"], [1])
-    assert got.labels == ("no", "yes")
+    federation = load(tmp_path, plain(), data={"test_path": str(tmp_path / "test.jsonl")})
+    assert (len(federation.rows), federation.test["text"][:], federation.test["label"][:]) == (40, ["t"], [1])
+    assert federation.labels == ("no", "yes")
 
 
 def test_numeric_labels_are_ordered_by_value(tmp_path: Path) -> None:
-    got = load(tmp_path, [{"text": "t", "label": label} for label in ("10", "9", "-1", "9")], partition={"kind": "iid", "clients": 1})
-    assert got.labels == ("-1", "9", "10")
+    rows = [{"text": "t", "label": label} for label in ("10", "9", "-1", "9")]
+    federation = load(tmp_path, rows, partition={"kind": "iid", "clients": 1})
+    assert federation.labels == ("-1", "9", "10")
 
 
 def test_labels_of_one_value_are_ordered_by_their_text() -> None:
@@ -109,12 +111,12 @@ def test_surrounding_blanks_do_not_distinguish_classes_or_clients(tmp_path: Path
         for label, client, device in [("x", "a", "phone"), ("x ", "a ", "phone "), ("\u00a0y", "\ta", "phone"), ("y", "b", "phone")]
     ]
     settings = {"partition": {"kind": "natural"}, "devices": {"classes": {"phone": {}}}}
-    got = load(tmp_path, rows, data={"test_fraction": 0.0}, **settings)
-    assert got.labels == ("x", "y")
-    assert list(got.clients) == ["a", "b"]
+    federation = load(tmp_path, rows, data={"test_fraction": 0.0}, **settings)
+    assert federation.labels == ("x", "y")
+    assert list(federation.clients) == ["a", "b"]
     (tmp_path / "test.jsonl").write_text('{"text": "t", "label": "y\\t"}')
-    got = load(tmp_path, rows, data={"test_path": str(tmp_path / "test.jsonl"), "labels": ["y ", "x"]}, **settings)
-    assert (got.labels, got.test["label"][:]) == (("y", "x"), [0])
+    federation = load(tmp_path, rows, data={"test_path": str(tmp_path / "test.jsonl"), "labels": ["y ", "x"]}, **settings)
+    assert (federation.labels, federation.test["label"][:]) == (("y", "x"), [0])
 
 
 @pytest.mark.parametrize("blank", [" ", "\u00a0"])
@@ -132,10 +134,10 @@ def test_a_template_writes_line_breaks_as_in_the_help(tmp_path: Path) -> None:
     assert shown == [r"Q: {question}\nA:"]
     rows = [{"question": f"why {i}", "a": "so"} for i in range(4)]
     data = {"prompt": shown[0], "answer": r" {a}\\n\tb", "columns": {"client": r"c\\{a}"}, "test_fraction": 0.0}
-    got = load(tmp_path, rows, task={"kind": "instruction"}, partition={"kind": "natural"}, data=data)
-    assert got.rows["prompt"][0] == "Q: why 0\nA:"
-    assert got.rows["answer"][0] == " so\\n\tb"  # two backslashes are one
-    assert list(got.clients) == ["c\\so"]
+    federation = load(tmp_path, rows, task={"kind": "instruction"}, partition={"kind": "natural"}, data=data)
+    assert federation.rows["prompt"][0] == "Q: why 0\nA:"
+    assert federation.rows["answer"][0] == " so\\n\tb"  # two backslashes are one
+    assert list(federation.clients) == ["c\\so"]
     assert prompt_template(from_dict({"data": data})) == "Q: {question}\nA:"  # what the export's card shows
 
 
@@ -143,8 +145,8 @@ def test_an_unused_column_may_have_any_values(tmp_path: Path) -> None:
     odd = [{"id": 1, "label": 1, "meta": "\ud83d"}, {"id": "b", "label": "y", "meta": 2}, {"id": [3], "label": "z", "meta": {}}]
     rows = [{"text": "abc"[i]} | odd[i] for i in range(3)]
     one = {"partition": {"kind": "iid", "clients": 1}, "data": {"test_fraction": 0.0}}
-    got = load(tmp_path, rows, task={"kind": "causal_lm"}, **one)
-    assert got.rows.column_names == ["text"]
+    federation = load(tmp_path, rows, task={"kind": "causal_lm"}, **one)
+    assert federation.rows.column_names == ["text"]
     with pytest.raises(DataError, match=r"rows\.jsonl: column 'label' has values of several types .*: give all its values one type"):
         load(tmp_path, rows, data={"test_fraction": 0.0})
     with pytest.raises(DataError, match=r"rows\.jsonl: column 'id' has values of several types"):
@@ -156,37 +158,37 @@ def test_an_unused_column_may_have_any_values(tmp_path: Path) -> None:
 def test_templates_and_columns(tmp_path: Path) -> None:
     rows = [{"q": f"why {i}", "a": {"text": i}, "kind": "open"} for i in range(10)]
     data = {"prompt": "Q: {q}\nA:", "answer": " {a[text]}", "columns": {"label": "kind"}, "test_fraction": 0.0}
-    got = load(tmp_path, rows, task={"kind": "instruction"}, data=data)
-    assert got.rows.column_names == ["prompt", "answer", "label"]
-    assert got.labels == ("open",)  # for histograms and label partitions
-    assert ("Q: why 3\nA:", " 3") in zip(got.rows["prompt"][:], got.rows["answer"][:], strict=True)
+    federation = load(tmp_path, rows, task={"kind": "instruction"}, data=data)
+    assert federation.rows.column_names == ["prompt", "answer", "label"]
+    assert federation.labels == ("open",)  # for histograms and label partitions
+    assert ("Q: why 3\nA:", " 3") in zip(federation.rows["prompt"][:], federation.rows["answer"][:], strict=True)
     pairs = load(tmp_path, [r | {"label": i % 2} for i, r in enumerate(rows)], data={"columns": {"text": "{q} / {kind}"}})
     assert "why 3 / open" in pairs.rows["text"][:] + pairs.test["text"][:]
 
 
 def test_blank_texts_are_no_training_rows_of_a_language_model(tmp_path: Path) -> None:
-    got = load(
+    federation = load(
         tmp_path, [{"text": t} for t in ("a", "", " \n", "b", "c")], task={"kind": "causal_lm"}, partition={"kind": "iid", "clients": 1}
     )
-    assert sorted(got.rows["text"][:] + got.test["text"][:]) == ["a", "b", "c"]
+    assert sorted(federation.rows["text"][:] + federation.test["text"][:]) == ["a", "b", "c"]
 
 
 def test_small_speakers_are_removed_before_the_test_is_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"text": f"{who} {i}", "client": who} for who, n in (("big", 10), ("ten", 10), ("small", 9)) for i in range(n)]
     with caplog.at_level(logging.WARNING, "fedtune.data"):
-        got = load(
+        federation = load(
             tmp_path, rows, task={"kind": "causal_lm"}, partition={"kind": "natural", "min_examples": 10}, data={"test_fraction": 0.5}
         )
-    assert list(got.clients) == ["big", "ten"]
-    assert len(got.rows) == len(got.test) == 10
-    assert not [text for text in got.test["text"][:] if text.startswith("small")]
+    assert list(federation.clients) == ["big", "ten"]
+    assert len(federation.rows) == len(federation.test) == 10
+    assert not [text for text in federation.test["text"][:] if text.startswith("small")]
     assert "1 of 3 clients have fewer than 10 rows" in caplog.text
 
 
 def test_unused_columns_may_have_gaps(tmp_path: Path) -> None:
     rows = [{"text": "a", "client": None, "label": None}, {"text": "b", "client": "x", "label": "y"}] * 5
-    got = load(tmp_path, rows, task={"kind": "causal_lm"})
-    assert got.rows.column_names == ["text"]
+    federation = load(tmp_path, rows, task={"kind": "causal_lm"})
+    assert federation.rows.column_names == ["text"]
 
 
 # -- devices ------------------------------------------------------------------------------------------------------------------------------
@@ -195,17 +197,18 @@ CLASSES = {"phone": {"share": 3, "max_examples": 2}, "laptop": {"share": 1}}
 
 
 def test_devices_are_assigned_by_their_shares_and_limit_the_training_rows(tmp_path: Path) -> None:
-    got = load(tmp_path, plain(), devices={"classes": CLASSES}, data={"test_fraction": 0.0})
-    assert sorted(c.device_class for c in got.clients.values()) == ["laptop", "phone", "phone", "phone"]
-    for client in got.clients.values():  # 10 rows a client: 2 held out, 8 to train on
+    federation = load(tmp_path, plain(), devices={"classes": CLASSES}, data={"test_fraction": 0.0})
+    assert sorted(c.device_class for c in federation.clients.values()) == ["laptop", "phone", "phone", "phone"]
+    for client in federation.clients.values():  # 10 rows a client: 2 held out, 8 to train on
         assert (len(client.train), len(client.held_out)) == ((2 if client.device_class == "phone" else 8), 2)
         assert not set(client.train) & set(client.held_out)
 
 
 def test_the_data_gives_the_device_class_of_a_natural_client(tmp_path: Path) -> None:
     rows = [row | {"device_class": "laptop" if row["client"] == "c1" else "phone"} for row in plain()]
-    got = load(tmp_path, rows, partition={"kind": "natural"}, devices={"classes": CLASSES})
-    assert {name: c.device_class for name, c in got.clients.items()} == dict.fromkeys(["c0", "c2", "c3", "c4"], "phone") | {"c1": "laptop"}
+    federation = load(tmp_path, rows, partition={"kind": "natural"}, devices={"classes": CLASSES})
+    classes = {name: c.device_class for name, c in federation.clients.items()}
+    assert classes == dict.fromkeys(["c0", "c2", "c3", "c4"], "phone") | {"c1": "laptop"}
 
 
 def test_largest_remainder() -> None:
@@ -225,13 +228,13 @@ def test_split_sizes(rows: int, share: float, taken: int) -> None:
 
 
 def test_the_demo_homes() -> None:
-    got = load_federation(from_dict({"seed": 3}))
-    assert len(got.clients) >= 20
-    assert got.rows["prompt"][0].startswith("Request: ") and got.rows["prompt"][0].endswith("\nAction:")
-    assert got.rows["answer"][0].startswith(" ")
-    assert len(got.test) >= 200 and len(got.labels) > 5
+    federation = load_federation(from_dict({"seed": 3}))
+    assert len(federation.clients) >= 20
+    assert federation.rows["prompt"][0].startswith("Request: ") and federation.rows["prompt"][0].endswith("\nAction:")
+    assert federation.rows["answer"][0].startswith(" ")
+    assert len(federation.test) >= 200 and len(federation.labels) > 5
     as_classes = load_federation(
         from_dict({"seed": 3, "task": {"kind": "classification"}, "partition": {"kind": "dirichlet", "clients": 5}})
     )
-    assert as_classes.labels == got.labels
-    assert max(as_classes.test["label"]) < len(got.labels)
+    assert as_classes.labels == federation.labels
+    assert max(as_classes.test["label"]) < len(federation.labels)

@@ -28,16 +28,16 @@ def load(name: Path | str, **data: Any) -> Any:
 
 def test_a_saved_data_set_with_its_own_class_names_and_test_split(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows(8, label=1), "test": rows(3, label=0)}).save_to_disk(tmp_path / "news")
-    got = load(tmp_path / "news", test_split="test")
-    assert (len(got.rows), len(got.test), got.labels) == (8, 3, ("world", "sports"))
-    assert set(got.rows["label"]) == {1}  # ids of the data set, although no training row is "world"
-    assert set(got.test["label"]) == {0}
+    federation = load(tmp_path / "news", test_split="test")
+    assert (len(federation.rows), len(federation.test), federation.labels) == (8, 3, ("world", "sports"))
+    assert set(federation.rows["label"]) == {1}  # ids of the data set, although no training row is "world"
+    assert set(federation.test["label"]) == {0}
 
 
 def test_a_single_saved_split(tmp_path: Path) -> None:
     rows(10).save_to_disk(tmp_path / "one")
-    got = load(tmp_path / "one")
-    assert (len(got.rows), len(got.test)) == (9, 1)
+    federation = load(tmp_path / "one")
+    assert (len(federation.rows), len(federation.test)) == (9, 1)
     with pytest.raises(DataError, match="is a single split, without data.test_split=test: set it to null"):
         load(tmp_path / "one", test_split="test")
 

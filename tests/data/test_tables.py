@@ -67,7 +67,7 @@ def test_a_given_encoding_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "expected"),
     [
         ('text, label\n"a, b", x\n', [{"text": "a, b", "label": "x"}]),  # blanks before quotes
         ("text,label\na,x\n,\n , \n\nb,y\n", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]),  # a spreadsheet's empty rows
@@ -78,16 +78,16 @@ def test_a_given_encoding_is_used(tmp_path: Path) -> None:
         ("text\tlabel\na, b\tx\n", [{"text": "a, b", "label": "x"}]),
     ],
 )
-def test_an_irregular_table(tmp_path: Path, content: str, wanted: list[dict[str, str]]) -> None:
+def test_an_irregular_table(tmp_path: Path, content: str, expected: list[dict[str, str]]) -> None:
     (tmp_path / "a.csv").write_text(content)
     config = DataConfig(source="local", path=str(tmp_path / "a.csv"))
     task = {"task": {"kind": "causal_lm"}, "partition": {"kind": "iid"}, "data": {"source": "local"}}
     used = read_columns(from_dict(task))
     assert [{k: v for k, v in row.items() if v is not None} for row in read_local(config, used)[0].to_list()] == [
-        {k: v for k, v in row.items() if k in used.used} for row in wanted
+        {k: v for k, v in row.items() if k in used.used} for row in expected
     ]
     if content.count("\n") > 1 and "price" not in content:  # without the help of the columns' names
-        assert read(tmp_path / "a.csv") == wanted
+        assert read(tmp_path / "a.csv") == expected
 
 
 def test_an_unused_column_may_have_any_content(tmp_path: Path) -> None:

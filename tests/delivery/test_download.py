@@ -57,9 +57,9 @@ def test_what_was_sent_arrives(both: Both) -> None:
     manifest = both.download(offer)
     got = both.downloads.read(manifest)
     assert (got.round, got.base, got.keep, got.turn, got.params) == (3, (1, 2), ("*.lora_B",), "ditto", {"mu": 0.5})
-    for wanted, state in zip((lora_state(version=3), shift(1), shift(2)), (got.adapter, *got.shifts), strict=True):
-        assert state.spec == wanted.spec
-        assert all(torch.equal(state[n], t) for n, t in wanted.tensors.items())
+    for expected, state in zip((lora_state(version=3), shift(1), shift(2)), (got.adapter, *got.shifts), strict=True):
+        assert state.spec == expected.spec
+        assert all(torch.equal(state[n], t) for n, t in expected.tensors.items())
     assert manifest.name == f"mine-r0003-{manifest.digest[:8]}"
 
 

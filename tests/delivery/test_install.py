@@ -24,6 +24,7 @@ from fedtune.delivery.versions import Versions
 from fedtune.inference.generate import generate_text
 from fedtune.rounds.delivery import Offer
 from tests.delivery.offers import delivery, prepare, write_keys
+from tests.quick import quick
 from tests.tiny import tiny_config
 
 LABELS = ["0", "1", "2"]
@@ -130,7 +131,9 @@ def test_the_best_of_old_and_new_stays(tmp_path: Path, scores: dict[float, float
     assert [v.record.round for v in device.versions.names() if v.record] == [4, 3, 1]
 
 
-@pytest.mark.parametrize(("personal", "chosen"), [(0.7, "personal"), (0.5, "personal"), (0.4, "global")])
+@pytest.mark.parametrize(
+    ("personal", "chosen"), quick([(0.7, "personal"), (0.5, "personal"), (0.4, "global")], (0.5, "personal"), (0.4, "global"))
+)
 def test_a_personal_model_is_compared_too(tmp_path: Path, scores: dict[float, float], personal: float, chosen: Any) -> None:
     device = Device(tmp_path)
     host_of(device).storage.store.write("anna", 1, device.adapter(1, 0.05).subset([n for n in device.initial.tensors if n.endswith("B")]))
@@ -151,7 +154,7 @@ def host_of(device: Device) -> ClientHost:
     return ClientHost(device.config, Storage.in_folder(device.state / "r" / "clients", device.config))
 
 
-@pytest.mark.parametrize("place", ["new_folder", "activate", "discard"])
+@pytest.mark.parametrize("place", quick(["new_folder", "activate", "discard"], "activate"))
 @pytest.mark.parametrize("before", [True, False])
 def test_killed_at_any_step_the_device_has_the_old_or_the_new_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, before: bool
@@ -218,7 +221,8 @@ def test_only_a_few_versions_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("privacy", "settings"), [("record", {}), ("record", {"min_privacy": "record"}), ("user", {"min_privacy": "user"})]
+    ("privacy", "settings"),
+    quick([("record", {}), ("record", {"min_privacy": "record"}), user := ("user", {"min_privacy": "user"})], user),
 )
 def test_private_rows_tell_nothing_of_the_choice(tmp_path: Path, privacy: str, settings: dict[str, Any]) -> None:
     experiment = {"privacy": PrivacyConfig(kind=privacy, where="client" if privacy == "user" else "server")}
@@ -229,7 +233,7 @@ def test_private_rows_tell_nothing_of_the_choice(tmp_path: Path, privacy: str, s
 
 @pytest.mark.parametrize(
     ("package", "files"),
-    [("int4", ["weights-int4", "weights-int8"]), ("int8", ["weights-int8"]), ("stored", [])],  # the head is int8
+    quick([few := ("int4", ["weights-int4", "weights-int8"]), ("int8", ["weights-int8"]), ("stored", [])], few),  # the head is int8
 )
 def test_the_package_has_the_asked_format(tmp_path: Path, package: str, files: list[str]) -> None:
     device = Device(tmp_path, package=package)

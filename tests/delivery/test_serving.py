@@ -148,6 +148,24 @@ def test_a_version_that_cannot_be_loaded_is_not_current(device: Device) -> None:
         assert device.versions.current() == "a" and device.pid() == first
 
 
+def test_a_version_that_becomes_current_again_at_once_is_tried_again(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(device.state, "a", 1)
+    add(device.state, "b", 2, say="the weights are damaged", code=2)
+    device.versions.activate("a")
+    device.serves("a")
+    device.told.clear()
+
+    def tell(line: str) -> None:
+        device.told.append(line)
+        if line == "the model a is current again" and device.told.count(line) == 1:
+            device.versions.activate("b")  # before the server looks again
+
+    monkeypatch.setattr(device.server, "_tell", tell)
+    device.versions.activate("b")
+    device.tells(*["the model b cannot be loaded: the weights are damaged", "the model a is current again"] * 2)
+    assert device.versions.current() == "a"
+
+
 def test_the_newest_older_version_that_can_be_loaded_answers(device: Device) -> None:
     for at, name in enumerate("abcde"):
         add(device.state, name, at, **({"say": f"bad {name}", "code": 2} if name in "bd" else {}))

@@ -78,7 +78,7 @@ def without_model(deployment: Deployment) -> str:
     return ""
 
 
-def run_with_kill(folder: Path, victim: str, after: float, wanted: AdapterState) -> tuple[bool, str]:
+def run_with_kill(folder: Path, victim: str, after: float, expected: AdapterState) -> tuple[bool, str]:
     """Whether a run ends correctly if its victim is killed after these seconds, and its result."""
     given = fresh(folder)
     with deployed(folder, CLIENTS, given, signs=True) as deployment:
@@ -97,7 +97,7 @@ def run_with_kill(folder: Path, victim: str, after: float, wanted: AdapterState)
             return False, missing
         if "Traceback" in deployment.output("server") + "".join(deployment.output(c) for c in CLIENTS):
             return False, "a traceback was printed"
-        far = distance(deployment.adapter(), wanted)
+        far = distance(deployment.adapter(), expected)
         if far <= BOUND:
             return True, f"the uninterrupted run's adapter, to {far:.1e}" + " (it had ended)" * ended
         turns = counted(deployment.run)
@@ -118,11 +118,11 @@ def main() -> int:
         preload()
     rng, bad = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as place:
-        wanted, seconds = run_without_kills(Path(place) / "unbroken")
+        expected, seconds = run_without_kills(Path(place) / "unbroken")
         print(f"uninterrupted: {seconds:.1f} s", flush=True)
         for i in range(args.count):
             victim, after = ("server", "anna")[i % 2], rng.uniform(0.0, seconds)
-            good, outcome = run_with_kill(Path(place) / f"{i:02d}", victim, after, wanted)
+            good, outcome = run_with_kill(Path(place) / f"{i:02d}", victim, after, expected)
             bad += not good
             print(f"{i + 1:2d} {victim} killed after {after:4.1f} s: {'ok' if good else 'DEFECT'}, {outcome}", flush=True)
     print(f"{args.count - bad} of {args.count} succeeded at load {os.getloadavg()[1]:.1f}")

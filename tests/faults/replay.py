@@ -56,11 +56,11 @@ def replay(folder: Path, experiment: Sequence[str], participants: Mapping[int, S
     return run_experiment(job.config, engine)
 
 
-def differences(run: Path, wanted: Path) -> dict[int, float]:
+def differences(run: Path, expected: Path) -> dict[int, float]:
     """Round → largest difference between the adapters of both runs' checkpoints, for the rounds that both have stored."""
     out = {}
     for folder in sorted((run / "checkpoints").glob("round-*")):
-        other = wanted / "checkpoints" / folder.name
+        other = expected / "checkpoints" / folder.name
         if other.is_dir():
             a, b = AdapterState.load(folder / "adapter.safetensors"), AdapterState.load(other / "adapter.safetensors")
             same = list(a.tensors) == list(b.tensors)

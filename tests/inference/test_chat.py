@@ -150,8 +150,8 @@ def test_an_encoder_decoder_takes_each_request_by_itself(tmp_path: Path, capsys:
     folder, out = checkpoint(tmp_path / "t5", "t5", seed=3), io.StringIO()
     requests = ["turn on", "the lamp", "turn on"]
     chat(folder, read=io.StringIO("\n".join(requests) + "\n"), write=out, max_new_tokens=5, temperature=2.0, seed=2)
-    wanted = [generate_text(folder, request, max_new_tokens=5, temperature=2.0, seed=2).strip() for request in requests]
-    assert out.getvalue().splitlines() == wanted and wanted[0] and wanted[0] != wanted[1]
+    expected = [generate_text(folder, request, max_new_tokens=5, temperature=2.0, seed=2).strip() for request in requests]
+    assert out.getvalue().splitlines() == expected and expected[0] and expected[0] != expected[1]
 
 
 @pytest.mark.slow

@@ -82,8 +82,8 @@ def test_a_foreign_encoder_decoder_answers(tmp_path: Path) -> None:
     loaded = load_backbone(hub(folder), ASK)
     model, tokenizer = cast(Any, loaded.model), loaded.tokenizer
     ids = torch.tensor([[*tokenizer("turn on").input_ids, tokenizer.eos_token_id]])
-    wanted = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-    assert generate_text(folder, "turn on", max_new_tokens=5) == tokenizer.decode(wanted[0, 1:], skip_special_tokens=True)
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert generate_text(folder, "turn on", max_new_tokens=5) == tokenizer.decode(expected[0, 1:], skip_special_tokens=True)
 
 
 def test_models_that_cannot_answer_are_refused(tmp_path: Path, merged: Path) -> None:
@@ -223,10 +223,10 @@ def test_a_missing_folder_is_named_by_all_commands(
 ) -> None:
     capsys.readouterr()
     folder = tmp_path / "nowhere"
-    wanted = "a run directory, a PEFT adapter folder or a model" if command[0] == "export" else "a model that `fedtune export` wrote"
+    expected = "a run directory, a PEFT adapter folder or a model" if command[0] == "export" else "a model that `fedtune export` wrote"
     assert cli.main([{"NO": str(folder), "YES": str(merged)}.get(word, word) for word in command]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"fedtune: there is no folder {folder}: give {wanted}") and err.count("\n") == 1
+    assert out == "" and err.startswith(f"fedtune: there is no folder {folder}: give {expected}") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [["serve", "RUN", "--port", "0"], ["bench", "RUN"], ["chat", "RUN"]])

@@ -79,11 +79,11 @@ def _random(stored: str, size: tuple[int, ...], generator: torch.Generator) -> T
 
 @pytest.mark.parametrize(("name", "kind", "virtual"), [("llama", "int4", ""), ("qwen2", "int8", "prompt"), ("qwen3", "bf16", "prefix")])
 def test_a_package_round_trips(tmp_path: Path, name: str, kind: Kind, virtual: str) -> None:
-    wanted = write(tmp_path / "p", name, kind, virtual)
+    expected = write(tmp_path / "p", name, kind, virtual)
     package = read_package(tmp_path / "p")
     assert is_package(tmp_path / "p") and not is_package(tmp_path)
-    assert set(package.tensors) == set(wanted)
-    for n, tensor in wanted.items():
+    assert set(package.tensors) == set(expected)
+    for n, tensor in expected.items():
         assert torch.equal(as_tensor(package.tensors[n]), tensor), n
     assert package.card == CARD and package.shape == read_shape(config_of(name))
     parts = {"int4": {"packed", "scale", "zero"}, "int8": {"packed", "scale"}}.get(kind, {"weight"})
@@ -93,13 +93,13 @@ def test_a_package_round_trips(tmp_path: Path, name: str, kind: Kind, virtual: s
 
 
 def test_any_program_reads_the_files_and_they_are_aligned(tmp_path: Path) -> None:
-    wanted = write(tmp_path / "p")
+    expected = write(tmp_path / "p")
     for path in (tmp_path / "p").glob("weights-*.safetensors"):
         for n, tensor in load_file(path).items():
-            assert torch.equal(tensor, wanted.pop(n))
+            assert torch.equal(tensor, expected.pop(n))
         (length,) = struct.unpack("<Q", path.read_bytes()[:8])
         assert (8 + length) % 64 == 0
-    assert not wanted
+    assert not expected
 
 
 def test_tensors_used_together_are_stored_together(tmp_path: Path) -> None:
@@ -120,13 +120,13 @@ def test_tensors_may_be_written_in_any_order(tmp_path_factory: pytest.TempPathFa
     dtypes = [torch.float32, torch.bfloat16, torch.int8, torch.uint8]
     specs = {f"t{i}": (dtypes[i % 4] if i < 4 else torch.float32, tuple(s)) for i, s in enumerate(sizes)}
     specs = dict(sorted(specs.items(), key=lambda kv: -kv[1][0].itemsize))  # as a file of one dtype: all aligned
-    wanted = {n: torch.randint(0, 90, s).to(d) for n, (d, s) in specs.items()}
+    expected = {n: torch.randint(0, 90, s).to(d) for n, (d, s) in specs.items()}
     file = TensorFile(path, specs)
-    for name in sorted(wanted, key=lambda _: rng.random()):
-        file.put(name, wanted[name])
+    for name in sorted(expected, key=lambda _: rng.random()):
+        file.put(name, expected[name])
     file.close()
     tensors = load_file(path)
-    assert set(tensors) == set(wanted) and all(torch.equal(tensors[n], t) for n, t in wanted.items())
+    assert set(tensors) == set(expected) and all(torch.equal(tensors[n], t) for n, t in expected.items())
 
 
 def change(folder: Path, file: str, **tensors: Tensor | None) -> None:

@@ -109,7 +109,7 @@ def live(folder: Path, task: TaskConfig, peft: PeftConfig | None = None) -> Live
 
 
 @pytest.mark.parametrize("config", [gemma3, qwen3_5])
-@pytest.mark.parametrize("task", [CAUSAL, CLASSES, WRITES], ids=lambda t: t.kind)
+@pytest.mark.parametrize("task", quick([CAUSAL, CLASSES, WRITES], CLASSES), ids=lambda t: t.kind)
 @pytest.mark.parametrize("method", quick(["lora", "ia3", "full"], "lora"))
 def test_a_composite_model_trains_its_text_part(tmp_path: Path, config: Callable[[], Any], task: TaskConfig, method: str) -> None:
     folder, peft = composite(tmp_path / "m", config()), PeftConfig(method=method, rank=2)

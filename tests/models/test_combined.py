@@ -41,8 +41,8 @@ def apart(live: LiveAdapter, opened: PeftModel) -> float:
     """Largest difference of the logits, as a share of the largest logit."""
     live.model.eval()
     with torch.no_grad():
-        want, got = live.model(token_ids()).logits, opened(token_ids()).logits
-    return float((got - want).abs().max() / want.abs().max())
+        want, actual = live.model(token_ids()).logits, opened(token_ids()).logits
+    return float((actual - want).abs().max() / want.abs().max())
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora"])

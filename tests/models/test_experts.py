@@ -52,17 +52,17 @@ def test_the_merged_model_has_the_live_logits(tmp_path: Path, config: Any, metho
     live = live_on(folder, method=method)
     names = {n.rpartition(".")[0] for n in live.parameters if "experts" in n}
     assert {n.rpartition(".")[2] for n in names} == {"gate_up_proj", "down_proj"} and all(n in live.spec.ranks for n in names)
-    wanted = logits(live.model)
+    expected = logits(live.model)
     with live.disabled():
-        assert (logits(live.model) - wanted).abs().max() > 0.1
+        assert (logits(live.model) - expected).abs().max() > 0.1
     state = live.read(1)
     some = state.replace({n: t for n, t in state.tensors.items() if "experts" not in n},
                          ranks={m: r for m, r in state.spec.ranks.items() if "experts" not in m})  # fmt: skip
     bare, without = load_backbone(hub(folder), CAUSAL).model, load_backbone(hub(folder), CAUSAL).model
     merge(bare, state)
-    torch.testing.assert_close(logits(bare), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(bare), expected, atol=1e-4, rtol=1e-4)
     merge(without, some)
-    assert (logits(without) - wanted).abs().max() > 0.05  # the experts' part is seen
+    assert (logits(without) - expected).abs().max() > 0.05  # the experts' part is seen
 
 
 def test_each_expert_changes_by_its_own_product(tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_exports_hold_the_adapted_experts(tmp_path: Path) -> None:
     live = live_on(folder)
     live.save_peft(run / "adapter")
     live.read(1).save(run / "adapter" / "fedtune.safetensors")
-    wanted = logits(live.model)
+    expected = logits(live.model)
     with quiet():
         exported = AutoModelForCausalLM.from_pretrained(export_hf(run, run / "hf"))
         opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(run / "adapter"))
-    torch.testing.assert_close(logits(exported), wanted, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits(opened), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(exported), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(opened), expected, atol=1e-4, rtol=1e-4)
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["target_parameters"]
 
 

@@ -302,8 +302,8 @@ def test_generation_continues_the_prompt(tmp_path: Path, name: str, kind: str) -
                 break
             ids.append(best)
         want.append(str(words.decode(ids[len(row.input_ids) :], skip_special_tokens=True)).strip())
-    got = generate_answers(live.model, words, rows, ASK, batch_size=3)
-    assert got == want and len(set(want)) > 1
+    answers = generate_answers(live.model, words, rows, ASK, batch_size=3)
+    assert answers == want and len(set(want)) > 1
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "ptuning_v2"])

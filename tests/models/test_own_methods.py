@@ -173,15 +173,15 @@ def test_generation_with_and_without_a_cache_agree(kind: str, peft: PeftConfig) 
     model: Any = live.model
     ids = batch(task)["input_ids"][:2, :5]
     model.generation_config.eos_token_id = None
-    got = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    cached = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     slow = torch.full((2, 1), 2) if kind == "t5" else ids  # T5 begins its answer with the padding token
     for _ in range(4):
         out = model(input_ids=ids, decoder_input_ids=slow) if kind == "t5" else model(input_ids=slow)
         slow = torch.cat([slow, out.logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(got, slow)
+    assert torch.equal(cached, slow)
     with live.disabled():
         other = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-    assert peft is not PROMPTS or not torch.equal(got, other)
+    assert peft is not PROMPTS or not torch.equal(cached, other)
 
 
 @pytest.mark.parametrize("peft", METHODS, ids=lambda p: f"{p.method}-{p.placement}")

@@ -87,14 +87,14 @@ def test_a_prompt_is_seen_as_keys_and_values_by_hand(implementation: str) -> Non
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()[:, None, None]
     attention.prompts.turn = 1
     given = mask if implementation == "sdpa" else torch.where(mask, 0.0, -1e9)
-    got = attention(x, given)[0]
+    actual = attention(x, given)[0]
     prompt = live.parameters["layers.1.prompt"]
     heads = lambda t: t.unflatten(-1, (4, 4)).transpose(-3, -2)  # noqa: E731
     q, k, v = heads(attention.query(x)), heads(attention.key(x)), heads(attention.value(x))
     k, v = (torch.cat([heads(p).expand(2, -1, -1, -1), t], 2) for p, t in zip(prompt, (k, v), strict=True))
     scores = q @ k.transpose(-1, -2) / 2 + torch.cat([torch.zeros(2, 1, 1, 3), torch.where(mask, 0.0, -1e9)], -1)
     mixed = attention.dense((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(got, attention.LayerNorm(x + mixed), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, attention.LayerNorm(x + mixed), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, *ENCODERS, "t5"])

@@ -147,10 +147,10 @@ def test_narrow_logits_are_counted_in_pieces(tmp_path: Path, monkeypatch: pytest
         grads = torch.autograd.grad(loss, list(live.parameters.values()))
         return loss.item(), torch.cat([g.flatten() for g in grads])
 
-    whole, wanted = found()
+    whole, expected = found()
     monkeypatch.setattr(losses, "_PIECE", 4 * live.backbone.model.config.vocab_size)  # 7 pieces, the last of 3 rows
-    pieces, got = found()
-    assert pieces == pytest.approx(whole, rel=1e-6) and torch.equal(got, wanted)
+    pieces, actual = found()
+    assert pieces == pytest.approx(whole, rel=1e-6) and torch.equal(actual, expected)
 
 
 def test_a_shift_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_the_check_of_the_switch_detects_a_transposed_mask(tmp_path: Path, monke
 def test_every_entry_under_the_mask_is_federated_full_fine_tuning(tmp_path: Path) -> None:
     """Two clients of 9 and 5 rows, AdamW with decay, against a bare loop that trains all target weights of the bare model."""
     live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL, density=1.0)
-    server, slot, updates, wanted = strategy(density=1.0, rounds=20), SparseSlot(live, state.spec), [], []
+    server, slot, updates, expected = strategy(density=1.0, rounds=20), SparseSlot(live, state.spec), [], []
     for client, count in (("a", 9), ("b", 5)):
         turn_plan = plan(weight_decay=0.1, seed=count)
         slot.load(state)
@@ -191,11 +191,11 @@ def test_every_entry_under_the_mask_is_federated_full_fine_tuning(tmp_path: Path
             (loss / tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
-        wanted.append({n: (cast(Tensor, w).detach() - start[n]).double() for n, w in weights.items()})
+        expected.append({n: (cast(Tensor, w).detach() - start[n]).double() for n, w in weights.items()})
     begun = server.start(initial_adapter(hub(tmp_path / "m"), CAUSAL, PEFT, num_labels=3, seed=5))
     after = server.aggregate(1, begun, iter(updates)).adapter
     for name in linears(live):
-        mean = (9 * wanted[0][name] + 5 * wanted[1][name]) / 14
+        mean = (9 * expected[0][name] + 5 * expected[1][name]) / 14
         assert mean.abs().max() > 1e-2
         torch.testing.assert_close(after[f"{name}.sparse"].double(), mean.flatten(), atol=1e-5, rtol=1e-4)
 
@@ -271,13 +271,13 @@ def test_another_mask_replaces_the_first_slot(tmp_path: Path) -> None:
     live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL)
     one, two = SparseSlot(live, state.spec), SparseSlot(live, state.replace(mask="8").spec)
     one.load(perturb(state))
-    wanted = logits(one)
+    expected = logits(one)
     two.load(state.replace(mask="8"))
     zero = logits(two)
     one.release()  # not its values: nothing happens
-    assert torch.equal(logits(two), zero) and not torch.equal(zero, wanted)
+    assert torch.equal(logits(two), zero) and not torch.equal(zero, expected)
     one.load(perturb(state))
-    assert torch.equal(logits(one), wanted)
+    assert torch.equal(logits(one), expected)
 
 
 def test_a_model_without_lora_is_refused(tmp_path: Path) -> None:

@@ -104,9 +104,9 @@ class Server:
         message = Message(content, node_id, kind, group_id="3", ttl=600.0)
         message.metadata.__dict__["_message_id"] = message.object_id
         session = self.state.start_session(run_id)
-        stored, wanted = self.state.store_message_and_object_tree(remove_content_from_message(message), get_object_tree(message), session)
+        stored, missing = self.state.store_message_and_object_tree(remove_content_from_message(message), get_object_tree(message), session)
         assert stored
-        self.late = [(run_id, session, i, each.deflate()) for i, each in get_all_nested_objects(message).items() if i in wanted]
+        self.late = [(run_id, session, i, each.deflate()) for i, each in get_all_nested_objects(message).items() if i in missing]
         for part in self.late[late:]:
             assert self.state.store_object(*part)
         self.late = self.late[:late]

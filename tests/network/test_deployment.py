@@ -32,9 +32,9 @@ def simulated(folder: Path, experiment: list[str]) -> AdapterState:
     return AdapterState.load(simulate(job.config) / "adapter" / "fedtune.safetensors")
 
 
-def assert_same(found: AdapterState, wanted: AdapterState) -> None:
-    assert list(found.tensors) == list(wanted.tensors)
-    for name, tensor in wanted.tensors.items():
+def assert_same(found: AdapterState, expected: AdapterState) -> None:
+    assert list(found.tensors) == list(expected.tensors)
+    for name, tensor in expected.tensors.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
     assert any(t.abs().max() > 1e-3 for n, t in found.tensors.items() if n.endswith("lora_B")), "it has learned something"
 

@@ -141,11 +141,11 @@ def test_add_creates_one_client_and_changes_no_other(tmp_path: Path, capsys: pyt
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "keys"
-    wanted = ["keys", "--out", str(out), "--server-name", "h", "--clients", "a"]
-    assert main(wanted) == 0
+    command = ["keys", "--out", str(out), "--server-name", "h", "--clients", "a"]
+    assert main(command) == 0
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     capsys.readouterr()
-    for again in (wanted, ["keys", "--out", str(out), "--add", "a"], ["keys", "--out", str(out), "--add", "b", "a"]):
+    for again in (command, ["keys", "--out", str(out), "--add", "a"], ["keys", "--out", str(out), "--add", "b", "a"]):
         assert main(again) == 2
         output = capsys.readouterr()
         assert not output.out and output.err.count("\n") == 1 and "never overwritten" in output.err

@@ -249,13 +249,13 @@ def test_a_reply_over_the_requested_size_is_refused_before_it_is_fetched(
     with Echo(int(near.private_address.partition(":")[2])) as node:
         where = node.node.node_id
         ids = grid.push_bounded([Message(content, where, "train"), Message(small(1), where, "train")], [most, 2_000_000])
-        got: list[Message] = []
+        replies: list[Message] = []
         until = time.monotonic() + 20
-        while len(got) < 2 and time.monotonic() < until:
-            had = {reply.metadata.reply_to_message_id for reply in got}
-            got += [reply for i in ids if i not in had for reply in grid.pull_messages([i])]
+        while len(replies) < 2 and time.monotonic() < until:
+            had = {reply.metadata.reply_to_message_id for reply in replies}
+            replies += [reply for i in ids if i not in had for reply in grid.pull_messages([i])]
             time.sleep(0.05)
-    refused, good = sorted(got, key=lambda reply: ids.index(reply.metadata.reply_to_message_id))
+    refused, good = sorted(replies, key=lambda reply: ids.index(reply.metadata.reply_to_message_id))
     assert f"MB exceeds the limit of {most / 1e6:.3g} MB" in str(refused.content.config_records["declined"]["why"])
     assert good.content.config_records["c"]["value"] == 1
     assert [ids[0]] not in fetched

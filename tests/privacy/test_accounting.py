@@ -83,7 +83,7 @@ def test_turns_of_different_kinds_add_up() -> None:
     assert epsilon(spent[::-1], 1e-5) == epsilon(spent, 1e-5)
 
 
-@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+@pytest.mark.parametrize("accountant", quick(["rdp", "prv"], "rdp"))
 def test_epsilon_only_grows(accountant: str) -> None:
     costs = [epsilon([ROUND] * n, 1e-5, accountant) for n in range(6)]
     assert costs[0] == 0.0 and costs == sorted(set(costs))
@@ -95,13 +95,13 @@ def test_epsilon_is_infinite_without_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "rate", "steps", "accountant"),
+    ("target", "rate", "steps", "accountant"),
     quick([(8.0, 0.1, 40, "rdp"), (1.0, 0.02, 100, "prv"), *(few := [(1.0, 0.02, 100, "rdp"), (0.3, 1.0, 5, "prv")])], *few),
 )
-def test_the_solved_noise_keeps_epsilon(wanted: float, rate: float, steps: int, accountant: str) -> None:
-    noise = solve_noise(wanted, 1e-5, rate, steps, accountant)
+def test_the_solved_noise_keeps_epsilon(target: float, rate: float, steps: int, accountant: str) -> None:
+    noise = solve_noise(target, 1e-5, rate, steps, accountant)
     cost = epsilon([Spend(noise=noise, rate=rate, steps=steps)], 1e-5, accountant)
-    assert wanted - min(0.01, wanted / 20) <= cost <= wanted
+    assert target - min(0.01, target / 20) <= cost <= target
 
 
 def test_a_very_large_epsilon_is_a_number() -> None:
@@ -109,7 +109,7 @@ def test_a_very_large_epsilon_is_a_number() -> None:
     assert epsilon(much, 1e-5, "prv") == epsilon(much, 1e-5, "rdp") > 1e9
 
 
-@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+@pytest.mark.parametrize("accountant", quick(["rdp", "prv"], "rdp"))
 def test_an_epsilon_without_sufficient_noise_is_refused_before_the_search(monkeypatch: pytest.MonkeyPatch, accountant: str) -> None:
     monkeypatch.setattr("opacus.accountants.utils.get_noise_multiplier", lambda **_: pytest.fail("the search takes minutes"))
     with pytest.raises(ConfigError, match=r"no noise keeps .* over 100000 steps \(655360 times the sensitivity, .* ε = 0\.\d+\): raise"):

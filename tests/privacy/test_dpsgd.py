@@ -116,11 +116,11 @@ def test_an_empty_sample_is_pure_noise(tmp_path: Path) -> None:
 
 def test_a_sample_larger_than_a_pass_and_all_methods_agree(tmp_path: Path) -> None:
     rows = examples(9)
-    wanted = gradient(tmp_path / "a", rows, at_once=9, source=Chosen(*range(9)))
+    expected = gradient(tmp_path / "a", rows, at_once=9, source=Chosen(*range(9)))
     for way in (samples.looped, samples.hooked, samples.mapped):
-        got = gradient(tmp_path / way.__name__, rows, way=way, at_once=2, source=Chosen(*range(9)))
-        for n, g in wanted.items():
-            torch.testing.assert_close(got[n], g, rtol=1e-4, atol=1e-7)
+        actual = gradient(tmp_path / way.__name__, rows, way=way, at_once=2, source=Chosen(*range(9)))
+        for n, g in expected.items():
+            torch.testing.assert_close(actual[n], g, rtol=1e-4, atol=1e-7)
 
 
 class Small:
@@ -141,15 +141,15 @@ class Small:
 def test_out_of_memory_halves_the_pass_and_keeps_sample_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: int) -> None:
     rows, settings = examples(20), {"noise": 1.3, "batch": 12, "way": samples.hooked}
     with private_gradient(tmp_path / "a", rows, at_once=6, **settings) as whole:
-        wanted = [whole.step(), whole.step()]
+        expected = [whole.step(), whole.step()]
     small = Small(3, since)
     monkeypatch.setattr(samples, "_losses", small)
     with private_gradient(tmp_path / "b", rows, at_once=6, **settings) as private:
-        got = [private.step(), private.step()]
+        actual = [private.step(), private.step()]
     # what went through before is kept, and nothing is counted twice
     tried, again = small.sizes[since : since + 2]
     assert private.out_of_memory == 1 and tried > 3 and again == private.at_once == tried // 2
-    for before, after in zip(wanted, got, strict=True):
+    for before, after in zip(expected, actual, strict=True):
         for n, g in before.items():
             torch.testing.assert_close(after[n], g, rtol=1e-4, atol=1e-6)
 

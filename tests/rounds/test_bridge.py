@@ -289,9 +289,9 @@ def test_a_resumed_run_reaches_the_same_state(tmp_path: Path) -> None:
     first.loop()
     first.run.close()
     second, observer = fake_bridge(tmp_path / "part", fake_client_app(clients), 6, config(rounds=5, clients_per_round=3))
-    wanted, got = whole.loop(), second.loop()
+    expected, actual = whole.loop(), second.loop()
     assert [r["round"] for r in observer.records] == [3, 4, 5]
-    assert all(torch.equal(wanted.adapter[n], got.adapter[n]) for n in wanted.adapter.tensors)
+    assert all(torch.equal(expected.adapter[n], actual.adapter[n]) for n in expected.adapter.tensors)
     kept = [bridge.run.newest()[0] for bridge in (whole, second)]
     assert kept[0] is not None and kept[1] is not None and kept[0].clients == kept[1].clients
 

@@ -88,11 +88,11 @@ def test_weights_are_the_same_with_shifts_and_with_a_snapshot(kind: str, held: i
         assert received.snapshot is not None and set(received.snapshot.tensors) == {"q.weight"}
     assert came.versions == always.versions == tuple(range(1, 8))
     dtype = torch.bfloat16 if kind == "quantised" else late["q"].weight.dtype  # type: ignore[union-attr]
-    wanted, got = outputs(one_by_one, dtype), outputs(late, dtype)  # type: ignore[arg-type]
-    assert all(torch.equal(got[m], wanted[m]) for m in SIZES)
+    expected, actual = outputs(one_by_one, dtype), outputs(late, dtype)  # type: ignore[arg-type]
+    assert all(torch.equal(actual[m], expected[m]) for m in SIZES)
     with torch.no_grad():
         first = outputs(model(kind), dtype)["q"]  # type: ignore[arg-type]
-    assert not torch.equal(got["q"], first)
+    assert not torch.equal(actual["q"], first)
     came.add(shift(8))
     always.add(shift(8))
     assert all(torch.equal(a, b) for a, b in zip(outputs(late, dtype).values(), outputs(one_by_one, dtype).values(), strict=True))  # type: ignore[arg-type]

@@ -207,7 +207,7 @@ def test_a_late_reply_is_checked_against_its_assignment(tmp_path: Path, fault: A
 def test_a_resumed_run_keeps_late_updates(tmp_path: Path) -> None:
     app = fake_client_app({"a": 1, "b": 3, "c": 5}, {"b": slow([1, 4], 70.0), "c": slow([2, 5], 31.0)})
     whole, heard = fake_bridge(tmp_path / "whole", app, 3, config(devices=DEVICES, rounds=7))
-    wanted = whole.loop()
+    expected = whole.loop()
     assert sum("staleness" in r for r in heard.clients) == 4
     for stop in (1, 2, 4, 5):  # a late update is kept after each of these rounds
         path = tmp_path / f"part{stop}"
@@ -215,8 +215,8 @@ def test_a_resumed_run_keeps_late_updates(tmp_path: Path) -> None:
         first.loop()
         first.run.close()
         second, observer = fake_bridge(path, app, 3, config(devices=DEVICES, rounds=7))
-        got = second.loop()
-        assert all(torch.equal(wanted.adapter[n], got.adapter[n]) for n in wanted.adapter.tensors), f"stopped after round {stop}"
+        actual = second.loop()
+        assert all(torch.equal(expected.adapter[n], actual.adapter[n]) for n in expected.adapter.tensors), f"stopped after round {stop}"
         seen = [{k: v for k, v in r.items() if k != "seconds"} for r in (*heard.records, *observer.records) if r["round"] > stop]
         assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
         kept = [bridge.run.newest()[0] for bridge in (whole, second)]
@@ -292,11 +292,11 @@ def test_order_is_irrelevant_and_the_step_is_fedbuffs(name: str, strategy: Any) 
     # by hand: Σ p_k Δ_k / √(1 + s_k) = (1·0.5/1 − 3·0.25/√2 + 2·1/2) / 6, as one client would send it
     move = (0.5 - 0.75 / math.sqrt(2) + 1.0) / 6
     one = update("one", before.adapter.replace({k: t + move for k, t in before.adapter.tensors.items()}))
-    wanted = strategy.aggregate(4, before, [one])
+    expected = strategy.aggregate(4, before, [one])
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
         after = strategy.aggregate(4, before, [updates[i] for i in order])
-        for k in wanted.adapter.tensors:
-            torch.testing.assert_close(after.adapter[k], wanted.adapter[k], rtol=1e-5, atol=1e-5)
+        for k in expected.adapter.tensors:
+            torch.testing.assert_close(after.adapter[k], expected.adapter[k], rtol=1e-5, atol=1e-5)
 
 
 # -- refused settings ----------------------------------------------------------------------------------------------------------------------

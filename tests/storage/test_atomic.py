@@ -38,7 +38,7 @@ WRITERS: dict[str, tuple[Callable[[Path], None], str | list[str]]] = {
 @pytest.mark.parametrize("stop", [Killed, OSError], ids=["killed", "disk full"])
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_write_is_complete_or_absent_after_any_stop(tmp_path: Path, name: str, stop: type[BaseException]) -> None:
-    write, wanted = WRITERS[name]
+    write, expected = WRITERS[name]
     operations = 0
     while True:
         folder = tmp_path / str(operations)
@@ -49,9 +49,9 @@ def test_a_write_is_complete_or_absent_after_any_stop(tmp_path: Path, name: str,
         except OSError:
             stopped = True
             assert not [p for p in folder.iterdir() if p.name != "place"]  # what is not whole gives its room on the disk back
-        assert not place.exists() or content(place) == wanted
+        assert not place.exists() or content(place) == expected
         write(place)
-        assert content(place) == wanted
+        assert content(place) == expected
         if name != "shared":
             assert list(folder.iterdir()) == [place]  # what a kill left is removed
         if not stopped:

@@ -72,11 +72,11 @@ def mean(updates: Iterable[Update]) -> dict[str, Tensor]:
     return {m: torch.stack([p * d[m] for p, d in parts]).sum(0) for m in SHAPES}
 
 
-def assert_equal(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, tolerance: float = 1e-6) -> None:
+def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, tolerance: float = 1e-6) -> None:
     """Every module equal, relative to its own size (float32 factors are rounded, so that 1e-6 is the most to ask)."""
-    assert sorted(got) == sorted(wanted)
-    for module, matrix in wanted.items():
-        error = torch.linalg.matrix_norm(got[module] - matrix) / torch.linalg.matrix_norm(matrix)
+    assert sorted(actual) == sorted(expected)
+    for module, matrix in expected.items():
+        error = torch.linalg.matrix_norm(actual[module] - matrix) / torch.linalg.matrix_norm(matrix)
         assert error <= tolerance, f"{module} is off by {error:.1e}"
 
 
@@ -114,8 +114,8 @@ def assert_exact_on_conv1d(strategy: Strategy) -> None:
     after = strategy.aggregate(1, start, iter(updates))
     total = sum(u.examples for u in updates)
     each = [(u.examples / total, layers.outputs(u.adapter)) for u in updates]
-    wanted = {m: torch.stack([p * y[m] for p, y in each]).sum(0) for m in SHAPES}
-    assert_equal(layers.outputs(after.adapter, after.shifts), wanted, tolerance=2e-6)
+    expected = {m: torch.stack([p * y[m] for p, y in each]).sum(0) for m in SHAPES}
+    assert_equal(layers.outputs(after.adapter, after.shifts), expected, tolerance=2e-6)
 
 
 def swapped_when_square(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

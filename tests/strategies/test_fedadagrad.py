@@ -54,8 +54,8 @@ def test_three_rounds_are_flowers_own() -> None:
         updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
         theirs.current_arrays = _flower.numpy(state.adapter.tensors)
         state = METHOD.aggregate(round, state, iter(updates))
-        wanted = flower_result(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
-        assert all(torch.allclose(state.adapter[n], wanted[n], atol=1e-6) for n in state.adapter.tensors)
+        expected = flower_result(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
+        assert all(torch.allclose(state.adapter[n], expected[n], atol=1e-6) for n in state.adapter.tensors)
 
 
 def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def test_three_rounds_are_flowers_own_told_the_steps_before() -> None:
         updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
         theirs.current_arrays = _flower.numpy(state.adapter.tensors)
         state = METHOD.aggregate(round, state, iter(updates))
-        wanted = flower_result(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round - 1)
-        assert all(torch.allclose(state.adapter[n], wanted[n].float(), atol=1e-6) for n in state.adapter.tensors)
+        expected = flower_result(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round - 1)
+        assert all(torch.allclose(state.adapter[n], expected[n].float(), atol=1e-6) for n in state.adapter.tensors)
 
 
 def test_flowers_own_count_of_rounds_would_be_caught() -> None:

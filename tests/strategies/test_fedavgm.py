@@ -60,8 +60,8 @@ def test_three_rounds_are_flowers_own(lr: float, momentum: float) -> None:
     for round in (1, 2, 3):
         updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
         state = method.aggregate(round, state, iter(updates))
-        wanted = flower_result(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
-        assert all(torch.allclose(state.adapter[n], wanted[n], atol=1e-5) for n in state.adapter.tensors)
+        expected = flower_result(theirs, [_flower.reply(u.adapter.tensors, u.examples) for u in updates], round)
+        assert all(torch.allclose(state.adapter[n], expected[n], atol=1e-5) for n in state.adapter.tensors)
 
 
 def test_without_momentum_at_rate_one_it_is_fedavg() -> None:

@@ -28,8 +28,8 @@ def error_of_a(updates: list[Update]) -> float:
     """Distance of the common A from Σ p_k A_k."""
     out = FedSA().aggregate(1, FedSA().start(lora_state()), iter(updates)).adapter
     total = sum(u.examples for u in updates)
-    wanted = {n: sum((u.examples / total * u.adapter[n].double() for u in updates), torch.zeros(())) for n in SHARED}
-    return max(float((out[n] - wanted[n]).abs().max()) for n in SHARED)
+    expected = {n: sum((u.examples / total * u.adapter[n].double() for u in updates), torch.zeros(())) for n in SHARED}
+    return max(float((out[n] - expected[n]).abs().max()) for n in SHARED)
 
 
 def test_a_is_averaged_and_b_keeps_its_initial_value() -> None:

@@ -38,16 +38,16 @@ def test_rounds_are_exact_and_a_gets_orthonormal_rows() -> None:
             a, b = state.adapter[f"{module}.lora_A"], state.adapter[f"{module}.lora_B"]
             assert torch.allclose(a @ a.T, torch.eye(2), atol=1e-6)
             assert torch.allclose(b.T @ b, torch.diag(b.norm(dim=0) ** 2), atol=1e-4)  # B = U S: orthogonal columns
-        wanted = sum((u.examples / 48 * u.adapter["score.weight"] for u in held), torch.zeros(2, 7))
-        assert torch.allclose(state.adapter["score.weight"], wanted, atol=1e-6)
+        expected = sum((u.examples / 48 * u.adapter["score.weight"] for u in held), torch.zeros(2, 7))
+        assert torch.allclose(state.adapter["score.weight"], expected, atol=1e-6)
     assert state.shifts == ()
 
 
 def test_only_b_and_heads_are_trained_and_sent_and_the_server_sends_a() -> None:
     state = FedSVD().start(adapter())
     (assignment,) = FedSVD().plan(1, [Plan(round=1, client="c", base_version=0)], state).values()
-    wanted = [n for n in state.adapter.tensors if not n.endswith(".lora_A")]
-    assert matching(state.adapter.tensors, assignment.plan.train) == matching(state.adapter.tensors, assignment.plan.send) == wanted
+    expected = [n for n in state.adapter.tensors if not n.endswith(".lora_A")]
+    assert matching(state.adapter.tensors, assignment.plan.train) == matching(state.adapter.tensors, assignment.plan.send) == expected
     assert assignment.adapter is state.adapter
 
 

@@ -33,8 +33,8 @@ def clients(state: ServerState, counts: Iterable[int]) -> list[Update]:
     assignments = FFA().plan(1, [Plan(round=1, client=f"c{i}", base_version=0) for i in range(len(counts))], state)
     out = []
     for i, n in enumerate(counts):
-        plan, got = assignments[f"c{i}"].plan, assignments[f"c{i}"].adapter
-        sent = got.subset(matching(got.tensors, plan.send))
+        plan, received = assignments[f"c{i}"].plan, assignments[f"c{i}"].adapter
+        sent = received.subset(matching(received.tensors, plan.send))
         moved = sent.replace({k: t + lora_state(seed=i + 1)[k] for k, t in sent.tensors.items()})
         out.append(Update(client=f"c{i}", round=1, base_version=0, adapter=moved, examples=n))
     return out
@@ -45,8 +45,8 @@ def product_error(state: ServerState, updates: list[Update]) -> float:
     out = weights(FFA().aggregate(1, state, iter(updates)).adapter)
     whole = [weights(state.adapter.replace({**state.adapter.tensors, **u.adapter.tensors})) for u in updates]
     total = sum(u.examples for u in updates)
-    wanted = {m: sum((u.examples / total * w[m] for u, w in zip(updates, whole, strict=True)), torch.zeros(())) for m in out}
-    return max(float((out[m] - wanted[m]).abs().max()) for m in out)
+    expected = {m: sum((u.examples / total * w[m] for u, w in zip(updates, whole, strict=True)), torch.zeros(())) for m in out}
+    return max(float((out[m] - expected[m]).abs().max()) for m in out)
 
 
 def test_b_is_averaged_under_the_common_a() -> None:

@@ -47,10 +47,10 @@ def test_each_client_is_off_by_the_tail_of_the_sum_of_changes(clients: list[tupl
     before = adapter(rank=4)
     after = FlexLoRA().aggregate(1, FlexLoRA().start(before), iter(updates))
     (assignment,) = FlexLoRA().plan(2, [Plan(round=2, client="c", base_version=1, rank=rank)], after).values()
-    got, wanted = delta(assignment.adapter), changes(before, updates)
-    for module, matrix in wanted.items():
+    actual, expected = delta(assignment.adapter), changes(before, updates)
+    for module, matrix in expected.items():
         assert assignment.adapter.spec.scaling[module] == pytest.approx(3.0 / rank)  # alpha / r_k
-        error = float((got[module] - matrix).norm())
+        error = float((actual[module] - matrix).norm())
         assert abs(error - tail(matrix, rank)) <= 1e-6 * float(matrix.norm())
 
 
@@ -66,9 +66,9 @@ def test_the_result_is_exact_if_the_rank_suffices() -> None:
 def test_equal_ranks_are_summed_as_in_the_paper() -> None:
     updates = cohort([4, 4, 4])
     for seed in (0, 9):  # Σ p_k s_k B_k A_k, whatever the round began with
-        got = change(FlexLoRA().aggregate(1, FlexLoRA().start(adapter(seed, rank=4)), iter(updates)))
+        actual = change(FlexLoRA().aggregate(1, FlexLoRA().start(adapter(seed, rank=4)), iter(updates)))
         for module, matrix in mean(updates).items():
-            assert abs(float((got[module] - matrix).norm()) - tail(matrix, 4)) <= 1e-6 * float(matrix.norm())
+            assert abs(float((actual[module] - matrix).norm()) - tail(matrix, 4)) <= 1e-6 * float(matrix.norm())
 
 
 def test_one_client_keeps_its_own_update() -> None:

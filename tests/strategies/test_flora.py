@@ -94,16 +94,16 @@ def test_a_client_that_missed_rounds_replays_them_to_the_same_weights() -> None:
                 for module, part in delta(shift).items():
                     w[module] += part.float()
 
-    wanted = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in SHAPES.items()}
+    expected = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in SHAPES.items()}
     for round in (1, 2, 3, 4):
         updates = cohort(seed=10 * round)
         state = strategy.aggregate(round, state, iter(updates))
-        wanted = {m: wanted[m] + part for m, part in mean(updates).items()}
+        expected = {m: expected[m] + part for m, part in mean(updates).items()}
         if round == 1:
             replay(seen=0)  # in round 1's cohort, then away for two rounds
     replay(seen=1)
     assert [s.spec.version for s in state.shifts] == [1, 2, 3, 4]
-    assert_equal({m: x.double() for m, x in w.items()}, wanted)
+    assert_equal({m: x.double() for m, x in w.items()}, expected)
 
 
 def test_a_client_gets_the_rank_of_its_device() -> None:

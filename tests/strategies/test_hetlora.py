@@ -86,8 +86,8 @@ def test_equal_ranks_and_norms_give_the_plain_mean() -> None:
     state, clients = HetLoRA().start(lora_state()), [first, turned, swapped]
     out = HetLoRA().aggregate(1, state, iter([update(f"c{i}", a, n) for i, (a, n) in enumerate(zip(clients, (1, 9, 90), strict=True))]))
     for name in ("q.lora_A", "q.lora_B", "up.lora_A", "up.lora_B"):
-        wanted = sum((c[name].double() for c in clients), torch.zeros(())) / 3
-        torch.testing.assert_close(out.adapter[name].double(), wanted, atol=1e-6, rtol=0)
+        expected = sum((c[name].double() for c in clients), torch.zeros(())) / 3
+        torch.testing.assert_close(out.adapter[name].double(), expected, atol=1e-6, rtol=0)
 
 
 @given(st.integers(0, 5), st.floats(0.1, 10), st.floats(0.1, 10), st.integers(0, 10_000))

@@ -51,9 +51,9 @@ def test_the_correction_by_hand() -> None:
 @given(counts=st.lists(st.integers(1, 1000), min_size=1, max_size=6), ridge=st.floats(1e-3, 10), seed=st.integers(0, 99))
 def test_the_factored_form_is_the_dense_one_and_never_worse_than_averaging(counts: list[int], ridge: float, seed: int) -> None:
     updates, start = cohort([2] * len(counts), counts, seed=seed), LoRAFair().start(adapter())
-    after, plain, wanted = LoRAFair(ridge=ridge).aggregate(1, start, iter(updates)), averaged(start, updates), mean(updates)
+    after, plain, expected = LoRAFair(ridge=ridge).aggregate(1, start, iter(updates)), averaged(start, updates), mean(updates)
     assert_equal(change(after), dense(plain, updates, ridge), tolerance=5e-6)
-    for module, matrix in wanted.items():
+    for module, matrix in expected.items():
         assert (change(after)[module] - matrix).norm() <= (delta(plain)[module] - matrix).norm() + 1e-5
         assert torch.equal(after.adapter[f"{module}.lora_A"], plain[f"{module}.lora_A"])
     assert torch.equal(after.adapter["score.weight"], plain["score.weight"])

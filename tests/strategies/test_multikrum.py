@@ -59,9 +59,9 @@ def chosen(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> lis
 
 def test_the_selection_does_not_change_under_any_gauge(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = [random_adapter(i + 1, 0.3) for i in range(7)]
-    wanted = chosen(adapters, monkeypatch)
+    expected = chosen(adapters, monkeypatch)
     for seed in range(5):
-        assert chosen([regauged(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == wanted
+        assert chosen([regauged(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == expected
 
 
 def test_a_config_without_the_guarantee_is_refused() -> None:

@@ -72,9 +72,9 @@ def test_it_is_flowers_own() -> None:
     state, theirs = ServerState(adapter=random_adapter(0)), flower.QFedAvg(client_learning_rate=0.3, q=0.7, train_loss_key="F")
     updates = [update(f"c{i}", random_adapter(i + 1), i + 1, metrics={"start_loss": 0.5 + i}) for i in range(4)]
     theirs.current_arrays = _flower.arrays(state.adapter.tensors)
-    wanted = flower_result(theirs, [_flower.reply(u.adapter.tensors, 1, F=u.metrics["start_loss"]) for u in updates])
+    expected = flower_result(theirs, [_flower.reply(u.adapter.tensors, 1, F=u.metrics["start_loss"]) for u in updates])
     out = QFedAvg(q=0.7, lr=0.3).aggregate(1, state, iter(reversed(updates))).adapter
-    assert all(torch.allclose(t, wanted[n].float()) for n, t in out.tensors.items())
+    assert all(torch.allclose(t, expected[n].float()) for n, t in out.tensors.items())
     assert close(state.adapter, random_adapter(0), atol=0) and close(
         updates[0].adapter, random_adapter(1), atol=0
     )  # Flower's works in place, on copies

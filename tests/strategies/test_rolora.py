@@ -29,9 +29,9 @@ def turns(round: int, state: ServerState, counts: list[int]) -> list[Update]:
     assignments = RoLoRA().plan(round, [Plan(round=round, client=f"c{i}", base_version=round - 1) for i in range(len(counts))], state)
     out = []
     for i, n in enumerate(counts):
-        plan, got = assignments[f"c{i}"].plan, assignments[f"c{i}"].adapter
-        noise, trained = lora_state(seed=100 * round + i), matching(got.tensors, plan.train)
-        moved = got.replace({k: t + noise[k] if k in trained else t for k, t in got.tensors.items()})
+        plan, received = assignments[f"c{i}"].plan, assignments[f"c{i}"].adapter
+        noise, trained = lora_state(seed=100 * round + i), matching(received.tensors, plan.train)
+        moved = received.replace({k: t + noise[k] if k in trained else t for k, t in received.tensors.items()})
         sent = moved.subset(matching(moved.tensors, plan.send))
         out.append(Update(client=f"c{i}", round=round, base_version=round - 1, adapter=sent, examples=n))
     return out
@@ -47,10 +47,10 @@ def product_error(round: int, state: ServerState, counts: list[int]) -> tuple[fl
     """(distance of the aggregate's products from Σ p_k of the clients' products, the aggregate)."""
     updates = turns(round, state, counts)
     after, total = RoLoRA().aggregate(round, state, iter(updates)), sum(counts)
-    wanted = torch.zeros(())
+    expected = torch.zeros(())
     for u in updates:
-        wanted = wanted + u.examples / total * products(state.adapter.replace({**state.adapter.tensors, **u.adapter.tensors}))
-    return float((products(after.adapter) - wanted).abs().max()), after
+        expected = expected + u.examples / total * products(state.adapter.replace({**state.adapter.tensors, **u.adapter.tensors}))
+    return float((products(after.adapter) - expected).abs().max()), after
 
 
 def before(round: int) -> ServerState:

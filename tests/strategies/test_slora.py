@@ -162,9 +162,9 @@ def test_masked_entries_are_written_at_the_masks_positions() -> None:
     strategy = SLoRA(rounds=1, seed=7, density=0.4)
     start = strategy.start(lora({"q": (3, 5)}, rank=3))
     after = strategy.aggregate(1, start, iter([reply(strategy, start, "c", 1, {"q.sparse": [1, 2, 3, 4, 5, 6]})]))
-    wanted = torch.zeros(15, dtype=torch.float64)
-    wanted[random_mask("7", "q", 15, 6)] = torch.arange(1.0, 7.0, dtype=torch.float64)
-    torch.testing.assert_close(product(after.adapter, "q"), wanted.view(3, 5))  # rank 3: nothing is lost
+    expected = torch.zeros(15, dtype=torch.float64)
+    expected[random_mask("7", "q", 15, 6)] = torch.arange(1.0, 7.0, dtype=torch.float64)
+    torch.testing.assert_close(product(after.adapter, "q"), expected.view(3, 5))  # rank 3: nothing is lost
     assert after.memory["energy/q"].item() == pytest.approx(1)
 
 

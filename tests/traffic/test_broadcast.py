@@ -22,11 +22,11 @@ def adapter() -> AdapterState:
 def test_near_the_first_adapter_only_the_difference_is_rounded() -> None:
     sent, header = encode_broadcast(Codec(values="int8"), adapter(), FIRST, 0)
     assert [(n, d) for n, _, _, d in json.loads(header)["tensors"]] == [("near", True), ("far", False), ("ranked", False), ("mask", False)]
-    got = decode_broadcast(header, sent, FIRST)
-    assert list(got.tensors) == list(adapter().tensors) and got.spec == adapter().spec
+    decoded = decode_broadcast(header, sent, FIRST)
+    assert list(decoded.tensors) == list(adapter().tensors) and decoded.spec == adapter().spec
     # absmax of the difference is about 0.003, of the tensor 1: the step is 0.003 / 127 and not 1 / 127
-    assert (got["near"] - adapter()["near"]).abs().max() < 0.003 / 127
-    assert torch.allclose(got["far"], adapter()["far"]) and torch.equal(got["mask"], adapter()["mask"])
+    assert (decoded["near"] - adapter()["near"]).abs().max() < 0.003 / 127
+    assert torch.allclose(decoded["far"], adapter()["far"]) and torch.equal(decoded["mask"], adapter()["mask"])
 
 
 def test_rounding_does_not_add_up_over_rounds() -> None:

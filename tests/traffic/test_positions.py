@@ -52,11 +52,11 @@ def test_invalid_positions_are_refused(places: list[int], total: int) -> None:
         bad = good.clone()
         bad[bit // 8] ^= 1 << (bit % 8)
         try:
-            got = unpack(bad, len(places), total)
+            unpacked = unpack(bad, len(places), total)
         except UpdateMismatch:
             refused += 1
         else:  # other positions, but positions: ascending and below total
-            assert len(got) == len(places) and got.max() < total and (got.diff() > 0).all()
+            assert len(unpacked) == len(places) and unpacked.max() < total and (unpacked.diff() > 0).all()
     assert refused > 4
     with pytest.raises(UpdateMismatch, match=rf"^the positions have 3 bytes, but {len(places)} of {total} positions take 2 bytes$"):
         unpack(torch.cat([good, good[:1]]), len(places), total)

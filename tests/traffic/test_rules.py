@@ -68,9 +68,9 @@ def test_a_broadcast_is_encoded_once_and_read_back() -> None:
     one, two = (writer.write(adapter, held=()) for _ in range(2))
     assert one["adapter"] is two["adapter"]
     received = read_message(one)
-    got = decode_broadcast(received.encoding, received.adapter, first.tensors)
-    assert list(got.tensors) == list(adapter.tensors) and got.spec == adapter.spec
-    assert all(0 < (got[n] - t).abs().max() < 0.03 for n, t in adapter.tensors.items())  # blocks of absmax 3: half a step is 0.012
+    decoded = decode_broadcast(received.encoding, received.adapter, first.tensors)
+    assert list(decoded.tensors) == list(adapter.tensors) and decoded.spec == adapter.spec
+    assert all(0 < (decoded[n] - t).abs().max() < 0.03 for n, t in adapter.tensors.items())  # blocks of absmax 3: half a step is 0.012
     assert broadcaster(TrafficConfig(up="int8"), first, 0, 4) is None
 
 

@@ -69,6 +69,6 @@ def test_a_rounded_broadcast_changes_little(tmp_path: Path) -> None:
     first, exact = adapter(simulate(dataclasses.replace(config, rounds=0))), adapter(simulate(config))
     moved = sum(float((t - first[n]).square().sum()) for n, t in exact.tensors.items())
     for values, bound in (("bf16", 0.01), ("int8", 0.05)):
-        got = adapter(simulate(dataclasses.replace(config, traffic=TrafficConfig(down=values))))
-        off = sum(float((got[n] - t).square().sum()) for n, t in exact.tensors.items())
+        rounded = adapter(simulate(dataclasses.replace(config, traffic=TrafficConfig(down=values))))
+        off = sum(float((rounded[n] - t).square().sum()) for n, t in exact.tensors.items())
         assert 0 < (off / moved) ** 0.5 < bound, (values, (off / moved) ** 0.5)

@@ -83,9 +83,9 @@ def test_the_server_adds_the_difference_to_its_own_tensors() -> None:
     codec, server, client = Codec(values="int8"), state(0), state(0).replace({n: t + 0.5 for n, t in state(0).tensors.items()})
     trained = client.replace({n: t + 1.0 for n, t in client.tensors.items()})
     sent, _ = encode_update(codec, trained, client.tensors, {}, 0)
-    got = decode_update(codec, sent, server)
-    assert list(got.tensors) == list(server.tensors)
-    assert all(torch.allclose(got[n], server[n] + 1.0, atol=1e-5) for n in got.tensors)  # the client's start, 0.5 beside, is gone
+    decoded = decode_update(codec, sent, server)
+    assert list(decoded.tensors) == list(server.tensors)
+    assert all(torch.allclose(decoded[n], server[n] + 1.0, atol=1e-5) for n in decoded.tensors)  # the client's start, 0.5 beside, is gone
 
 
 def test_dtypes_are_the_servers_and_integers_are_unchanged() -> None:
@@ -93,8 +93,8 @@ def test_dtypes_are_the_servers_and_integers_are_unchanged() -> None:
     base = AdapterState({"i": torch.tensor([1, 70_000], dtype=torch.int32), "v": torch.zeros(2, dtype=torch.bfloat16)}, spec)
     trained = base.replace({"i": base["i"], "v": torch.tensor([1.0, -1.0], dtype=torch.bfloat16)})
     sent, _ = encode_update(Codec(values="nf4"), trained, base.tensors, {}, 0)
-    got = decode_update(Codec(values="nf4"), sent, base)
-    assert got["v"].dtype == torch.bfloat16 and got["v"].tolist() == [1.0, -1.0] and got["i"].tolist() == [1, 70_000]
+    decoded = decode_update(Codec(values="nf4"), sent, base)
+    assert decoded["v"].dtype == torch.bfloat16 and decoded["v"].tolist() == [1.0, -1.0] and decoded["i"].tolist() == [1, 70_000]
 
 
 def test_a_sum_that_is_not_finite_is_refused() -> None:

@@ -89,8 +89,8 @@ def test_the_shifts_of_the_earlier_run_become_one(needs_zero: bool) -> None:
         for i in (1, 2)
     )
     start = begun(earlier, drawn, shifts=shifts, needs_zero=needs_zero)
-    wanted = earlier.product("q") + shifts[0].product("q") + shifts[1].product("q")
-    torch.testing.assert_close(change(start, "q"), wanted, rtol=1e-4, atol=1e-4)
+    expected = earlier.product("q") + shifts[0].product("q") + shifts[1].product("q")
+    torch.testing.assert_close(change(start, "q"), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(change(start, "up"), earlier.product("up"), rtol=1e-5, atol=1e-5)
     assert [s.spec.version for s in start.shifts] == [0]
     assert start.shifts[0].spec.ranks["q"] <= min(IN["q"], OUT["q"])  # not the sum of all ranks

@@ -82,8 +82,8 @@ def change(run: Path) -> dict[str, Tensor]:
     return total
 
 
-def assert_same_model(run: Path, wanted: Path, rtol: float = 1e-4, atol: float = 1e-6) -> None:
-    a, b = change(run), change(wanted)
+def assert_same_model(run: Path, expected: Path, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    a, b = change(run), change(expected)
     assert a.keys() == b.keys() and max(t.abs().max() for t in b.values()) > 1e-3
     for module, t in b.items():
         torch.testing.assert_close(a[module], t, rtol=rtol, atol=atol, msg=module)
@@ -130,9 +130,9 @@ def test_only_what_a_client_lacks_is_sent_and_metered(earlier: Path, strategy: s
         (line,) = (r for r in records if r["round"] == number and r["client"] is None)
         own = {r["client"]: r for r in records if r["round"] == number and r["client"]}
         cohort = {client for client, r in own.items() if "bytes_down" in r}
-        got = {client: r["bytes_start"] for client, r in own.items() if "bytes_start" in r}
-        assert got.keys() == (cohort - met if sent else set()) and line.get("bytes_start", 0) == sum(got.values())
-        assert all(whole < size < 1.5 * whole + 10_000 for size in got.values())
+        starts = {client: r["bytes_start"] for client, r in own.items() if "bytes_start" in r}
+        assert starts.keys() == (cohort - met if sent else set()) and line.get("bytes_start", 0) == sum(starts.values())
+        assert all(whole < size < 1.5 * whole + 10_000 for size in starts.values())
         met |= cohort
 
 

@@ -196,8 +196,8 @@ def test_the_choice_is_in_the_metrics_and_the_cohort_is_mixed(tmp_path: Path, ca
     run = simulate(mixed_config(tmp_path))
     turns = [x for x in lines(run) if x.get("precision")]
     assert {x["precision"] for x in turns} == {"fp32", "bf16"} and {x["device_class"] for x in turns} == {"phone", "board", "laptop"}
-    wanted = ("rank", "batch", "micro_batch", "length", "steps", "out_of_memory", "estimated_mb", "estimated_s", "peak_mb", "virtual_s")
-    assert all(isinstance(x[k], float | int) for x in turns for k in wanted)
+    numbers = ("rank", "batch", "micro_batch", "length", "steps", "out_of_memory", "estimated_mb", "estimated_s", "peak_mb", "virtual_s")
+    assert all(isinstance(x[k], float | int) for x in turns for k in numbers)
     assert all(0 < x["peak_mb"] < 10 for x in turns)  # the device's, and not this process's
     assert "Devices' choices per turn" in capsys.readouterr().out
 

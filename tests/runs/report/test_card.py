@@ -81,11 +81,11 @@ def check_card(run: Path, live: LiveAdapter, task: TaskConfig, monkeypatch: pyte
     labels = ["low", "mid", "high"] if task is CLASSES else []
     write_card(run, to_dict(config), {"base": live.backbone.fingerprint}, None, labels, [], live.backbone)
     text = (run / "adapter" / "README.md").read_text(encoding="utf-8")
-    wanted = logits(live.model, task)
+    expected = logits(live.model, task)
     with live.disabled():
-        assert not torch.allclose(logits(live.model, task), wanted, atol=1e-2)
+        assert not torch.allclose(logits(live.model, task), expected, atol=1e-2)
     actual = logits(run_card(text, run, monkeypatch), task)
-    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
     return text
 
 

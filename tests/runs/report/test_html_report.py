@@ -103,8 +103,8 @@ def test_every_shape_of_run_gives_a_self_contained_page(tmp_path: Path, case: st
 
 def test_the_page_shows_the_run_s_results(tmp_path: Path) -> None:
     page = Page(write_report(run(tmp_path / "r")).read_text(encoding="utf-8"))
-    for wanted in ("trial", "0.100 → 0.700", "90 B", "30 B up, 60 B down", "3 device classes", "✓ ", "✗ ", "task.max_new_tokens", "late 9"):
-        assert wanted in page.text
+    for part in ("trial", "0.100 → 0.700", "90 B", "30 B up, 60 B down", "3 device classes", "✓ ", "✗ ", "task.max_new_tokens", "late 9"):
+        assert part in page.text
     assert page.charts() == [
         "Exact match",
         "Loss",
@@ -162,11 +162,11 @@ def test_the_last_evaluation_of_a_client_counts_and_round_0_is_its_start() -> No
     assert (results.before, results.after) == (0.1, 0.4)
 
 
-@pytest.mark.parametrize(("metric", "wanted"), [("accuracy", 0.5), ("perplexity", 9.5)])
-def test_a_class_of_eleven_clients_has_two_in_its_worst_decile(metric: str, wanted: float) -> None:
+@pytest.mark.parametrize(("metric", "expected"), [("accuracy", 0.5), ("perplexity", 9.5)])
+def test_a_class_of_eleven_clients_has_two_in_its_worst_decile(metric: str, expected: float) -> None:
     lines = [{"round": 1, "client": f"c{i:02}", metric: float(i)} for i in range(11)]
     (actual,) = class_results(client_results(lines, metric), metric)
-    assert actual.worst == wanted  # by hand: ⌈11/10⌉ = 2 clients, (0 + 1) / 2 or (10 + 9) / 2
+    assert actual.worst == expected  # by hand: ⌈11/10⌉ = 2 clients, (0 + 1) / 2 or (10 + 9) / 2
 
 
 def test_the_class_card_shows_the_devices_choices(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def test_a_terminal_gets_bars_with_the_metric_and_markup_stays_text() -> None:
         progress.note("[bold]note[/bold]")
         progress.round_done(ROUND)
     text = shown(console)
-    for wanted in ("3/20", "exact_match 0.412", "1/2", "[red]x[/red] dropped, late", "[bold]note[/bold]"):
-        assert wanted in text
+    for expected in ("3/20", "exact_match 0.412", "1/2", "[red]x[/red] dropped, late", "[bold]note[/bold]"):
+        assert expected in text
 
 
 def partition(n: int, labels: int = 3) -> dict[str, Any]:
@@ -84,8 +84,8 @@ def test_a_long_partition_is_shortened_but_its_totals_count_all_clients() -> Non
     print_partition(partition(100), console)
     text = shown(console)
     assert text.count("home-") == 30
-    for wanted in ("... and 70 more", "100 clients", "1,000", "200", "█·▃", "labels: light, heat, [music]", "global test: 240 examples"):
-        assert wanted in text
+    for expected in ("... and 70 more", "100 clients", "1,000", "200", "█·▃", "labels: light, heat, [music]", "global test: 240 examples"):
+        assert expected in text
 
 
 def test_thirty_clients_are_all_shown_and_an_empty_partition_works() -> None:

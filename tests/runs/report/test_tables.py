@@ -42,8 +42,8 @@ def test_every_cell_can_be_read_at_every_width(width: int) -> None:
         lines = cells(part, HEAVY_HEAD)
         columns += ["".join("".join(line[i] for line in lines).split()) for i in range(len(lines[0]))]
     for i, name in enumerate(HEADER):
-        wanted = "".join("".join([name, *(row[i] for row in ROWS)]).split())
-        assert wanted in columns
+        expected = "".join("".join([name, *(row[i] for row in ROWS)]).split())
+        assert expected in columns
 
 
 def test_columns_that_fit_are_one_table_and_further_tables_repeat_the_first_column() -> None:

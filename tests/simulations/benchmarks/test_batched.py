@@ -31,8 +31,8 @@ def table(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, str
 def test_the_table_has_every_side(capsys: pytest.CaptureFixture[str]) -> None:
     row, output = table(capsys, "--spread")
     sides = ["one by one", "C=1", "C=2"]
-    wanted = ["model", "precision", "batch", "bare loop, turns/s", *(f"{s}, ×" for s in [*sides, "auto"])]
-    assert list(row) == [*wanted, *(f"MB {s}" for s in ["bare", *sides])]
+    expected = ["model", "precision", "batch", "bare loop, turns/s", *(f"{s}, ×" for s in [*sides, "auto"])]
+    assert list(row) == [*expected, *(f"MB {s}" for s in ["bare", *sides])]
     assert all(re.fullmatch(rf"{RATIO} \({RATIO}–{RATIO}\)", row[f"{s}, ×"]) for s in sides)
     best = "one by one" if "one by one" in row["auto, ×"] else "C=2"
     assert row["auto, ×"] == f"{row[f'{best}, ×']} ({best})"

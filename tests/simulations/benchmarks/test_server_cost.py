@@ -24,8 +24,8 @@ def test_the_bare_mean_does_the_same_work_as_fedavg() -> None:
     stream = Stream(FedAvg(), whole_adapter(0.3))
     ours, bare = FedAvg().aggregate(1, stream.state, stream(5)).adapter, numpy_mean(stream(5))
     assert list(ours.tensors) == list(bare)
-    for name, wanted in bare.items():
-        torch.testing.assert_close(ours[name], torch.from_numpy(wanted), atol=1e-7, rtol=1e-4)
+    for name, expected in bare.items():
+        torch.testing.assert_close(ours[name], torch.from_numpy(expected), atol=1e-7, rtol=1e-4)
 
 
 def test_every_pass_sees_the_same_updates_and_no_two_clients_are_alike() -> None:

@@ -56,8 +56,8 @@ def test_missing_and_short_texts(engine: Engine, tmp_path: Path) -> None:
 def test_a_draft_learns_from_the_models_own_answers(engine: Engine, data: Path, tmp_path: Path) -> None:
     file = pair.learn_from(engine, data, tmp_path / "x.jsonl", rows=3)
     rows = [json.loads(line)["text"] for line in file.read_text().splitlines()]
-    wanted = [engine.text.decode(ids) for ids in pair.prompts(engine, data, 3, held=False)]
-    assert len(rows) == 3 and all(row.strip().startswith(start.strip()[:20]) for row, start in zip(rows, wanted, strict=True))
+    expected = [engine.text.decode(ids) for ids in pair.prompts(engine, data, 3, held=False)]
+    assert len(rows) == 3 and all(row.strip().startswith(start.strip()[:20]) for row, start in zip(rows, expected, strict=True))
     before = file.stat().st_mtime_ns
     assert pair.learn_from(engine, data, file, rows=3).stat().st_mtime_ns == before  # made once
 

@@ -68,13 +68,13 @@ def test_logits_equal_those_of_the_small_model(tmp_path: Path, small: dict[str, 
     wide = widen(source, tmp_path / "wide", asked := size(**large))
     ids = torch.randint(61, (33,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        wanted = model(ids[None]).logits[0]
+        expected = model(ids[None]).logits[0]
         theirs = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)(ids[None]).logits[0]
     engine = load_engine(wide, "fp32")
     ours = logits(engine, ids)
     assert ours.shape == theirs.shape == (33, asked.vocabulary) and engine.shape.layers == asked.layers
     for found in (ours, theirs):
-        torch.testing.assert_close(found[:, :61], wanted, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found[:, :61], expected, atol=1e-4, rtol=0)
         assert found.softmax(-1)[:, 61:].sum() < 1e-6  # new tokens are never drawn
 
 
@@ -101,10 +101,10 @@ def test_greedy_text_with_and_without_guesses(tmp_path: Path) -> None:
     wide = load_engine(widen(small.folder, tmp_path / "wide", size(hidden=288, heads=12, inner=100, vocabulary=150)), "fp32")
     for begin in range(5):
         prompt = [begin + 2, 7, 9 * begin + 3]
-        wanted = [p.token for p in Generation(small, prompt, max_new_tokens=30)]
+        expected = [p.token for p in Generation(small, prompt, max_new_tokens=30)]
         for speculation in (None, Speculation(EarlyExit(small.shape.layers), Adapt(fixed=3))):
             run = Generation(wide, prompt, max_new_tokens=30, speculation=speculation)
-            assert [p.token for p in run] == wanted
+            assert [p.token for p in run] == expected
         assert run.report.acceptance == 1 or run.report.drafted == 0
 
 
@@ -125,10 +125,10 @@ def test_packages_of_a_widened_model(tmp_path: Path, kind: str) -> None:
     small, _ = build(tmp_path / "small")
     wide = widen(small.folder, tmp_path / "wide", size(hidden=288, heads=12, inner=100, vocabulary=150))
     ids = torch.arange(2, 30)
-    wanted = logits(load_engine(small.folder, "fp32"), ids)
-    off = (logits(load_engine(package(small.folder, kind)), ids) - wanted).abs().mean()
+    expected = logits(load_engine(small.folder, "fp32"), ids)
+    off = (logits(load_engine(package(small.folder, kind)), ids) - expected).abs().mean()
     actual = logits(load_engine(package(wide, kind)), ids)
-    assert (actual[:, : wanted.shape[1]] - wanted).abs().mean() < 1.5 * off and actual.softmax(-1)[:, wanted.shape[1] :].sum() < 1e-6
+    assert (actual[:, : expected.shape[1]] - expected).abs().mean() < 1.5 * off and actual.softmax(-1)[:, expected.shape[1] :].sum() < 1e-6
 
 
 @pytest.mark.slow
@@ -143,9 +143,9 @@ def test_real_weights(name: str, large: str, tmp_path: Path) -> None:
     )
     small, engine = load_engine(source, "fp32"), load_engine(wide, "fp32")
     ids = torch.tensor(small.text.encode("Once upon a time, there was a little girl named Lily. She had a red ball."))
-    wanted, actual = logits(small, ids), logits(engine, ids)
-    torch.testing.assert_close(actual[:, : wanted.shape[1]], wanted, atol=1e-4, rtol=0)
-    assert actual.softmax(-1)[:, wanted.shape[1] :].sum() < 1e-9
+    expected, actual = logits(small, ids), logits(engine, ids)
+    torch.testing.assert_close(actual[:, : expected.shape[1]], expected, atol=1e-4, rtol=0)
+    assert actual.softmax(-1)[:, expected.shape[1] :].sum() < 1e-9
     texts = [[p.token for p in Generation(e, ids.tolist(), max_new_tokens=100)] for e in (small, engine)]
     assert texts[0] == texts[1]
 

@@ -125,12 +125,12 @@ def test_a_failing_client_does_not_affect_the_others(space: Workspace) -> None:
     todo = turn_inputs(space)
     poison = {n: torch.full_like(t, 1e30) for n, t in todo[1].start.tensors.items()}
     todo[1] = dataclasses.replace(todo[1], start=todo[1].start.replace(poison))
-    got = train_together(space.live, todo, space.config.task, pad_id=space.pad_id)
-    assert isinstance(got[1], UpdateError) and "step 1 of" in str(got[1])
-    for k, (wanted, _) in zip((0, 2, 3), one_by_one(space, [todo[k] for k in (0, 2, 3)]), strict=True):
-        state = got[k]
+    together = train_together(space.live, todo, space.config.task, pad_id=space.pad_id)
+    assert isinstance(together[1], UpdateError) and "step 1 of" in str(together[1])
+    for k, (expected, _) in zip((0, 2, 3), one_by_one(space, [todo[k] for k in (0, 2, 3)]), strict=True):
+        state = together[k]
         assert not isinstance(state, FedtuneError)
-        assert all(torch.allclose(state[0][n], wanted[n], atol=1e-5) for n in wanted.tensors)
+        assert all(torch.allclose(state[0][n], expected[n], atol=1e-5) for n in expected.tensors)
 
 
 def test_the_model_is_unchanged_afterward(space: Workspace) -> None:
@@ -367,9 +367,9 @@ def test_mixed_ranks_share_a_stack(tmp_path: Path) -> None:
     wide, narrow = (Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=r, alpha=4.0))) for r in (3, 2))
     todo = [j for k, (w, n) in enumerate(zip(turn_inputs(wide), turn_inputs(narrow), strict=True)) for j in [n if k % 2 else w]]
     together = train_together(wide.live, todo, wide.config.task, pad_id=wide.pad_id)
-    for k, (turn_input, got) in enumerate(zip(todo, together, strict=True)):
-        ((wanted, turn),) = one_by_one(narrow if k % 2 else wide, [turn_input])
-        assert not isinstance(got, FedtuneError) and got[0].spec.ranks == wanted.spec.ranks
-        moved = math.sqrt(sum(float((wanted[n] - turn_input.start[n]).square().sum()) for n in wanted.tensors))
-        apart = math.sqrt(sum(float((wanted[n] - got[0][n]).square().sum()) for n in wanted.tensors))
-        assert apart <= 1e-4 * moved and got[1].steps == turn.steps
+    for k, (turn_input, actual) in enumerate(zip(todo, together, strict=True)):
+        ((expected, turn),) = one_by_one(narrow if k % 2 else wide, [turn_input])
+        assert not isinstance(actual, FedtuneError) and actual[0].spec.ranks == expected.spec.ranks
+        moved = math.sqrt(sum(float((expected[n] - turn_input.start[n]).square().sum()) for n in expected.tensors))
+        apart = math.sqrt(sum(float((expected[n] - actual[0][n]).square().sum()) for n in expected.tensors))
+        assert apart <= 1e-4 * moved and actual[1].steps == turn.steps

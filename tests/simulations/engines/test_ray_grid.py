@@ -76,12 +76,12 @@ def make_grid(
 def ask_all(grid: WorkerGrid, kind: str = "train") -> list[Message]:
     """Send one message to each node. Returns the replies in order, as the bridge pulls them."""
     messages = [Message(RecordDict(), node, kind) for node in grid.get_node_ids()]
-    got = [r for r in replies(grid, list(grid.push_messages(messages)), float("inf")) if r is not None]
-    assert len(got) == len(messages)
-    for message, reply in zip(messages, got, strict=True):
+    answers = [r for r in replies(grid, list(grid.push_messages(messages)), float("inf")) if r is not None]
+    assert len(answers) == len(messages)
+    for message, reply in zip(messages, answers, strict=True):
         assert reply.metadata.reply_to_message_id == message.metadata.message_id
         assert reply.has_error() or reply.content.config_records["who"]["node"] == message.metadata.dst_node_id
-    return got
+    return answers
 
 
 @pytest.mark.parametrize(("workers", "nodes"), [(1, 1), (2, 5), (3, 100), (8, 3)])
@@ -118,9 +118,9 @@ def test_a_client_whose_turn_kills_its_worker_does_not_affect_others() -> None:
             raise RayError("out of memory")
 
     grid, hired, _ = make_grid(2, 6, deadly)
-    got = ask_all(grid)
-    assert [r.has_error() for r in got] == [node == 4 for node in range(1, 7)]
-    assert f"{MAX_LOSSES} workers were lost" in str(got[3].error.reason)
+    answers = ask_all(grid)
+    assert [r.has_error() for r in answers] == [node == 4 for node in range(1, 7)]
+    assert f"{MAX_LOSSES} workers were lost" in str(answers[3].error.reason)
     assert sum(4 in s for worker in hired for s in worker.shares) == MAX_LOSSES
 
 
@@ -158,8 +158,8 @@ def test_a_machine_holds_as_many_workers_as_its_scarcer_resource_allows() -> Non
         {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
         {"Alive": True, "Resources": {}},
     ]
-    for cpus, gpus, wanted in ((1, 0.0, 8), (2, 0.0, 3), (2, 0.5, 2), (1, 0.25, 4), (1, 2.0, 0), (6, 0.0, 0)):
-        assert places(machines, EngineConfig(ray_cpus=cpus, ray_gpus=gpus)) == wanted
+    for cpus, gpus, expected in ((1, 0.0, 8), (2, 0.0, 3), (2, 0.5, 2), (1, 0.25, 4), (1, 2.0, 0), (6, 0.0, 0)):
+        assert places(machines, EngineConfig(ray_cpus=cpus, ray_gpus=gpus)) == expected
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_a_cluster_that_loses_a_machine_in_a_round_ends_with_the_same_adapter(tm
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     config = tiny_config(tmp_path, rounds=6, eval=EvalConfig(where="none", clients=0))
     config = fedsa(config) if not private else with_privacy(config)
-    wanted = simulate(config)
+    expected = simulate(config)
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         second = cluster.add_node(num_cpus=1)
@@ -192,7 +192,7 @@ def test_a_cluster_that_loses_a_machine_in_a_round_ends_with_the_same_adapter(tm
         assert done and done[0] < 6  # it died before the end
         names = "clients", "privacy", "adapter"
         for name in names:
-            a, b = ({p.relative_to(run): p.read_bytes() for p in sorted((run / name).rglob("*.safetensors"))} for run in (wanted, ours))
+            a, b = ({p.relative_to(run): p.read_bytes() for p in sorted((run / name).rglob("*.safetensors"))} for run in (expected, ours))
             assert a == b
         assert (ours / "adapter" / "fedtune.safetensors").exists() and (private or (ours / "clients").is_dir())
         if private:  # a turn that was taken again was paid for again, and none was forgotten

@@ -57,15 +57,15 @@ def check(
     """Every client's update is the trainer's, to `within` of its size; clients leave the stack at different times."""
     together = train_together(live, turn_inputs, task, pad_id=pad_id, way=way)
     steps = set()
-    for turn_input, got in zip(turn_inputs, together, strict=True):
-        wanted, turn = alone(live, turn_input, task, pad_id)
-        assert not isinstance(got, FedtuneError), got
-        assert distance(got[0], wanted) <= within * distance(wanted, turn_input.start), turn_input.plan.client
-        assert got[0].spec == wanted.spec
-        assert got[1].loss is not None and turn.loss is not None
-        assert got[1].steps == turn.steps and math.isclose(got[1].loss, turn.loss, rel_tol=max(within, 1e-5))
-        assert (got[1].start_loss is None) == (turn.start_loss is None)
-        assert turn.start_loss is None or math.isclose(got[1].start_loss or 0, turn.start_loss, rel_tol=max(within, 1e-5))
+    for turn_input, actual in zip(turn_inputs, together, strict=True):
+        expected, turn = alone(live, turn_input, task, pad_id)
+        assert not isinstance(actual, FedtuneError), actual
+        assert distance(actual[0], expected) <= within * distance(expected, turn_input.start), turn_input.plan.client
+        assert actual[0].spec == expected.spec
+        assert actual[1].loss is not None and turn.loss is not None
+        assert actual[1].steps == turn.steps and math.isclose(actual[1].loss, turn.loss, rel_tol=max(within, 1e-5))
+        assert (actual[1].start_loss is None) == (turn.start_loss is None)
+        assert turn.start_loss is None or math.isclose(actual[1].start_loss or 0, turn.start_loss, rel_tol=max(within, 1e-5))
         steps.add(turn.steps)
     assert len(steps) > 2
 

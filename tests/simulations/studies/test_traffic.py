@@ -25,13 +25,13 @@ def ran(name: str, seed: int, curve: list[list[float | None]], up: float, down: 
 def test_each_row_sets_its_codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDTUNE_DATA", str(tmp_path))
     assert len({tuple(row(name, 3, 25, 0.01).overrides()) for name in CODECS}) == len(CODECS)
-    wanted = {
+    expected = {
         "fp32": ("fp32", "fp32", None, False),
         "int8 up": ("int8", "fp32", None, False),
         "nf4 up, int8 down, feedback": ("nf4", "int8", None, True),
         "top 1 %, feedback": ("fp32", "fp32", 0.01, True),
     }
-    for name, codec in wanted.items():
+    for name, codec in expected.items():
         config = compose(row(name, 3, 25, 0.01).overrides())[0].config
         t = config.traffic
         assert (t.up, t.down, t.topk, t.error_feedback) == codec
