@@ -89,7 +89,8 @@ def some_requests(rng: random.Random) -> list[dict[str, Any]]:
 def answers(requests: list[dict[str, Any]], *, blocks: int, speculates: bool) -> tuple[list[list[Output]], Scheduler, Copier]:
     outputs: list[list[Output]] = [[] for _ in requests]
     decoder = Copier()
-    scheduler = Scheduler(decoder, WORDS, CheckedBlocks(blocks), V, max_running=4, rows=8, speculates=speculates)
+    pool: Any = CheckedBlocks(blocks)
+    scheduler = Scheduler(decoder, WORDS, pool, V, max_running=4, rows=8, speculates=speculates)
     for request, own in zip(requests, outputs, strict=True):
         scheduler.submit(GenerationRequest(**request, deliver=own.append))
     while scheduler.step():
