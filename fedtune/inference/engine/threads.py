@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 __all__ = ["set_threads", "threads"]
 
@@ -30,8 +31,11 @@ def wanted() -> int | None:
 
 
 def _default() -> int:
-    """As torch: OMP_NUM_THREADS, else this process's cores."""
+    """As torch: OMP_NUM_THREADS, else this process's cores; threads that share one do not count."""
     with suppress(ValueError):
         if (given := int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0])) > 0:
             return given
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    with suppress(OSError):
+        return len({Path(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list").read_text() for i in own})
+    return len(own)

@@ -31,7 +31,8 @@ def test_a_system_without_a_compiler_or_threads_is_named(monkeypatch: pytest.Mon
 
 
 def test_a_compiler_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cc").write_text("#!/bin/sh\nwhile [ $1 != -o ]; do shift; done\necho part > $2\necho 'x.c:1: error: no header' >&2\nexit 1\n")
+    script = "#!/bin/sh\nwhile [ $1 != -o ]; do shift; done\necho part > $2\necho 'x.c:1: error: no header' >&2\nexit 1\n"
+    (tmp_path / "cc").write_text(script)
     (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
     (tmp_path / "out").mkdir()
