@@ -1,63 +1,84 @@
-"""Damage edge packages in many ways and open them: `python -m tests.inference.fuzz_package COUNT [SEED]`.
+"""Damage edge packages in many ways and open them: `python -m tests.inference.fuzz_package COUNT [SEED] [--sanitized]`.
 
 Each must open and run as a whole model does, or be refused by a FedtuneError of one sentence; the process may not take more than a GB.
-Half of them are damaged by accident, so that what the export has sealed must not open; the other half have digests that fit.
+Half of them are damaged by accident, so that what the export has sealed must not open; the other half have digests that fit. In some
+cases the packed weights on disk are damaged instead. A second process without torch opens them; `--sanitized` compiles its kernels with
+the sanitizers of gcc for addresses and undefined behavior, which end the process at the first access outside a buffer.
 """
 
+import argparse
 import json
+import os
 import random
 import resource
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedtune.errors import FedtuneError
-from fedtune.export.edge import export_edge
-from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine import linear, ready
+from fedtune.inference.engine.caches.base import Cache, Span
+from fedtune.inference.engine.caches.kivi import KiviCache
+from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.load import load_engine
+from fedtune.inference.engine.native import build
+from fedtune.inference.engine.native.library import SETS, VARIABLE, kernels
 from fedtune.inference.engine.package import sealed
-from tests.export.test_huggingface import CAUSAL, make_run
 from tests.inference.sealing import seal_again
-from tests.models.build import checkpoint, hub, llama_config
 
-MEMORY = 1 << 30
+MEMORY, LIBRARY = 1 << 30, "kernels.so"
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+OPTIONS = f"detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb={MEMORY >> 20}"
 
 
 def packages(folder: Path) -> list[Path]:
-    """float32 and tied with virtual tokens, int4 and untied, int8 with a separate adapter."""
-    from transformers import Qwen3Config
+    """float32 and tied with virtual tokens, int4 and untied, int8 and int4 with a separate adapter."""
+    from transformers import Qwen3Config  # lazy, as those below: the process that opens packages has no torch
+
+    from fedtune.export.edge import export_edge
+    from tests.export.test_huggingface import CAUSAL, make_run
+    from tests.models.build import checkpoint, hub, llama_config
 
     out = []
     for name, settings, method in [
         ("plain", {}, "prompt"),
         ("int4", {"quantize": "int4"}, "prefix"),
-        ("int8", {"quantize": "int8"}, "lora"),
+        ("int8", {"quantize": "int8", "separate": True}, "lora"),
+        ("wide", {"quantize": "int4", "separate": True}, "lora"),
     ]:
-        config = llama_config(Qwen3Config, head_dim=4, tie_word_embeddings=name == "plain", num_hidden_layers=1)
+        sizes = {"hidden_size": 48, "intermediate_size": 72, "head_dim": 12, "num_hidden_layers": 2}
+        sizes = sizes if name == "wide" else {"head_dim": 4, "num_hidden_layers": 1}
+        config = llama_config(Qwen3Config, tie_word_embeddings=name == "plain", **sizes)
         run, _ = make_run(folder / f"run-{name}", hub(checkpoint(folder / f"m-{name}", config=config)), CAUSAL, method=method)
-        out.append(export_edge(run, folder / name, separate=name == "int8", **settings))
+        out.append(export_edge(run, folder / name, **settings))
     return out
 
 
-def use(folder: Path) -> None:
-    """Use a package as a server does."""
-    engine = load_engine(folder)
-    ids = engine.text.encode("turn on the light")
-    cache = engine.cache(limit=engine.virtual_length + len(ids) + 1)
-    engine.start(cache)
-    for name in (None, *engine.adapters):
-        with torch.inference_mode():
-            logits = engine.decoder.forward(torch.tensor(ids[:2]), [Span(cache, min(2, len(ids)), adapter=name)])
-        cache.crop(engine.virtual_length)
-    assert logits.shape == (1, engine.shape.vocab)
+def use(folder: Path, kind: str | None = None) -> None:
+    """Use a package as a server does, with every kind of cache and adapter, and prompts longer than a pass of the small caches."""
+    engine = load_engine(folder, kind)
+    shape, entries = engine.shape, engine.entries
+    ids = engine.text.encode("turn on the light in the kitchen and set the heat to two")
+    limit = engine.virtual_length + len(ids) + 2
+    small: list[Cache] = [WindowCache(shape, limit, 3, 2, undo=2, dtype=entries)]
+    small += [KiviCache(shape, limit, bits, residual=3, group=4, undo=1, dtype=entries) for bits in (2, 8)]
+    names = (None, *engine.adapters)
+    for cache in (engine.cache(limit=limit), *small):
+        engine.start(cache)
+        for name, part in zip(names, (ids, ids[:1]), strict=False):
+            logits = engine.decoder.forward(part, [Span(cache, len(part), adapter=name)])
+            assert logits.shape == (1, shape.vocab)
+    caches = [engine.cache(limit=limit) for _ in names]
+    spans = [Span(cache, len(ids), None, name) for cache, name in zip(caches, names, strict=True)]
+    logits = engine.decoder.forward(ids * len(names), spans)
+    assert logits.shape == (len(ids) * len(names), shape.vocab)
     engine.text.decode(ids)
 
 
@@ -154,46 +175,121 @@ ANY: list[Callable[[bytes, random.Random], bytes]] = [flip, flip_early, truncate
 OF = {".safetensors": [*ANY, long_header, header, header, header, not_finite], ".json": [*ANY, nested, value, value, value]}
 
 
-def fuzz(count: int, seed: int, folder: Path) -> Counter[str]:
-    """Damage one file at a time, open the package, and restore it. Raises AssertionError if a package is neither valid nor refused."""
+def seal_index(folder: Path) -> None:
+    """Recompute the digest of the index of packed weights."""
+    index = json.loads((folder / "index.json").read_text())
+    index["seal"] = ready._seal(index["linears"], index["layouts"], index["size"])
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def fuzz(count: int, seed: int, roots: Sequence[Path], cache: Path) -> Counter[str]:
+    """Damage one file at a time, open the package, and restore it.
+
+    Args:
+        count: Number of damages.
+        seed: Of the damages.
+        roots: Packages.
+        cache: Folder for packed weights.
+
+    Raises:
+        AssertionError: A package is neither valid nor refused.
+    """
     rng, out = random.Random(seed), Counter[str]()
-    files = [f for p in packages(folder) for f in sorted(p.rglob("*")) if f.suffix in OF]
-    roots = {f: next(p for p in f.parents if (p / "package.json").is_file()) for f in files}
-    for root in set(roots.values()):
-        use(root)
+    here = kernels()
+    sets = [name for name in SETS if here is not None and here.library.fedtune_supports(SETS.index(name))]
     for i in range(count):
+        root, kind, accident = rng.choice(roots), rng.choice((None, None, None, "fp32", "bf16")), rng.random() < 0.5
+        os.environ[VARIABLE] = rng.choice(sets) if sets else ""
+        ready.LEAST, mapped = (0, rng.random() < 0.5) if rng.random() < 0.4 else (1 << 26, False)
+        if mapped:
+            use(root, kind)
+        files = sorted(f for f in (cache if mapped else root).rglob("*") if f.name in ("index.json", "weights.bin") or f.suffix in OF)
         file = rng.choice(files)
-        whole, how = file.read_bytes(), rng.choice(OF[file.suffix])
+        whole, how = file.read_bytes(), rng.choice(OF.get(file.suffix, ANY))
         damaged = how(whole, rng)
         file.write_bytes(damaged)
-        manifest = (roots[file] / "package.json").read_bytes()
-        accident = rng.random() < 0.5
+        manifest = (root / "package.json").read_bytes()
+        case = f"case {i} of seed {seed}, {how.__name__} of {root.name}/{file.name} as {kind} by {os.environ[VARIABLE]}"
         if not accident:
-            with suppress(ValueError, TypeError, RecursionError):  # of a manifest that was damaged itself
-                seal_again(roots[file])
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # of a manifest or index that was damaged itself
+                (seal_index if mapped else seal_again)(file.parent if mapped else root)
         try:
-            use(roots[file])
-            assert not (accident and damaged != whole and sealed(file.name)), f"case {i}: {how.__name__} of {file.name} was not noticed"
+            use(root, kind)
+            assert mapped or not (accident and damaged != whole and sealed(file.name)), f"{case} was not noticed"
             out["opened"] += 1
         except FedtuneError as bad:
-            assert "\n" not in str(bad) and len(str(bad)) < 600, f"case {i}, {how.__name__} of {file.name}: {str(bad)[:900]}"
+            assert "\n" not in str(bad) and len(str(bad)) < 600, f"{case}: {str(bad)[:900]}"
             out["refused"] += 1
         except Exception as bad:
-            shutil.copyfile(file, folder / f"case-{i}-{file.name}")
-            raise AssertionError(f"case {i} of seed {seed}, {how.__name__} of {roots[file].name}/{file.name}: {bad!r:.300}") from bad
+            raise AssertionError(f"{case}: {bad!r:.300}") from bad
         finally:
-            if not accident:
-                (roots[file] / "package.json").write_bytes(manifest)
-            file.write_bytes(whole)
+            if not mapped:
+                (root / "package.json").write_bytes(manifest)
+                file.write_bytes(whole)
+            shutil.rmtree(cache / "fedtune", ignore_errors=True)
     return out
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+weights_of = linear.weights_of
+
+
+def weights_apart(parts: dict[str, Any], *rest: Any) -> Any:
+    """`weights_of` copies of the parts: the sanitizers see the end of an allocation, but not that of a part of a mapped file."""
+    parts.update({name: part.copy() for name, part in parts.items()})
+    return weights_of(parts, *rest)
+
+
+def open_damaged(args: argparse.Namespace, folder: Path) -> None:
+    """What the second process does."""
+    sys.modules["torch"] = None  # pyright: ignore
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    roots = sorted(file.parent for file in folder.glob("*/package.json"))
+    if args.sanitized:
+        build.LIBRARY = folder / LIBRARY
+        linear.weights_of = weights_apart
+    for root in roots:
+        use(root)
+    if args.sanitized:
+        assert (native := kernels()) is not None and native.library._name == str(build.LIBRARY)
+    else:
+        held = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize:"))
+        most = int(held) * 1024 + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    print(json.dumps(fuzz(args.count, args.seed, roots, folder / "cache")))
+
+
+def sanitized(library: Path) -> dict[str, str]:
+    """Compile the kernels with sanitizers. Returns the environment of a process that opens them."""
+    os.environ["CC"] = "gcc"
+    build.build(library, SANITIZERS)
+    more = {"LD_PRELOAD": sanitizer() or "", "ASAN_OPTIONS": OPTIONS, "PYTHONMALLOC": "malloc", "OMP_NUM_THREADS": "2"}
+    return os.environ | more
+
+
+def sanitizer() -> str | None:
+    """gcc's library that must be loaded first; None if there is none."""
+    if not shutil.which("gcc"):
+        return None
+    found = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    return found if Path(found).is_absolute() else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", type=int)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--sanitized", action="store_true")
+    parser.add_argument("--folder", type=Path, help="with the packages: open these")
+    args = parser.parse_args()
+    if args.folder:
+        open_damaged(args, args.folder)
+        return 0
     with tempfile.TemporaryDirectory() as made:
-        packages(Path(made) / "warm")  # whatever is loaded late
-        held = (
-            int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize:"))) * 1024
-        )
-        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
-        print(json.dumps(fuzz(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, Path(made))))
+        packages(Path(made))
+        environment = sanitized(Path(made) / LIBRARY) if args.sanitized else dict(os.environ)
+        command = [sys.executable, "-m", "tests.inference.fuzz_package", *sys.argv[1:], "--folder", made]
+        return subprocess.run(command, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -141,8 +141,10 @@ class Decoder:
             from fedtune.inference.engine.reference import passes
 
             return passes.run_head(self.shape, self.norm, self.head, hidden)
-        squares = np.square(hidden, dtype=np.float32).mean(1, keepdims=True)
-        out = self.head(hidden / np.sqrt(squares + np.float32(self.shape.eps)) * self.norm)
+        with np.errstate(over="ignore", invalid="ignore"):  # as in native code: a damaged model's scores are NaN
+            squares = np.square(hidden, dtype=np.float32).mean(1, keepdims=True)
+            normed = hidden / np.sqrt(squares + np.float32(self.shape.eps)) * self.norm
+        out = self.head(normed)
         cap = self.shape.logit_cap
         return out if cap is None else np.tanh(out / np.float32(cap)) * np.float32(cap)
 

@@ -160,9 +160,15 @@ def _hugging_face(folder: Path, kind: str | None, keep: bool) -> Engine:
 
 def _linears(where: ready.Place | None, found: dict[str, Linear] | None, packing: "_Packing") -> Callable[[str], Linear]:
     """Return the mapped linears, after packing them on disk if needed; if that fails, pack them in memory."""
-    if where and not found and ready.write_ready(where, packing.every()):
+    sizes = packing.sizes()
+    if where and not _fits(found, sizes) and ready.write_ready(where, packing.every()):
         found = ready.open_ready(where)
-    return found.__getitem__ if found else packing
+    return found.__getitem__ if found and _fits(found, sizes) else packing
+
+
+def _fits(found: Mapping[str, Linear] | None, sizes: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether the mapped linears have these sizes."""
+    return found is not None and {name: (linear.n_in, linear.n_out) for name, linear in found.items()} == sizes
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -281,8 +287,14 @@ class _Packing:
     def __init__(self, shape: Shape, source: _Source, kind: str | None) -> None:
         self._shape, self._source, self._kind = shape, source, kind
 
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """n_in and n_out of every linear."""
+        fused = {name: (own.columns, sum(part.rows for part in own.parts)) for name, own in linears(self._shape).items()}
+        sizes = {f"layers.{i}.{name}": size for i in range(self._shape.layers) for name, size in fused.items()}
+        return {**sizes, "head": (self._shape.hidden, self._shape.vocab)}
+
     def every(self) -> Iterator[tuple[str, Linear]]:
-        for name in (*(f"layers.{i}.{name}" for i in range(self._shape.layers) for name in linears(self._shape)), "head"):
+        for name in self.sizes():
             yield name, self(name)
 
     def __call__(self, name: str) -> Linear:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.errors import ModelError
 from fedtune.inference.engine.aligned import ALIGNED
 from fedtune.inference.engine.bfloat16 import Array
 from fedtune.inference.engine.linear import Linear, Native
@@ -74,7 +75,7 @@ def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None
 
 
 def open_ready(place: Place) -> dict[str, Linear] | None:
-    """Map the linears, by name; None if they do not exist or have another source."""
+    """Map the linears, by name; None if they do not exist, are damaged or have another source."""
     try:
         index = parse_json(read_text(place.path / "index.json"))
         if index["made_from"] != place.made_from or index["seal"] != _seal(index["linears"], index["layouts"], index["size"]):
@@ -82,15 +83,17 @@ def open_ready(place: Place) -> dict[str, Linear] | None:
         if (place.path / "weights.bin").stat().st_size != index["size"]:
             return None
         whole = np.asarray(np.memmap(place.path / "weights.bin", np.uint8, "c", shape=(index["size"],)))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        layouts = [bytes.fromhex(layout) for layout in index["layouts"]]
+        return {name: _linear(entry, whole, layouts) for name, entry in index["linears"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError, ModelError):
         return None
-    layouts = [bytes.fromhex(layout) for layout in index["layouts"]]
-    return {name: _linear(entry, whole, layouts) for name, entry in index["linears"].items()}
 
 
 def _linear(entry: Mapping[str, Any], whole: Array, layouts: Sequence[bytes]) -> Linear:
     parts = dict[str, Any]()
     for name, part in entry["parts"].items():
+        if part["at"] % ALIGNED:
+            raise ValueError
         memory = whole[part["at"] : part["at"] + part["bytes"]]
         if part["layout"] is None:
             parts[name] = memory.view(_DTYPES[part["dtype"]]).reshape(part["shape"])

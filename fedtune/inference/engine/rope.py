@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.errors import ModelError
 from fedtune.inference.engine.aligned import zeros
 from fedtune.inference.engine.shape import RopeShape, Shape
 
@@ -26,11 +27,21 @@ class Rope:
     Args:
         shape: The decoder's shape.
         rope: The rotary embedding; None is `shape.rope`.
+
+    Raises:
+        ModelError: Its numbers do not fit each other.
     """
 
     def __init__(self, shape: Shape, rope: RopeShape | None = None) -> None:
         self._rope, self._width = rope or shape.rope, shape.rotary or shape.head_dim
-        self._freqs, factor = frequencies(self._rope, self._width)
+        try:
+            with np.errstate(all="ignore"):
+                self._freqs, factor = frequencies(self._rope, self._width)
+                fine = bool(np.isfinite(self._freqs).all()) and bool(np.isfinite(np.float32(factor)))
+        except (ArithmeticError, ValueError):
+            fine = False
+        if not fine:
+            raise ModelError(f"config.json's rope_parameters of rope_type={self._rope.kind!r} give no finite rotations: export it again")
         self._still = (shape.head_dim - self._width) // 2  # pairs that are not rotated
         self._factor = np.concatenate([np.full_like(self._freqs, factor), np.ones(self._still, np.float32)])
         self._known = int(self._rope.get("max_position_embeddings")) if self._rope.kind == "dynamic" else None

@@ -178,7 +178,7 @@ def read_shape(config: dict[str, Any]) -> Shape:
         raise Unsupported("the engine does not support use_bidirectional_attention: its attention is causal")
     gemma = family in ("gemma2", "gemma3_text")
     act = config.get("hidden_activation" if gemma else "hidden_act") or "silu"
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise Unsupported(f"the engine does not support hidden_act={act!r}: it supports {', '.join(ACTIVATIONS)}")
     hidden, layers, heads = (_size(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     kv_heads = _size(config, "num_key_value_heads", None if family in ("mistral", "qwen3") else heads)
@@ -312,6 +312,8 @@ def _ropes(config: dict[str, Any], family: str, layers: int, width: int, context
     nested = any(kind in found for kind in ("full_attention", "sliding_attention"))
     whole = (found.get("full_attention") or {}) if nested else found  # before transformers 5, rope_scaling was that of the full layers
     near = (found.get("sliding_attention") or {}) if nested else {}
+    if not isinstance(whole, dict) or not isinstance(near, dict):
+        raise ModelError("config.json's rope_parameters must have objects for full_attention and sliding_attention")
     rope = _rope(config, whole, config.get("rope_theta", 1_000_000.0), width, context)
     local = _rope(config, near, config.get("rope_local_base_freq", 10_000.0), width, context)
     return rope, tuple(local if kind == "sliding_attention" else rope for kind in _kinds(config, family, layers))

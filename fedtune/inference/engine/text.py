@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fedtune.errors import ConfigError, ModelError
-from fedtune.inference.engine.tokenizer import read_object, read_tokenizer
+from fedtune.inference.engine.tokenizer import first_line, read_object, read_tokenizer
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
 from fedtune.templates.render import FAULT, Chat, render
@@ -54,6 +54,7 @@ class Text:
 
         Raises:
             ConfigError: The result has no tokens, or the text is not UTF-8.
+            ModelError: The tokenizer fails, as one without an unknown token does on some texts.
         """
         try:
             text.encode()
@@ -61,7 +62,12 @@ class Text:
             raise ConfigError("the text is not UTF-8: give it in that encoding") from None
         lead = [self.bos] if begin and self.bos is not None else []
         # `encode` holds the GIL and computes offsets: 1 MB of text would block all other threads for 2 s
-        ids = lead + self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            ids = lead + self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as bad:  # the Rust code raises Exception, and its panics are BaseExceptions
+            raise ModelError(f"the model's tokenizer cannot encode this text ({first_line(bad)}): export the model again") from None
         if not ids:
             raise ConfigError("the prompt is empty and the tokenizer has no BOS token: give some text")
         return ids

@@ -73,7 +73,8 @@ class ServedModel:
             raise Refused(400, f"the prompt's {characters} characters are too many for {context} tokens: shorten it", code=TOO_LONG)
 
     def tokens(self, asked: CompletionRequest | ChatRequest, context: int) -> list[int]:
-        """Encode the prompt. Raises Refused: 400, or 500 if the model's chat template fails on valid messages."""
+        """Encode the prompt. Raises Refused: 400, or 500 if the model's chat template fails on valid messages, or its tokenizer."""
+        param = "messages" if isinstance(asked, ChatRequest) else "prompt"
         try:
             if not isinstance(asked, ChatRequest):
                 return asked.prompt if isinstance(asked.prompt, list) else self.text.encode(asked.prompt)
@@ -81,10 +82,10 @@ class ServedModel:
             self.check_length(len(prompt), context)  # a template may add text
             return self.text.encode(prompt, begin=self.text.template is None)
         except ConfigError as bad:
-            raise Refused(400, str(bad), code="invalid_value", param="messages" if isinstance(asked, ChatRequest) else "prompt") from None
+            raise Refused(400, str(bad), code="invalid_value", param=param) from None
         except ModelError as bad:
             _log.warning("%s", bad)
-            raise Refused(500, str(bad), code="template_failed", param="messages") from None
+            raise Refused(500, str(bad), code="template_failed" if param == "messages" else "tokenizer_failed", param=param) from None
 
     def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         if self.text.template is not None:

@@ -109,7 +109,7 @@ def test_a_cache_of_another_source_is_rebuilt(tmp_path: Path, monkeypatch: pytes
         assert first.stat().st_mtime_ns > written_ns
 
 
-@pytest.mark.parametrize("damage", ["no index", "no JSON", "layout", "cut short", "offset"])
+@pytest.mark.parametrize("damage", ["no index", "no JSON", "layout", "cut short", "offset", "sealed offset", "sealed dtype", "sealed size"])
 @pytest.mark.parametrize("native", ["off", ""])
 def test_a_damaged_cache_is_rebuilt(native: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_NATIVE", native)
@@ -128,11 +128,22 @@ def test_a_damaged_cache_is_rebuilt(native: str, damage: str, tmp_path: Path, mo
         if damage == "layout" and document["layouts"]:
             document["layouts"][0] = "ff" + document["layouts"][0][2:]
         else:
-            next(iter(document["linears"]["head"]["parts"].values()))["at"] = 1 << 40
+            head = document["linears"]["head"]
+            part = next(iter(head["parts"].values()))
+            if damage == "sealed dtype":
+                part["dtype"] = 1.5
+            elif damage == "sealed size":
+                head["n_out"] += 1
+            else:
+                part["at"] = 1 << 40 if damage == "offset" else 1
+            if damage.startswith("sealed"):
+                document["seal"] = ready._seal(document["linears"], document["layouts"], document["size"])
         index.write_text(json.dumps(document))
     assert torch.equal(logits(load_engine(tmp_path / "edge")), wanted)
     again = json.loads(index.read_text())
-    assert all(part["at"] < again["size"] for part in again["linears"]["head"]["parts"].values())
+    head = again["linears"]["head"]
+    assert all(part["at"] % 64 == 0 and part["at"] < again["size"] and part["dtype"] != 1.5 for part in head["parts"].values())
+    assert head["n_out"] == load_engine(tmp_path / "edge").shape.vocab
 
 
 def test_weights_packed_for_other_kernels_are_packed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedtune.errors import ModelError
 from fedtune.inference.engine.rope import Floats, Rope, frequencies, pairs
-from fedtune.inference.engine.shape import read_shape
+from fedtune.inference.engine.shape import RopeShape, read_shape
 from tests.inference.engine.tiny import SHAPES
 
 
@@ -28,6 +29,20 @@ def test_the_tables_equal_those_of_transformers(name: str) -> None:
     half = shape.head_dim // 2
     np.testing.assert_allclose(rows.real, cos[0, :, :half], atol=1e-6, rtol=1e-6)
     np.testing.assert_allclose(rows.imag, sin[0, :, :half], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        ("linear", {"factor": 1e-320}),
+        ("yarn", {"factor": 4.0, "beta_fast": 1e308, "original_max_position_embeddings": 64}),
+        ("longrope", {"short_factor": (1.0,) * 3, "original_max_position_embeddings": 1, "max_position_embeddings": 64}),
+    ],
+)
+def test_numbers_without_finite_rotations_are_one_sentence(kind: str, numbers: dict[str, Any]) -> None:
+    shape = read_shape(SHAPES["llama"]().to_dict())
+    with pytest.raises(ModelError, match=f"rope_type='{kind}' give no finite rotations"):
+        Rope(shape, RopeShape(kind=kind, numbers=tuple(numbers.items())))
 
 
 def test_channels_of_a_rotation_are_adjacent() -> None:

@@ -64,6 +64,13 @@ def streamed(text: Text, ids: list[int]) -> list[str]:
     return [*map(stream.push, ids), stream.finish()]
 
 
+def test_a_tokenizer_that_fails_is_one_sentence() -> None:
+    text = Text(Tokenizer(models.WordLevel({"on": 0}, unk_token="?")), bos=None, ends=frozenset(), template=None, names={})
+    assert text.encode("on") == [0]
+    with pytest.raises(ModelError, match=r"cannot encode this text \(WordLevel error: Missing \[UNK\] token from the vocabulary\): export"):
+        text.encode("off")
+
+
 @pytest.mark.parametrize("name", TEXTS)
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)

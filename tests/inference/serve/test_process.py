@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,7 @@ from fedtune.inference.serve.listener import is_loopback, listen, public_warning
 from fedtune.inference.serve.server import Server
 from fedtune.inference.serve.start import make_caches, parse_adapters
 from tests.inference.serve.served import tiny_model
-from tests.inference.serve.soak import ROOT, server, soak
+from tests.inference.serve.soak import ROOT, faults, package, server, soak
 
 
 @pytest.mark.slow
@@ -62,12 +63,12 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_a_soak(tmp_path: Path, kind: str) -> None:
-    tally = soak(tiny_model(tmp_path / "tiny"), seconds=20, clients=32, kind=kind)
-    assert not tally.lost
-    assert not tally.garbled
-    assert kind != "fp32" or not tally.deviations
+@pytest.mark.parametrize(("make", "kind", "threads"), [(tiny_model, "fp32", 1), (tiny_model, "int8", 1), (package, "int4", 2)])
+def test_a_soak(tmp_path: Path, make: Callable[[Path], Path], kind: str, threads: int) -> None:
+    """Five minutes: `python -m tests.inference.serve.soak --seconds 300 --clients 32 --package --threads 2`."""
+    tally = soak(make(tmp_path / "tiny"), seconds=20, clients=32, kind=kind, threads=threads)
+    assert not faults(tally, 20, threads)
+    assert kind == "int8" or not tally.deviations
     assert tally.whole > 10
     assert tally.left > 0
     assert tally.preempted > 0
