@@ -53,13 +53,13 @@ class Caches(Protocol):
 
 
 class _Sequence:
-    def __init__(self, request: GenerationRequest, text: Text, vocabulary: int, virtual: int) -> None:
+    def __init__(self, request: GenerationRequest, text: Text, vocabulary: int, virtual: int, adapt: BatchAdapt) -> None:
         self.request, self.virtual = request, virtual
         self.tokens = list(request.ids)
         self.cache: Cache | None = None
         self.sampler = Sampler(request.sampling, request.ids, vocabulary)
         self.stream, self.stops = Stream(text, request.ids if request.joins else ()), StopStrings(request.sampling.stop)
-        self.drafts, self.drafted = SequenceDrafts(), list[int]()  # the draft tokens of the next pass
+        self.drafts, self.drafted = SequenceDrafts(adapt.acceptance), list[int]()  # the draft tokens of the next pass
 
     @property
     def held(self) -> int:
@@ -119,7 +119,7 @@ class Scheduler:
         self._running: list[_Sequence] = []  # in order of admission
         self._lock = threading.Condition()
         self._draining = self._closed = False
-        self._adapt = BatchAdapt() if speculates else None
+        self._adapt, self._speculates = BatchAdapt(), speculates
         self.passes = self.preempted = self.drafted = self.accepted = 0
 
     @property
@@ -156,7 +156,7 @@ class Scheduler:
                 f"the prompt's {len(request.ids)} tokens and {request.max_new_tokens} new tokens do not fit: wanted at least one of each"
                 f" and at most {self.limit} together"
             )
-        sequence = _Sequence(request, self._text, self._vocabulary, self._virtual)
+        sequence = _Sequence(request, self._text, self._vocabulary, self._virtual, self._adapt)
         with self._lock:
             if self._draining:
                 raise Stopping("the server is shutting down: retry when it is back")
@@ -211,8 +211,8 @@ class Scheduler:
         if not plan:
             return False
         begun, decodes = time.perf_counter(), all(n == s.pending == 1 for s, n in plan)
-        if decodes and self._adapt is not None:
-            self._draft([s for s, _ in plan], self._adapt)
+        if decodes and self._speculates:
+            self._draft([s for s, _ in plan])
         ids, spans, due = list[int](), list[Span](), list[tuple[_Sequence, int]]()
         for s, n in plan:
             assert s.cache is not None
@@ -229,7 +229,7 @@ class Scheduler:
             except Exception:  # an error of one request must not affect the others
                 _log.exception("the next token of a request cannot be chosen")
                 self._end(sequence, "failed")
-        if decodes and self._adapt is not None:
+        if decodes and self._speculates:
             self._adapt.ran(len(ids), time.perf_counter() - begun)
         return True
 
@@ -289,9 +289,9 @@ class Scheduler:
                 left -= n
         return list(plan.items())
 
-    def _draft(self, sequences: Sequence[_Sequence], adapt: BatchAdapt) -> None:
+    def _draft(self, sequences: Sequence[_Sequence]) -> None:
         """Give the sequences of a pass their draft tokens, as far as there is room."""
-        for s, count in zip(sequences, adapt.counts([s.drafts.acceptance(s.tokens) for s in sequences]), strict=True):
+        for s, count in zip(sequences, self._adapt.counts([s.drafts.acceptance(s.tokens) for s in sequences]), strict=True):
             assert s.cache is not None
             room = min(s.request.max_new_tokens - s.request.answered - 1, self.limit - len(s.tokens))
             count = max(0, min(count, room, room if s.cache.undo is None else s.cache.undo - 1))

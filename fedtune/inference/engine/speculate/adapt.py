@@ -151,19 +151,24 @@ class Adapt:
 
 
 class Acceptance:
-    """The share of draft tokens that are accepted if those before them are, from a prior and recent verifications."""
+    """The share of draft tokens that are accepted if those before them are, from a prior and recent verifications.
 
-    def __init__(self) -> None:
+    Args:
+        decay: Factor on what was seen, for each new verification.
+    """
+
+    def __init__(self, decay: float = _DECAY) -> None:
+        self._decay = decay
         self.kept = self.tried = 0.0
 
-    @property
-    def share(self) -> float:
-        return (self.kept + _HOPE * _WEIGHT) / (self.tried + _WEIGHT)
+    def share(self, prior: float = _HOPE, weight: float = _WEIGHT) -> float:
+        """The share; the prior counts as `weight` draft tokens."""
+        return (self.kept + prior * weight) / (self.tried + weight)
 
     def saw(self, guesses: int, kept: int) -> None:
         """Record a verification."""
-        self.kept = self.kept * _DECAY + kept
-        self.tried = self.tried * _DECAY + kept + (kept < guesses)
+        self.kept = self.kept * self._decay + kept
+        self.tried = self.tried * self._decay + kept + (kept < guesses)
 
     def fade(self, factor: float) -> None:
         """Move towards the prior."""
@@ -183,7 +188,7 @@ class _Grade:
 
     @property
     def acceptance(self) -> float:
-        return self.of.share
+        return self.of.share()
 
     def saw(self, guesses: int, kept: int) -> None:
         self.of.saw(guesses, kept)

@@ -16,20 +16,29 @@ __all__ = ["BatchAdapt", "SequenceDrafts"]
 _MOST = 8  # draft tokens of a sequence
 _ROWS = 64  # rows of a pass with draft tokens
 _GROW = 2  # a pass has at most this many times the rows of the largest measured one: beyond it, costs are unknown
-_FORGET = 0.995  # of the acceptance statistics of a sequence that gets no draft, per pass, so that it is tried again
+_WEIGHT = 2.0  # what all sequences have seen, in draft tokens of one sequence
+_DECAY = 0.98  # of what all have seen, per verification
+_FORGET, _FORGET_ALL = 0.995, 0.9998  # of what is known of drafts that are not made, per pass and sequence, so that they are tried again
 
 
 class SequenceDrafts:
-    """The drafts of one sequence: those of `Lookup`, and their acceptance by length of the match."""
+    """The drafts of one sequence: those of `Lookup`, and their acceptance by length of the match.
 
-    def __init__(self) -> None:
-        self._lookup, self._seen = Lookup(), dict[int, Acceptance]()
+    Args:
+        of_all: The acceptance in all sequences, by length of the match; a new sequence begins with it.
+    """
+
+    def __init__(self, of_all: dict[int, Acceptance]) -> None:
+        self._lookup, self._seen, self._of_all = Lookup(), dict[int, Acceptance](), of_all
         self._grade: int | None = None
 
     def acceptance(self, ids: Sequence[int]) -> float:
         """That of the draft tokens that would follow these tokens; 0 if there are none."""
         self._grade = self._lookup.grade(ids)
-        return 0.0 if self._grade is None else self._of(self._grade).share
+        if self._grade is None:
+            return 0.0
+        own, of_all = self._known(self._grade)
+        return own.share(of_all.share(), _WEIGHT)
 
     def draft(self, ids: Sequence[int], count: int) -> list[int]:
         """`count` draft tokens after the same tokens."""
@@ -38,18 +47,22 @@ class SequenceDrafts:
     def saw(self, guesses: int, kept: int) -> None:
         """Record that a pass verified this many draft tokens, and accepted this many."""
         if self._grade is not None:
-            own = self._of(self._grade)
-            own.saw(guesses, kept) if guesses else own.fade(_FORGET)
+            for known, forget in zip(self._known(self._grade), (_FORGET, _FORGET_ALL), strict=True):
+                known.saw(guesses, kept) if guesses else known.fade(forget)
 
-    def _of(self, grade: int) -> Acceptance:
-        return self._seen.setdefault(grade, Acceptance())
+    def _known(self, grade: int) -> tuple[Acceptance, Acceptance]:
+        return self._seen.setdefault(grade, Acceptance()), self._of_all.setdefault(grade, Acceptance(_DECAY))
 
 
 class BatchAdapt:
-    """Chooses the numbers of draft tokens before each pass, from the durations of earlier ones."""
+    """Chooses the numbers of draft tokens before each pass, from the durations of earlier ones.
+
+    Attributes:
+        acceptance: Of all sequences, by length of the match; for `SequenceDrafts`.
+    """
 
     def __init__(self) -> None:
-        self._costs = Costs()
+        self._costs, self.acceptance = Costs(), dict[int, Acceptance]()
 
     def ran(self, rows: int, seconds: float) -> None:
         """Record the duration of a pass in which every row is a decoded token or a draft token."""
