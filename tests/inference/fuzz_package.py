@@ -26,6 +26,7 @@ from fedtune.errors import FedtuneError
 from fedtune.inference.engine import linear, ready
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.kivi import KiviCache
+from fedtune.inference.engine.caches.paged import PagedPool
 from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.native import build
@@ -70,7 +71,8 @@ def use(folder: Path, kind: str | None = None) -> None:
     small: list[Cache] = [WindowCache(shape, limit, 3, 2, undo=2, dtype=entries)]
     small += [KiviCache(shape, limit, bits, residual=3, group=4, undo=1, dtype=entries) for bits in (2, 8)]
     names = (None, *engine.adapters)
-    for cache in (engine.cache(limit=limit), *small):
+    paged = PagedPool(shape, -(-limit // 4), 4, entries).cache(limit)
+    for cache in (engine.cache(limit=limit), paged, *small):
         engine.start(cache)
         for name, part in zip(names, (ids, ids[:1]), strict=False):
             logits = engine.decoder.forward(part, [Span(cache, len(part), adapter=name)])
