@@ -1,7 +1,7 @@
 """The build hook of the wheel and of an editable install: compiles the engine's native kernels (fedtune/inference/engine/native).
 
 The system's C compiler is used if there is one, else Zig's, which the build then asks for. If neither works, the install has no native
-kernels: the engine runs on torch's linear layers and says so. FEDTUNE_NATIVE=off skips the kernels.
+kernels: the engine then needs torch, and says so. FEDTUNE_NATIVE=off skips the kernels.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ class NativeKernels(BuildHookInterface):
         try:
             build.build()
         except (build.BuildError, OSError) as bad:
-            self.app.display_warning(f"fedtune's native kernels are not built: {bad}; the engine uses torch's linear layers")
+            self.app.display_warning(f"fedtune's native kernels are not built: {bad}; the engine needs torch then")
             return
         if version == "standard":
             build_data["artifacts"].append(f"/{NATIVE / build.LIBRARY.name}")

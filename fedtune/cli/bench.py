@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="tokens of the prompt (default: %(default)s)")
     bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default: %(default)s)")
     bench.add_argument("--repeats", type=int, default=5, metavar="N", help="measured repeats, after a warm-up (default: %(default)s)")
-    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, else this process's cores)")
     bench.add_argument("--speculate", action="store_true", help="also measure prompt lookup and early exit")
     bench.add_argument("--draft", type=Path, metavar="DIR", help="also measure this draft model")
     bench.add_argument("--text", type=Path, metavar="FILE", help="prompts for speculative decoding, one per line (default: sampled)")

@@ -50,7 +50,7 @@ def _(place: Place) -> Iterator[str]:
     library._chosen.cache_clear()
 
 
-@follows("{} linear layers run by torch here ({}), which is not installed: pip install torch")
+@follows("{} linear layers run by torch here ({}), which is not installed: pip install torch{}")
 def _(place: Place) -> Iterator[str]:
     place.patch.setenv("FEDTUNE_NATIVE", "off")
     with place.patch.context() as without:
@@ -132,7 +132,7 @@ def _(place: Place) -> Iterator[str]:
     yield passed(place, 0)
 
 
-@follows("the native pass has parts that do not fit each other: set FEDTUNE_NATIVE=off, and report this")
+@follows("the native pass has parts that do not fit each other: report this; with torch, FEDTUNE_NATIVE=off avoids it")
 def _(place: Place) -> Iterator[str]:
     place.patch.setenv("FEDTUNE_NATIVE", "portable")
     yield passed(place, 1)

@@ -1,4 +1,5 @@
 """Generates text from Llama-family decoders with little memory and few CPU cores.
 
-Imports here load numpy, torch, safetensors and tokenizers, and no other large library. The caller sets thread counts.
+Imports here load numpy, safetensors and tokenizers, and no other large library; torch only where the native kernels do not run. The caller
+sets thread counts.
 """

@@ -60,7 +60,7 @@ class Linear(ABC):
 
 
 class Native(Linear):
-    """bf16, int8 or int4 in the layout of the native kernels.
+    """Any kind in the layout of the native kernels; fp32 is plain.
 
     A row's result does not depend on the other rows of x, nor on the number of threads. In int8 and int4, a row of x with a number that is
     not finite gives NaN, and 32 columns below 1e-30 count as zeros.

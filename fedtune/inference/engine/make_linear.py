@@ -8,7 +8,7 @@ from fedtune.errors import ModelError
 from fedtune.inference.engine.bfloat16 import Array, as_float32
 from fedtune.inference.engine.linear import GROUPS, KINDS, Linear, Native
 from fedtune.inference.engine.native.choice import why_torch
-from fedtune.inference.engine.native.library import kernels
+from fedtune.inference.engine.native.library import VARIABLE, kernels
 from fedtune.inference.engine.native.pack import pack
 
 __all__ = ["describe_path", "linear_from_parts", "linear_from_tensors"]
@@ -29,7 +29,8 @@ def _torch_linears(kind: str) -> Any:
     except ModuleNotFoundError as missing:
         if missing.name != "torch":
             raise
-        raise ModelError(f"{kind} linear layers run by torch here ({why_torch(kind)}), which is not installed: pip install torch") from None
+        also = f", or leave {VARIABLE} out" if (why := why_torch(kind) or "").startswith(VARIABLE) else ""
+        raise ModelError(f"{kind} linear layers run by torch here ({why}), which is not installed: pip install torch{also}") from None
     return linears
 
 

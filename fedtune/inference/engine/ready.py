@@ -25,7 +25,7 @@ import numpy as np
 from fedtune.errors import ModelError
 from fedtune.inference.engine.aligned import ALIGNED
 from fedtune.inference.engine.bfloat16 import Array
-from fedtune.inference.engine.linear import Linear, Native
+from fedtune.inference.engine.linear import KINDS, Linear, Native
 from fedtune.inference.engine.make_linear import linear_from_parts
 from fedtune.inference.engine.native.choice import cpu_features, packing
 from fedtune.storage.atomic import new_folder
@@ -65,7 +65,7 @@ def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None
         "folder": str(folder),
         "files": [list(stat) for stat in stats],
         "kind": kind,
-        "torch": _torch_version(),
+        "torch": "" if len(packing()) == len(KINDS) else _torch_version(),  # where all parts are native, torch does not matter
         "cpu": [platform.machine(), *sorted(cpu_features())],
         "native": packing(),
     }
@@ -171,7 +171,7 @@ def _torch_version() -> str:
 
 
 def _seal(*values: Any) -> str:
-    """A digest of the index: a corrupted layout would make torch read outside the file."""
+    """A digest of the index: a corrupted layout would make torch or native code read outside the file."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 

@@ -50,9 +50,10 @@ class Rope:
 
     def rows(self, start: int, n: int) -> Turns:
         """[n, 1, D/2] for positions start..start+n-1."""
-        if self._last is None or self._last[0] != start or self._last[1] != n:  # reused by all layers of a pass
-            self._last = start, n, self._rows(start, n)
-        return self._last[2]
+        last = self._last
+        if last is None or last[0] != start or last[1] != n:  # reused by all layers of a pass
+            self._last = last = start, n, self._rows(start, n)
+        return last[2]
 
     def rotate(self, x: Floats, positions: NDArray[np.int64] | int) -> Floats:
         """Rotate each head of x by its position.

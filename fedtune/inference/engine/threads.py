@@ -21,7 +21,7 @@ def set_threads(count: int) -> None:
     """Set the number of threads, of torch too, now or when the engine loads it."""
     global _own
     _own = count
-    if (torch := sys.modules.get("torch")) is not None:
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "set_num_threads"):
         torch.set_num_threads(count)
 
 

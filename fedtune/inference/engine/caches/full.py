@@ -58,12 +58,9 @@ class FullCache(Cache):
     def _grow(self, needed: int) -> None:
         shape, held = self.shape, self.keys[0].shape[1] if self.keys else 0
         size = min(self.limit, max(FIRST, 2 * held, needed))
-        for buffers in (self.keys, self.values):
-            for layer in range(shape.layers):
-                new = zeros((shape.kv_heads, size, shape.head_dim), self.dtype)
-                if held:
-                    new[:, :held] = buffers[layer]  # including cropped entries, from which an early exit is continued
-                    buffers[layer] = new
-                else:
-                    buffers.append(new)
-        self._addresses = [addresses(buffers) for buffers in (self.keys, self.values)]
+        grown = tuple([zeros((shape.kv_heads, size, shape.head_dim), self.dtype) for _ in range(shape.layers)] for _ in range(2))
+        for new, old in zip(grown, (self.keys, self.values), strict=True):
+            for own, before in zip(new, old, strict=False):
+                own[:, :held] = before  # including cropped entries, from which an early exit is continued
+        self._addresses = [addresses(buffers) for buffers in grown]
+        self.keys, self.values = grown  # together: without memory for all, the cache stays as it was

@@ -130,10 +130,10 @@ class KiviCache(Cache):
         self.room(n)
         while len(self.layers) < self.shape.layers:
             self.layers.append(self._empty())
-        end, own = self.length + n, self.layers[0]
+        end = self.length + n
         upto = self.seen_as_codes(end - 1)
         first = min(self.seen_as_codes(end - self.undo), self.seen_as_codes(self.length), upto)
-        if upto > own.done or first > own.first:
+        if any(upto > store.done or first > store.first for store in self.layers):  # not all, after keys that are too large
             for store in self.layers:
                 self._quantize(store, upto)
                 self._drop(store, first)

@@ -1,10 +1,9 @@
 """Which kinds of linear layers the native kernels run on this machine, and why torch runs the others."""
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 
-from fedtune.inference.engine.native.library import is_forced, kernels, why_not
+from fedtune.inference.engine.native.library import has_torch, is_forced, kernels, why_not
 from fedtune.inference.engine.native.pack import PACKED
 
 __all__ = ["cpu_features", "packing", "why_torch"]
@@ -21,7 +20,7 @@ def why_torch(kind: str) -> str | None:
     """Why linears of a kind are torch's, as the end of a sentence; None if they are native."""
     if kernels() is None:
         return why_not()
-    if is_forced() or kind in ("int4", "fp32") or not _has_torch():
+    if is_forced() or kind in ("int4", "fp32") or not has_torch():
         return None
     if "amx_tile" in cpu_features():
         return f"this CPU has AMX, which torch uses in {kind} and the native kernels do not"
@@ -39,8 +38,3 @@ def cpu_features() -> frozenset[str]:
         return frozenset()
     flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
     return frozenset(flags.split())
-
-
-@cache
-def _has_torch() -> bool:
-    return importlib.util.find_spec("torch") is not None

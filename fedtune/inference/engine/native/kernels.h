@@ -33,7 +33,7 @@ struct fedtune_weights {
     int64_t codes_bytes;
     const uint8_t *scales; /* int4 only */
     int64_t scales_bytes;
-    const float *base; /* int4: s and z of each block; int8: the scale of each row; bf16: none */
+    const float *base; /* int4: s and z of each block; int8: the scale of each row; bf16 and fp32: none */
     int64_t base_bytes;
     const float *bias; /* [n_out] or null */
     int64_t bias_bytes;

@@ -1,6 +1,7 @@
 """Opens the compiled kernels, and chooses the instruction set: the best of this CPU, or that of the environment variable FEDTUNE_NATIVE."""
 
 import ctypes
+import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -10,12 +11,12 @@ from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.native import build
 from fedtune.inference.engine.native.structures import DecoderStructure, PassStructure, Weights
 
-__all__ = ["KINDS", "SETS", "Kernels", "is_forced", "kernels", "why_not"]
+__all__ = ["KINDS", "SETS", "Kernels", "has_torch", "is_forced", "kernels", "why_not"]
 
 VARIABLE = "FEDTUNE_NATIVE"
 SETS = ("portable", "avx2", "avxvnni", "avx512")  # in the order of the numbers in kernels.h
 KINDS = ("int4", "int4 wide", "int8", "bf16", "fp32")  # likewise
-_FASTER_THAN_TORCH = ("avx512", "avxvnni", "avx2")  # best first; the portable kernels run only on request
+_FASTER_THAN_TORCH = ("avx512", "avxvnni", "avx2")  # best first; the portable kernels run on request, and where torch is not installed
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Kernels:
         if failed == 2:
             raise ModelError(f"there is no memory for a pass of {part.rows} tokens: use a shorter prompt")
         if failed:
-            raise ModelError("the native pass has parts that do not fit each other: set FEDTUNE_NATIVE=off, and report this")
+            raise ModelError("the native pass has parts that do not fit each other: report this; with torch, FEDTUNE_NATIVE=off avoids it")
 
 
 def kernels() -> Kernels | None:
@@ -74,6 +75,12 @@ def kernels() -> Kernels | None:
     """
     found = _chosen(os.environ.get(VARIABLE, ""))
     return found if isinstance(found, Kernels) else None
+
+
+@cache
+def has_torch() -> bool:
+    """Whether torch is installed."""
+    return importlib.util.find_spec("torch") is not None
 
 
 def is_forced() -> bool:
@@ -104,7 +111,7 @@ def _chosen(wanted: str) -> Kernels | str:
         raise ConfigError(
             f"{VARIABLE}={wanted} needs a CPU with {wanted}, and this one has {', '.join(here)}: set one of these or leave it out"
         )
-    best = wanted or next((name for name in _FASTER_THAN_TORCH if name in here), None)
+    best = wanted or next((name for name in _FASTER_THAN_TORCH if name in here), None if has_torch() else "portable")
     return Kernels(library, best) if best else "this CPU has neither AVX2 nor AVX-512"
 
 

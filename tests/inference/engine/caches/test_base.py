@@ -1,10 +1,15 @@
 """Properties of every cache."""
 
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
-from fedtune.inference.engine.caches.base import Cache
+from fedtune.inference.engine import aligned
+from fedtune.inference.engine.caches import full
+from fedtune.inference.engine.caches.base import Cache, CacheError
 from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.caches.kivi import KiviCache
 from fedtune.inference.engine.caches.paged import PagedPool
@@ -37,3 +42,32 @@ def test_a_cache_can_crop_as_far_as_it_reports(name: str, cuts: list[int]) -> No
     want = passes(fresh, ROPE, QKV, [30])
     got = passes(cache, ROPE, QKV, [back], 30 - back)
     assert (got - want[:, 30 - back :]).abs().max() < 1e-5
+
+
+def test_keys_that_cannot_be_quantized_are_refused_again() -> None:
+    cache = KiviCache(SHAPE, 60, 4, residual=6, group=4, undo=3)
+    passes(cache, ROPE, QKV, [9])
+    cache.layers[1].keys[0, 2, 3] = 1e6  # in the second layer: the first one's group is quantized before
+    for _ in range(2):
+        with pytest.raises(CacheError, match="too large for float16"):
+            cache.prepare(1)
+
+
+@pytest.mark.parametrize("fails", range(4))
+def test_a_full_cache_without_memory_stays_as_it_was(fails: int) -> None:
+    cache, other, calls = FullCache(SHAPE, 200), FullCache(SHAPE, 200), iter(range(9))
+    for one in (cache, other):
+        passes(one, ROPE, QKV, [50])
+
+    def zeros(*size: Any) -> Any:
+        if next(calls) == fails:
+            raise MemoryError
+        return aligned.zeros(*size)
+
+    with patch.object(full, "zeros", zeros), pytest.raises(MemoryError):
+        cache.prepare(20)
+    held = [[array.ctypes.data for array in own] for own in (cache.keys, cache.values)]
+    assert cache.nbytes == other.nbytes and [list(own) for own in cache._addresses] == held
+    for one in (cache, other):
+        one.crop(40)
+    assert torch.equal(passes(cache, ROPE, QKV, [20], 40), passes(other, ROPE, QKV, [20], 40))

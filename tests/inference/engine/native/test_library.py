@@ -79,6 +79,12 @@ def test_the_best_set_of_the_cpu_is_chosen_but_never_the_portable_one(monkeypatc
     monkeypatch.setattr(library, "_opened", lambda: Cpu("portable"))
     library._chosen.cache_clear()
     assert kernels() is None and why_not() == "this CPU has neither AVX2 nor AVX-512"
+    with monkeypatch.context() as without:
+        without.setattr(library, "has_torch", lambda: False)
+        library._chosen.cache_clear()
+        run = kernels()
+        assert run is not None and run.instructions == "portable"
+    library._chosen.cache_clear()
     monkeypatch.setenv("FEDTUNE_NATIVE", "avx2")
     with pytest.raises(ConfigError, match="FEDTUNE_NATIVE=avx2 needs a CPU with avx2, and this one has portable"):
         kernels()
@@ -99,7 +105,7 @@ def test_what_torch_does_faster_stays_with_torch_unless_forced(monkeypatch: pyte
     cpu(monkeypatch, "amx_tile")
     assert packing() == ["int4 1", "fp32 1"]
     with monkeypatch.context() as without:
-        without.setattr(choice, "_has_torch", lambda: False)  # then the native kernels run all that they can
+        without.setattr(choice, "has_torch", lambda: False)  # then the native kernels run all that they can
         assert packing() == ["int4 1", "int8 1", "bf16 1", "fp32 1"]
     monkeypatch.setenv("FEDTUNE_NATIVE", "portable")
     assert packing() == ["int4 1", "int8 1", "bf16 1", "fp32 1"]
