@@ -48,6 +48,7 @@ PACKAGE, CARD, ADAPTERS = "package.json", "fedtune.json", "adapters"
 FILES = {"F32": "weights-f32", "BF16": "weights-bf16", "I8": "weights-int8", "U8": "weights-int4"}  # dtype → file
 Floats = NDArray[np.float32]
 Kind = Literal["fp32", "bf16", "int8", "int4"]
+_NAMES = {"F32": "float32", "BF16": "bfloat16", "I8": "int8", "U8": "uint8"}
 _JSON = 1 << 24  # limit in bytes, far above our files: parsing takes several times as much memory
 
 
@@ -294,7 +295,7 @@ def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tens
     for name, (dtypes, size) in wanted.items():
         dtype, found = tensors.specs[name]
         if dtype not in dtypes or found != size:
-            difference = f"{dtype} {found}, but its config requires {dtypes[0]} {size}"
+            difference = f"{_NAMES.get(dtype, dtype)} {found}, but its config requires {_NAMES[dtypes[0]]} {size}"
             raise ModelError(f"{folder}: '{name}' is {difference}: export the model again")
         # the large matrices stay on the disk until they are used
         if seen:

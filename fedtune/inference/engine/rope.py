@@ -9,6 +9,7 @@ arXiv:2402.13753, with the short factors; Llama 3's scaling and dynamic NTK as i
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,12 @@ class Rope:
         """[n, 1, D/2] for any positions [n]."""
         last = int(positions.max()) + 1
         return (self.rows(0, last) if self._known and last > self._known else self._upto(last))[positions]
+
+    def rows_of(self, spans: Sequence[tuple[int, int]]) -> Turns:
+        """[rows, 1, D/2] for the spans (start, n) of several sequences; the base of dynamic scaling depends on a sequence's own length."""
+        if self._known is not None:
+            return np.concatenate([self._rows(start, n) for start, n in spans])
+        return self.at(np.concatenate([np.arange(start, start + n) for start, n in spans]))
 
     def unrotate(self, x: Floats, start: int) -> Floats:
         """The inverse of `rotate(…, start)`, for keys that are already rotated or must not be."""

@@ -112,8 +112,8 @@ class NativeStep:
         """For each kind of rotary embedding, [rows, 1, D/2] complex64."""
         if len(places) == 1:
             return [rope.rows(places[0].length, places[0].rows) for rope in self._kinds]
-        positions = np.concatenate([np.arange(place.length, place.length + place.rows) for place in places])
-        return [rope.at(positions) for rope in self._kinds]
+        spans = [(place.length, place.rows) for place in places]
+        return [rope.rows_of(spans) for rope in self._kinds]
 
     def _places(self, spans: Sequence[SpanStructure]) -> list[Array]:
         """Likewise for the places of the window caches' tokens; [] if there are none."""

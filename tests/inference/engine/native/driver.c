@@ -23,14 +23,14 @@ static void *filled(int64_t bytes, int floats) {
 
 int main(void) {
     static const int64_t sizes[][2] = {{1, 1}, {1, 33}, {15, 31}, {16, 32}, {17, 64}, {37, 45}, {129, 290}, {700, 65}};
-    static const int64_t codes[] = {256, 256, 512, 1024}, scales[] = {32, 64, 0, 0}, base[] = {2, 2, 16, 0};
+    static const int64_t codes[] = {256, 256, 512, 1024, 0}, scales[] = {32, 64, 0, 0, 0}, base[] = {2, 2, 16, 0, 0};
     int ran = 0;
     for (int set = 0; set < SETS; set++)
         for (int kind = 0; kind < KINDS && fedtune_supports(set); kind++)
             for (unsigned i = 0; i < sizeof sizes / sizeof *sizes; i++)
                 for (int64_t rows = 1; rows < 260; rows = rows * 2 + 1) {
                     int64_t n = sizes[i][0], k = sizes[i][1], blocks = (n + 15) / 16, groups = groups_of(k);
-                    struct fedtune_weights w = {kind, k, n, 0, blocks * groups * codes[kind], 0, blocks * groups * scales[kind], 0,
+                    struct fedtune_weights w = {kind, k, n, 0, kind == FP32 ? n * k * 4 : blocks * groups * codes[kind], 0, blocks * groups * scales[kind], 0,
                                                 blocks * base[kind] * 4, 0, rows % 3 ? n * 4 : 0};
                     w.codes = filled(w.codes_bytes, 0), w.scales = filled(w.scales_bytes, 0), w.base = filled(w.base_bytes, 1);
                     float *bias = filled(n * 4, 1), *x = filled(rows * k * 4, 1), *y = filled(rows * n * 4, 1);

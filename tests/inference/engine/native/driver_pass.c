@@ -21,9 +21,9 @@ static void *filled(int64_t bytes) {
 }
 
 static struct fedtune_weights linear(int64_t kind, int64_t n_in, int64_t n_out) {
-    static const int64_t codes[] = {256, 256, 512, 1024}, scales[] = {32, 64, 0, 0}, base[] = {2, 2, 16, 0};
+    static const int64_t codes[] = {256, 256, 512, 1024, 0}, scales[] = {32, 64, 0, 0, 0}, base[] = {2, 2, 16, 0, 0};
     int64_t blocks = (n_out + 15) / 16, groups = groups_of(n_in);
-    struct fedtune_weights w = {kind, n_in, n_out, 0, blocks * groups * codes[kind], 0, blocks * groups * scales[kind], 0,
+    struct fedtune_weights w = {kind, n_in, n_out, 0, kind == FP32 ? n_in * n_out * 4 : blocks * groups * codes[kind], 0, blocks * groups * scales[kind], 0,
                                 blocks * base[kind] * 4, 0, 0};
     w.codes = filled(w.codes_bytes), w.scales = filled(w.scales_bytes), w.base = filled(w.base_bytes);
     return w;

@@ -23,7 +23,7 @@ from fedtune.inference.engine.lora import make_lora
 from fedtune.inference.engine.native.library import SETS, kernels
 from fedtune.inference.engine.native.structures import LoraPiece, LoraStructure
 from tests.inference.engine.native.test_kernels import of
-from tests.inference.engine.native.test_step import CACHES, EXACT, assert_alike, by_torch, decoder_of, native_engine, texts
+from tests.inference.engine.native.test_step import CACHES, EXACT, by_torch, decoder_of, native_engine, texts
 from tests.inference.engine.tiny import SHAPES
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="needs the native kernels")
@@ -87,8 +87,9 @@ def story(decoder: Decoder, make: Callable[[], Cache]) -> Tensor:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_architecture_gives_torchs_logits(name: str, tmp_path: Path) -> None:
-    decoder = adapted(native_engine(name, tmp_path).decoder)
-    assert_alike(*(t.numpy() for t in both(decoder, lambda: story(decoder, CACHES["full"](decoder.shape)))))
+    decoder = adapted(native_engine(name, tmp_path, "fp32").decoder)
+    found, expected = both(decoder, lambda: story(decoder, CACHES["full"](decoder.shape)))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("instructions", SETS)
@@ -97,7 +98,10 @@ def test_every_architecture_gives_torchs_logits(name: str, tmp_path: Path) -> No
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
     of(instructions)
     decoder = adapted(native_engine(name, tmp_path, kind, instructions).decoder)
-    assert_alike(*(t.numpy() for t in both(decoder, lambda: story(decoder, CACHES["paged"](decoder.shape)))))
+    found, expected = both(decoder, lambda: story(decoder, CACHES["paged"](decoder.shape)))
+    off = ((found - expected).abs() / expected.abs().max()).amax(1)
+    # in some rows an activation is rounded to another code, which later rows see
+    assert off.min() < 1e-5 and off.median() < (1e-5 if kind == "fp32" else 0.02) and off.max() < (1e-4 if kind == "fp32" else 0.3), off
 
 
 def one_layer(instructions: str = "", *sizes: int) -> Decoder:
