@@ -70,6 +70,28 @@ _damaged("{} does not hold a JSON object: export the model again", "config.json"
 _damaged("{} is not a valid safetensors file ({}): export the model again", "model.safetensors", 900)
 
 
+@follows("config.json's rope_parameters of rope_type={} give no finite rotations: export it again")
+def _(place: Place) -> Iterator[str]:
+    model = Path(shutil.copytree(run_of(place).parent / "m", place.folder / "m"))
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 1e-320}
+    (model / "config.json").write_text(json.dumps(config))
+    yield loaded(model)
+    yield loaded(exported(place, run_of(place)))
+
+
+@follows("the model's tokenizer cannot encode this text ({}): export the model again")
+def _(place: Place) -> Iterator[str]:
+    out = exported(place, run_of(place))
+    whole = (out / "tokenizer.json").read_text()
+    document = json.loads(whole)
+    document["model"] = {"type": "WordLevel", "vocab": {"on": 0}, "unk_token": "?"}  # damaged: it has no token for other words
+    document["pre_tokenizer"] = document["normalizer"] = document["post_processor"] = document["decoder"] = None
+    (out / "tokenizer.json").write_text(json.dumps(document | {"added_tokens": []}))
+    yield raised(lambda: read_text(out).encode("turn"))
+    yield raised(lambda: read_text(exported(place, run_of(place))).encode("turn"))
+
+
 @follows("{} holds {} numbers, which the engine cannot read: export the model again")
 def _(place: Place) -> Iterator[str]:
     file = place.folder / "x.safetensors"  # of GPTQ's parts, whose dtypes nothing else checks

@@ -50,15 +50,30 @@ def _(place: Place) -> Iterator[str]:
     library._chosen.cache_clear()
 
 
-@follows("{} linear layers run by torch here ({}), which is not installed: pip install torch{}")
-def _(place: Place) -> Iterator[str]:
-    place.patch.setenv("FEDTUNE_NATIVE", "off")
+def without_torch(place: Place) -> str:
     with place.patch.context() as without:
         without.delitem(sys.modules, linears.__name__)
         without.delattr(reference, "linears")
         without.setitem(sys.modules, "torch", None)
-        yield raised(linear)
+        return raised(linear)
+
+
+@follows("{} linear layers run by torch here ({}), which is not installed: pip install torch")
+def _(place: Place) -> Iterator[str]:
+    place.patch.setattr(library, "_opened", lambda: "they are not built")
+    library._chosen.cache_clear()
+    yield without_torch(place)
     yield raised(linear)  # installed
+    library._chosen.cache_clear()
+
+
+@follows("{} needs torch, which is not installed: leave it out, or pip install torch")
+def _(place: Place) -> Iterator[str]:
+    place.patch.setenv("FEDTUNE_NATIVE", "off")
+    yield without_torch(place)
+    yield raised(linear)  # installed
+    place.patch.delenv("FEDTUNE_NATIVE")
+    yield without_torch(place)
 
 
 @follows("{}={} needs a CPU with {}, and this one has {}: set one of these or leave it out")
@@ -132,7 +147,7 @@ def _(place: Place) -> Iterator[str]:
     yield passed(place, 0)
 
 
-@follows("the native pass has parts that do not fit each other: report this; with torch, FEDTUNE_NATIVE=off avoids it")
+@follows("the native pass has parts that do not fit each other: set FEDTUNE_NATIVE=off if torch is installed, and report this")
 def _(place: Place) -> Iterator[str]:
     place.patch.setenv("FEDTUNE_NATIVE", "portable")
     yield passed(place, 1)

@@ -29,8 +29,10 @@ def _torch_linears(kind: str) -> Any:
     except ModuleNotFoundError as missing:
         if missing.name != "torch":
             raise
-        also = f", or leave {VARIABLE} out" if (why := why_torch(kind) or "").startswith(VARIABLE) else ""
-        raise ModelError(f"{kind} linear layers run by torch here ({why}), which is not installed: pip install torch{also}") from None
+        why = why_torch(kind) or ""
+        if why.startswith(VARIABLE):
+            raise ModelError(f"{why} needs torch, which is not installed: leave it out, or pip install torch") from None
+        raise ModelError(f"{kind} linear layers run by torch here ({why}), which is not installed: pip install torch") from None
     return linears
 
 

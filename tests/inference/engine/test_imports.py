@@ -135,6 +135,6 @@ def test_the_engine_generates_the_same_tokens_where_torch_is_not_installed(tmp_p
     assert all(len(tokens) > 5 for model in found for tokens in model[1:])
     assert said == ways
     off = run(WITHOUT_TORCH, FEDTUNE_NATIVE="off")
-    sentence = "int4 linear layers run by torch here (FEDTUNE_NATIVE=off), which is not installed: pip install torch"
-    assert off.stderr.splitlines()[-1] == f"fedtune.errors.ModelError: {sentence}, or leave FEDTUNE_NATIVE out"
+    sentence = "FEDTUNE_NATIVE=off needs torch, which is not installed: leave it out, or pip install torch"
+    assert off.stderr.splitlines()[-1] == f"fedtune.errors.ModelError: {sentence}"
     assert [process.stdout.splitlines()[1] for process in (without, normal)] == ["False", "True"]

@@ -64,7 +64,9 @@ class Kernels:
         if failed == 2:
             raise ModelError(f"there is no memory for a pass of {part.rows} tokens: use a shorter prompt")
         if failed:
-            raise ModelError("the native pass has parts that do not fit each other: report this; with torch, FEDTUNE_NATIVE=off avoids it")
+            raise ModelError(
+                "the native pass has parts that do not fit each other: set FEDTUNE_NATIVE=off if torch is installed, and report this"
+            )
 
 
 def kernels() -> Kernels | None:
