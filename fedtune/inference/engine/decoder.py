@@ -123,9 +123,8 @@ class Decoder:
         return self.logits(hidden, spans) if found is None else found
 
     def native_step(self) -> NativeStep | None:
-        """The native form of the layers as they are now, or None if torch runs them."""
-        linears = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        linears.append(self.head)
+        """The native form of the linears as they are now, or None if torch runs them."""
+        linears = linears_of(self)
         if self._native is None or linears != self._native[0]:
             torch_runs = NativeStep.why_torch(self.shape, self.layers)
             self._native = linears, None if torch_runs else NativeStep(self.shape, self.layers, self.ropes, self.norm, self.head)

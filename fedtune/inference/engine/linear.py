@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from fedtune.errors import ModelError
 from fedtune.inference.engine.bfloat16 import Array, as_float32, to_bfloat16
 from fedtune.inference.engine.native.library import Kernels
-from fedtune.inference.engine.native.pack import weights_of
+from fedtune.inference.engine.native.pack import nibbles_of, weights_of
 from fedtune.inference.engine.threads import threads
 
 KINDS = ("fp32", "bf16", "int8", "int4")
@@ -124,8 +124,7 @@ def dequantized(kind: str, tensors: Mapping[str, Array], *, n_in: int, group: in
     if kind == "int8":
         return tensors["packed"].astype(np.float32) * as_float32(tensors["scale"])[:, None]
     scale, zero = (np.repeat(as_float32(tensors[part]), group, 1)[:, :n_in] for part in ("scale", "zero"))
-    codes = np.stack([tensors["packed"] & 15, tensors["packed"] >> 4], 2).reshape(len(scale), -1)[:, :n_in]
-    return (codes.astype(np.float32) - 8) * scale + zero
+    return (nibbles_of(tensors["packed"], n_in).astype(np.float32) - 8) * scale + zero
 
 
 def _or_one(scale: NDArray[np.float32]) -> NDArray[np.float32]:

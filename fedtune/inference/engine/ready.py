@@ -61,13 +61,14 @@ def place(folder: Path, kind: str | None, files: Iterable[Path]) -> Place | None
     stats = [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in sorted(files) if file.is_file()]
     if sum(size for _, size, _ in stats) < LEAST:
         return None
+    native = packing()
     made_from = {
         "folder": str(folder),
         "files": [list(stat) for stat in stats],
         "kind": kind,
-        "torch": "" if len(packing()) == len(KINDS) else _torch_version(),  # where all parts are native, torch does not matter
+        "torch": "" if len(native) == len(KINDS) else _torch_version(),  # where all parts are native, torch does not matter
         "cpu": [platform.machine(), *sorted(cpu_features())],
-        "native": packing(),
+        "native": native,
     }
     key = hashlib.sha256(json.dumps([str(folder), kind]).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

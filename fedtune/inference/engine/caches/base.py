@@ -1,8 +1,4 @@
-"""The interface between decoder and caches, and passes over several sequences.
-
-A pass runs over flat rows: the tokens of all its spans, one span after the other. Linears see all rows at once; attention goes span by
-span, so sequences of different lengths need no padding.
-"""
+"""The interface between decoder and caches; `decoder` describes a pass."""
 
 import ctypes
 from abc import ABC, abstractmethod

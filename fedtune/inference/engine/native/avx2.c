@@ -105,6 +105,18 @@ INLINE __m256 from_bf16(const uint8_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
 }
 
+INLINE __m256 int4_scale(const uint8_t *s, int half, const int wide) {
+    return wide ? from_bf16(s + 16 * half) : _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(s + 8 * half))));
+}
+
+INLINE __m256 int4_zero(const uint8_t *s, int half, const int wide) {
+    return wide ? from_bf16(s + 32 + 16 * half) : _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(s + 16 + 8 * half))));
+}
+
+INLINE __m256 int4_result(__m256 product, __m256 shift, const float *base, const int wide) {
+    return wide ? _mm256_add_ps(product, shift) : _mm256_fmadd_ps(shift, _mm256_set1_ps(base[1]), _mm256_mul_ps(product, _mm256_set1_ps(base[0])));
+}
+
 INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, const int wide) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
@@ -114,9 +126,7 @@ INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x
         for (int r = 0; r < rows; r++)
             product[r] = shift[r] = _mm256_setzero_ps();
         for (int64_t g = 0; g < groups; g++, p += 256, s += wide ? 64 : 32) {
-            __m256 scale = wide ? from_bf16(s + 16 * half) : _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(s + 8 * half))));
-            __m256 zero = wide ? from_bf16(s + 32 + 16 * half)
-                               : _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(s + 16 + 8 * half))));
+            __m256 scale = int4_scale(s, half, wide), zero = int4_zero(s, half, wide);
             __m256i sums[AT_ONCE];
             for (int r = 0; r < rows; r++)
                 sums[r] = _mm256_setzero_si256();
@@ -135,11 +145,8 @@ INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x
                 shift[r] = _mm256_fmadd_ps(zero, _mm256_set1_ps(own->sum), shift[r]);
             }
         }
-        for (int r = 0; r < rows; r++) {
-            __m256 y = wide ? _mm256_add_ps(product[r], shift[r])
-                            : _mm256_fmadd_ps(shift[r], _mm256_set1_ps(w->base[2 * block + 1]), _mm256_mul_ps(product[r], _mm256_set1_ps(w->base[2 * block])));
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, y);
-        }
+        for (int r = 0; r < rows; r++)
+            _mm256_storeu_ps(out + r * BLOCK + 8 * half, int4_result(product[r], shift[r], w->base + 2 * block, wide));
     }
 }
 
@@ -193,8 +200,8 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
 }
 
 /* A form for each number of rows, so that the sums stay in registers. */
-#define FORMS(NAME, TYPE, ...)                                                                                                             \
-    AVX2_CODE static void NAME(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows,       \
+#define FORMS(NAME, TARGET, TYPE, ...)                                                                                                             \
+    TARGET static void NAME(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows,       \
                                float *out) {                                                                                               \
         const int64_t groups = groups_of(w->n_in);                                                                                         \
         const TYPE *x = codes;                                                                                                             \
@@ -210,10 +217,10 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
 #define WIDE_OF(n) int4(w, block, x, xg, n, out, 1)
 #define INT8_OF(n) int8(w, block, x, xg, n, out)
 #define BF16_OF(n) bf16(w, block, x, n, out)
-FORMS(int4_tile, int8_t, INT4_OF)
-FORMS(wide_tile, int8_t, WIDE_OF)
-FORMS(int8_tile, int8_t, INT8_OF)
-FORMS(bf16_tile, uint16_t, BF16_OF)
+FORMS(int4_tile, AVX2_CODE, int8_t, INT4_OF)
+FORMS(wide_tile, AVX2_CODE, int8_t, WIDE_OF)
+FORMS(int8_tile, AVX2_CODE, int8_t, INT8_OF)
+FORMS(bf16_tile, AVX2_CODE, uint16_t, BF16_OF)
 
 AVX2_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
     fedtune_portable.to_bf16(x, n_in, codes, groups);

@@ -23,9 +23,7 @@ VNNI_INLINE void int4_by_vnni(const struct fedtune_weights *w, int64_t block, co
                     two[r] = _mm256_dpbusd_avx_epi32(two[r], b, four_of(c + 16));
                 }
             }
-            __m256 scale = wide ? from_bf16(s + 16 * half) : _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(s + 8 * half))));
-            __m256 zero = wide ? from_bf16(s + 32 + 16 * half)
-                               : _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(s + 16 + 8 * half))));
+            __m256 scale = int4_scale(s, half, wide), zero = int4_zero(s, half, wide);
             for (int r = 0; r < rows; r++) {
                 const struct columns *own = xg + r * groups + g;
                 __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(one[r], two[r]));
@@ -33,11 +31,8 @@ VNNI_INLINE void int4_by_vnni(const struct fedtune_weights *w, int64_t block, co
                 shift[r] = _mm256_fmadd_ps(zero, _mm256_set1_ps(own->sum), shift[r]);
             }
         }
-        for (int r = 0; r < rows; r++) {
-            __m256 y = wide ? _mm256_add_ps(product[r], shift[r])
-                            : _mm256_fmadd_ps(shift[r], _mm256_set1_ps(w->base[2 * block + 1]), _mm256_mul_ps(product[r], _mm256_set1_ps(w->base[2 * block])));
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, y);
-        }
+        for (int r = 0; r < rows; r++)
+            _mm256_storeu_ps(out + r * BLOCK + 8 * half, int4_result(product[r], shift[r], w->base + 2 * block, wide));
     }
 }
 
@@ -70,24 +65,11 @@ VNNI_INLINE void int8_by_vnni(const struct fedtune_weights *w, int64_t block, co
     }
 }
 
-#define VNNI_FORMS(NAME, ...)                                                                                                                   \
-    VNNI_CODE static void NAME(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows,       \
-                               float *out) {                                                                                               \
-        const int64_t groups = groups_of(w->n_in);                                                                                         \
-        const int8_t *x = codes;                                                                                                           \
-        for (; rows > 0; rows -= AT_ONCE, x += AT_ONCE * groups * GROUP, xg += AT_ONCE * groups, out += AT_ONCE * BLOCK)                    \
-            switch (rows) {                                                                                                                \
-            case 1: __VA_ARGS__(1); break;                                                                                                 \
-            case 2: __VA_ARGS__(2); break;                                                                                                 \
-            case 3: __VA_ARGS__(3); break;                                                                                                 \
-            default: __VA_ARGS__(4);                                                                                                       \
-            }                                                                                                                              \
-    }
 #define INT4_BY_VNNI(n) int4_by_vnni(w, block, x, xg, n, out, 0)
 #define WIDE_BY_VNNI(n) int4_by_vnni(w, block, x, xg, n, out, 1)
 #define INT8_BY_VNNI(n) int8_by_vnni(w, block, x, xg, n, out)
-VNNI_FORMS(int4_vnni_tile, INT4_BY_VNNI)
-VNNI_FORMS(wide_vnni_tile, WIDE_BY_VNNI)
-VNNI_FORMS(int8_vnni_tile, INT8_BY_VNNI)
+FORMS(int4_vnni_tile, VNNI_CODE, int8_t, INT4_BY_VNNI)
+FORMS(wide_vnni_tile, VNNI_CODE, int8_t, WIDE_BY_VNNI)
+FORMS(int8_vnni_tile, VNNI_CODE, int8_t, INT8_BY_VNNI)
 
 const struct kernels fedtune_avxvnni = {to_int8, to_bf16, copy_row, {int4_vnni_tile, wide_vnni_tile, int8_vnni_tile, bf16_tile, plain_tile}, &operations};

@@ -10,7 +10,7 @@ from fedtune.inference.engine.bfloat16 import Array, as_float32, to_bfloat16
 from fedtune.inference.engine.native.library import KINDS
 from fedtune.inference.engine.native.structures import Weights
 
-__all__ = ["PACKED", "pack", "weights_of"]
+__all__ = ["PACKED", "nibbles_of", "pack", "weights_of"]
 
 PACKED = ("int4", "int8", "bf16", "fp32")
 BLOCK, GROUP = 16, 32  # rows and columns that lie together
@@ -60,6 +60,11 @@ def weights_of(parts: Mapping[str, Array], kind: str, n_in: int, n_out: int) -> 
     return out
 
 
+def nibbles_of(packed: Bytes, columns: int) -> Bytes:
+    """[N, ceil(columns / 2)] -> [N, columns] of 0..15: portable int4 codes, of which the even column is in the low half."""
+    return np.stack([packed & np.uint8(15), packed >> np.uint8(4)], 2).reshape(len(packed), -1)[:, :columns]
+
+
 def _padded(rows: Array, block: int, columns: int, value: int = 0) -> Array:
     """Pad a matrix to whole blocks of rows and whole multiples of columns."""
     return np.pad(rows, ((0, -rows.shape[0] % block), (0, -rows.shape[1] % columns)), constant_values=value)
@@ -81,8 +86,7 @@ def _int4(tensors: Mapping[str, Array], n_in: int, group: int, rows: int) -> dic
     codes, spread = list[Bytes](), list[Floats]()
     for at in range(0, len(scale), rows):
         packed = tensors["packed"][at : at + rows]
-        nibbles = np.stack([packed & 15, packed >> 4], 2).reshape(len(packed), -1)[:, :n_in]
-        nibbles = _padded(nibbles, BLOCK, GROUP, value=8)
+        nibbles = _padded(nibbles_of(packed, n_in), BLOCK, GROUP, value=8)
         off = nibbles.reshape(len(nibbles), groups, GROUP).astype(np.float32) - 8
         spread.append(np.square(off).sum(2)[: len(packed)])
         parts = nibbles.reshape(-1, BLOCK, groups, 2, 4, 4)

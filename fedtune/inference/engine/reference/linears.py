@@ -1,8 +1,9 @@
-"""The linear layers by torch's kernels: the reference of the native ones, and what runs fp32 and CPUs that these do not support.
+"""The linear layers by torch's kernels: the reference of the native ones, and what runs where these do not.
 
 They map tensors [n, K] to new tensors [n, N], float32. See `engine.linear` for the kinds and their rounding.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -32,8 +33,9 @@ class TorchLinear(Linear):
         super().__init__(tensors, n_in=n_in, n_out=n_out, group=group)
         self._bias: Tensor | None = tensors.get("bias")
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """[n, K] float32 -> [n, N] float32, a new tensor."""
 
     @property
     def nbytes(self) -> int:

@@ -110,7 +110,7 @@ def test_its_memory_is_at_most_the_reported_bytes(cuts: list[int]) -> None:
 
 @pytest.mark.parametrize("residual, undo, group", [(6, 0, 4), (6, 3, 4), (2, 9, 4), (20, 1, 8)])
 def test_a_pass_is_as_long_as_its_buffer_allows(residual: int, undo: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It never sees tokens of its own as codes, and is at least as long as can be undone."""
+    """A pass has no row that sees another one as codes, and may have at least `undo` rows."""
     sizes: list[int] = []
     real = kivi.encode
 
