@@ -234,6 +234,15 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.data.float() * (scales.float() / 127.0)[:, None]
 
 
+def dequantized(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A quantized layer's weight, (out, in), in the dtype of its products, as bitsandbytes' layers compute it."""
+    weight = cast(Any, module.weight)
+    if getattr(weight, "quant_state", None) is not None:
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    scales = weight.SCB if weight.SCB is not None else cast(Any, module).state.SCB
+    return weight.data.to(dtype).mul_((scales * (1.0 / 127.0))[:, None])
+
+
 @lru_cache
 def _why_not(precision: str, compute: torch.dtype, device: torch.device) -> str:
     """The reason why a quantized layer does not train on this machine; "" if it does."""

@@ -1,0 +1,294 @@
+"""The parts of a decoder layer, each with its backward pass by hand.
+
+A part's `backward` takes the gradient of its output and what `forward` read or kept, and recomputes everything else. Frozen weights get no
+gradient. Tensors are flat: x (N, width), with N = rows · tokens.
+"""
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedtune.models.methods import SLOT
+
+Pairs = Sequence[tuple[Tensor | None, Tensor | None]]  # A and B of each linear layer; None if it is not adapted
+Needed = Sequence[tuple[bool, bool]]  # whether A and B of each layer need a gradient
+Gradients = list[Tensor | None]
+States = dict["Linears", Tensor]  # the generator's states before each group of layers drew its dropout
+
+_SCORES = 1 << 22  # attention scores to compute at once
+_aten = torch.ops.aten
+_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+
+
+def times(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias with w (out, in). torch multiplies float32 with MKL, which reaches half of oneDNN's speed on AMD's processors."""
+    if _ONEDNN and x.dtype is torch.float32 and x.device.type == "cpu":
+        return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+    return F.linear(x, w, bias)
+
+
+class Linear:
+    """A frozen linear layer, quantized or not, with its LoRA factors: y = x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ.
+
+    Args:
+        module: The layer, or PEFT's layer around it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.adapted = hasattr(module, "lora_A")
+        self.module: Any = module
+        self.base: Any = module.base_layer if self.adapted else module
+
+    @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        if not self.adapted:
+            return None, None
+        return self.module.lora_A[SLOT].weight, self.module.lora_B[SLOT].weight
+
+    @property
+    def scaling(self) -> float:
+        return self.module.scaling[SLOT]
+
+    @property
+    def dropout(self) -> float:
+        """The adapter's dropout rate in the current mode."""
+        drop = self.module.lora_dropout[SLOT] if self.adapted else None
+        return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in); a quantized one is dequantized, so do not keep it."""
+        weight = self.base.weight
+        if weight.is_floating_point():
+            return weight
+        from fedtune.models.quantize import dequantized  # imported late: it loads bitsandbytes
+
+        return dequantized(self.base, dtype)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.base.bias is None else self.base.bias.to(dtype)
+
+
+@contextmanager
+def _redrawn(state: Tensor | None, device: torch.device) -> Iterator[None]:
+    """A context whose random numbers start from this state; afterward, the generator continues as if it were not used."""
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        (torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state))
+        yield
+
+
+def _drawn(device: torch.device) -> Tensor:
+    """The generator's state."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+class Linears:
+    """Linear layers with the same input. They share the products with A: x [A₁; A₂; …]ᵀ, and their gradients."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.layers = [Linear(m) for m in modules]
+
+    def forward(self, x: Tensor, pairs: Pairs, states: States) -> list[Tensor]:
+        """Each layer's y, (N, out). Dropout draws from the global generator, layer by layer, or from the state of an earlier call."""
+        again = states.get(self)
+        if again is None and self._rate(pairs):
+            states[self] = _drawn(x.device)
+        with _redrawn(again, x.device):
+            inner = [t for group, a, noise in self._groups(x, pairs) for t in self._inner(x, pairs, group, a, noise)]
+        out = []
+        for layer, (_, b) in zip(self.layers, pairs, strict=True):
+            y = times(x, layer.weight(x.dtype), layer.bias(x.dtype))
+            if b is not None:
+                y.addmm_(inner.pop(0), b.to(x.dtype).T, alpha=layer.scaling)
+            out.append(y)
+        return out
+
+    def backward(
+        self, dys: Sequence[Tensor], x: Tensor, pairs: Pairs, needed: Needed, states: States, *, dx: bool = True
+    ) -> tuple[Tensor | None, Gradients]:
+        """dx (N, in), or None if not wanted, and dA₁, dB₁, dA₂, … where needed."""
+        total: Tensor | None = None
+        grads: list[Gradients] = [[None, None] for _ in self.layers]
+        if dx:
+            for layer, dy in zip(self.layers, dys, strict=True):
+                part = times(dy, layer.weight(dy.dtype).T)
+                total = part if total is None else total.add_(part)
+        with _redrawn(states.get(self), x.device):
+            for group, a, noise in self._groups(x, pairs):
+                dts = []
+                for i, t in zip(group, self._inner(x, pairs, group, a, noise), strict=True):
+                    b, scaling = cast(Tensor, pairs[i][1]), self.layers[i].scaling
+                    dts.append(times(dys[i], b.to(x.dtype).T).mul_(scaling))
+                    if needed[i][1]:
+                        grads[i][1] = torch.mm(dys[i].T, t).to(b.dtype).mul_(scaling)
+                dt = dts[0] if len(dts) == 1 else torch.cat(dts, dim=1)
+                if any(needed[i][0] for i in group):
+                    da = torch.mm(dt.T, x if noise is None else x * noise)
+                    for i, part in zip(group, da.split([d.shape[1] for d in dts]), strict=True):
+                        grads[i][0] = part.to(cast(Tensor, pairs[i][0]).dtype) if needed[i][0] else None
+                if total is not None and noise is None:
+                    total.addmm_(dt, a)
+                elif total is not None:
+                    total.addcmul_(dt @ a, cast(Tensor, noise))
+        return total, [g for pair in grads for g in pair]
+
+    def _rate(self, pairs: Pairs) -> float:
+        """The adapters' dropout rate."""
+        return max((layer.dropout for layer, (a, _) in zip(self.layers, pairs, strict=True) if a is not None), default=0.0)
+
+    def _groups(self, x: Tensor, pairs: Pairs) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """(layers whose adapters have the same input, their A's below each other, the dropout's factors or None)."""
+        adapted, rate = [i for i, (a, _) in enumerate(pairs) if a is not None], self._rate(pairs)
+        for group in [[i] for i in adapted] if rate else [adapted] if adapted else []:
+            parts = [cast(Tensor, pairs[i][0]).to(x.dtype) for i in group]
+            noise = torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate) if rate else None  # as torch draws it
+            yield group, parts[0] if len(parts) == 1 else torch.cat(parts), noise
+
+    def _inner(self, x: Tensor, pairs: Pairs, group: list[int], a: Tensor, noise: Tensor | None) -> Sequence[Tensor]:
+        """drop(x) Aᵀ of each layer of the group, (N, r)."""
+        return times(x if noise is None else x * noise, a).split([len(cast(Tensor, pairs[i][0])) for i in group], dim=1)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm over the last dimension: y = w · x / √(mean(x²) + ε), computed in float32.
+
+    Args:
+        weight: w.
+        eps: ε.
+        offset: Number added to the weight (Gemma: 1).
+        early: Whether x is rounded to its dtype before the product with w (Llama), or after it.
+    """
+
+    weight: Tensor
+    eps: float
+    offset: float
+    early: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self._scale(x)
+        if self.early:
+            return y.to(x.dtype).mul_(self.weight)
+        return y.mul_(self.weight.float() + self.offset).to(x.dtype)
+
+    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
+        """r·w·dy − x·r³·mean(w·dy·x), with r = 1 / √(mean(x²) + ε)."""
+        r, wide = self._scale(x), x.float()
+        g = dy * (self.weight.float() + self.offset)
+        inner = (g * wide).mean(-1, keepdim=True)
+        return g.mul_(r).addcmul_(wide, r.pow(3).mul_(inner), value=-1).to(x.dtype)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return size.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """Rotary embedding of x (B, T, H, D), as (B, H, T, D); or, with `back`, its transpose on (B, H, T, D), as (B, T, H, D).
+
+    cos and sin are (B or 1, T, R), R ≤ D; channels from R on are not rotated.
+    """
+    half, width = cos.shape[-1] // 2, cos.shape[-1]
+    cos, sin = (t.unsqueeze(1 if back else 2) for t in (cos, sin))
+    b, i, j, d = x.shape
+    out = x.new_empty(b, j, i, d)
+    view, flip = out.transpose(1, 2), -1 if back else 1
+    first, second = (x[..., :half], x[..., half:width])
+    s1, s2 = (sin[..., :half], sin[..., half:]) if not back else (sin[..., half:], sin[..., :half])
+    torch.mul(first, cos[..., :half], out=view[..., :half]).addcmul_(second, s1, value=-flip)
+    torch.mul(second, cos[..., half:], out=view[..., half:width]).addcmul_(first, s2, value=flip)
+    view[..., width:] = x[..., width:]
+    return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v, of the shape of q. With `cap` c, scores become c · tanh(score / c) before the mask.
+
+    Args:
+        q: (B, H, T, D).
+        k, v: (B, K, T, D); each serves H / K heads.
+        mask: (B or 1, 1, T, T), added to scores; None is causal.
+        scale, cap: As in the formula.
+    """
+    if _fused(q, cap):
+        return _kernel(q, k, v, mask, scale)
+    out = torch.empty_like(q)
+    for (y, a, b, c), m in _pieces((out, q, k, v), mask):
+        y.copy_(_probabilities(a, b, m, scale, cap)[0] @ c)
+    return out
+
+
+def attend_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None
+) -> tuple[Tensor, ...]:
+    """dq, dk and dv of `attend`, which recomputes the probabilities."""
+    if _fused(q, cap):
+        with torch.enable_grad():
+            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            return torch.autograd.grad(_kernel(q, k, v, mask, scale), (q, k, v), dy)
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    for (d, a, b, c, da, db, dc), m in _pieces((dy, q, k, v, dq, dk, dv), mask):
+        p, slope = _probabilities(a, b, m, scale, cap)
+        dc.copy_(p.transpose(-1, -2) @ d)
+        ds = _aten._softmax_backward_data(d @ c.transpose(-1, -2), p, -1, p.dtype)
+        if slope is not None:
+            ds.mul_(slope)
+        da.copy_(ds @ b)
+        db.copy_(ds.transpose(-1, -2) @ a)
+    return dq.mul_(scale), dk.mul_(scale), dv
+
+
+def _fused(q: Tensor, cap: float | None) -> bool:
+    """Whether torch's attention kernel is used. On a CPU, products and softmax are as fast in float32, and far faster in bf16."""
+    return q.device.type == "cuda" and cap is None
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """softmax of the scores, (b, k, g·T, T), and the cap's derivative; q (b, k, g·T, D)."""
+    s, slope = q @ k.transpose(-1, -2), None
+    if cap is not None:
+        s.mul_(scale / cap).tanh_()
+        slope, scale = 1 - s.square(), cap
+    size = mask.shape[-1]
+    grid = s.view(*s.shape[:2], -1, size, size)
+    torch.add(mask[:, :, None], grid, alpha=scale, out=grid)
+    return torch.softmax(s, -1), slope
+
+
+def _pieces(tensors: Sequence[Tensor], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Rows and heads that together have at most `_SCORES` scores: views (b, k, g·T, D), and the mask's rows."""
+    rows, heads, length, _ = tensors[1].shape
+    kv = tensors[2].shape[1]
+    if mask is None:
+        mask = tensors[1].new_full((1, 1, length, length), torch.finfo(tensors[1].dtype).min).triu_(1)
+    grouped = [t.view(rows, kv, -1, t.shape[-1]) for t in tensors]
+    step = max(1, _SCORES // (heads * length * length))
+    part = kv if heads * length * length <= _SCORES else max(1, _SCORES // (heads // kv * length * length))
+    for i in range(0, rows, step):
+        for j in range(0, kv, part):
+            yield [t[i : i + step, j : j + part] for t in grouped], mask if len(mask) == 1 else mask[i : i + step]
+
+
+Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # the function; (dy, x) → dx
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": (F.silu, lambda dy, x: _aten.silu_backward(dy, x)),
+    "swish": (F.silu, lambda dy, x: _aten.silu_backward(dy, x)),
+    "gelu": (F.gelu, lambda dy, x: _aten.gelu_backward(dy, x)),
+    "gelu_pytorch_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda dy, x: _aten.gelu_backward(dy, x, approximate="tanh"),
+    ),
+}
