@@ -1,6 +1,7 @@
 """A frozen backbone in one precision with its adapter slots. All clients of a process with this precision share it."""
 
 import itertools
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,15 @@ from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.task import task_of
 from fedtune.data import Example
 from fedtune.errors import PlanError
-from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models import LiveAdapter, lean, load_backbone
 from fedtune.models.adapter_folder import OWN
 from fedtune.models.combined import fold_shifts
 from fedtune.models.evaluation import score_examples
 from fedtune.models.probe import probe, probe_packing
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.sparse import SparseSlot
+
+_LOG = logging.getLogger(__name__)
 
 
 class LoadedModel:
@@ -42,6 +45,8 @@ class LoadedModel:
         probe(self.live, config.task)
         if config.task.packing:
             probe_packing(self.live, config.task)
+        if config.client.lean == "auto" and (why := lean.enable(self.live)):
+            _LOG.info("PEFT's modules compute the training steps: %s", why)
         self._sparse: SparseSlot | None = None
         self.lower = LowerLayers(self.live, config.engine.cache_layers * 1e9) if config.engine.cache_layers else None
         self.frozen = FrozenWeights(self.backbone.model)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedtune.config import TaskConfig
 from fedtune.contracts.task import task_of
+from fedtune.models.lean import step_of
 
 _PIECE = 1 << 22  # logits to convert to float32 at once in training
 
@@ -24,7 +25,14 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
     Returns:
         The loss (float32, summed), and the number of targets.
     """
-    (logits, targets), kind = _counted(model, batch, task), task_of(task)
+    if (step := step_of(model)) is not None:
+        if (found := step.token_loss(batch, task)) is not None:
+            return found
+        with step.installed():
+            logits, targets = _counted(model, batch, task)
+    else:
+        logits, targets = _counted(model, batch, task)
+    kind = task_of(task)
     if logits.dtype == torch.float32:
         return kind.loss(logits, targets, "sum"), len(targets)
     # for 16-bit logits, the float32 copy and its log-softmax would dominate a step's memory, so they are computed in pieces

@@ -1,5 +1,8 @@
 """The lean training step has the gradients of PEFT's modules; its parts have those of autograd, in float64."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -7,9 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedtune.config import EngineConfig, ModelConfig, PeftConfig, TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.task import Example
+from fedtune.data import collate
+from fedtune.data.examples import pack
+from fedtune.experiment import simulate
+from fedtune.models import LiveAdapter, lean, load_backbone, loss_sum
 from fedtune.models.lean import functions, loss
 from fedtune.models.lean.functions import ACTIVATIONS, Linears, Norm, attend, attend_backward, rotate
 from fedtune.models.lean.loss import cross_entropy_sum
+from fedtune.models.lean.step import LeanStep, step_of
+from tests.architectures import ROWS, checkpoint
+from tests.quick import quick
+from tests.tiny import tiny_config
+
+LM = TaskConfig(kind="causal_lm", max_length=16)
+DECODERS = ["Llama 2", "Llama 3", "Qwen2, 2.5", "Qwen3", "Mistral", "Gemma 2", "Gemma 3", "Phi-3", "Phi-4-mini", "SmolLM3", "OLMo 2"]
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -151,3 +168,202 @@ def test_the_loss_of_no_row_and_of_an_impossible_target() -> None:
     one = torch.tensor([[1.0]], requires_grad=True)
     total = cross_entropy_sum(one, torch.tensor([[300.0], [0.0]]), None, torch.tensor([1]))
     assert total.item() == 300.0  # by hand: log(e^300 + e^0) - 0
+
+
+# -- whole models -------------------------------------------------------------------------------------------------------------------------
+
+
+def live_model(
+    folder: Path, architecture: str = "Llama 2", *, model: Mapping[str, Any] | None = None, task: TaskConfig = LM, **peft: Any
+) -> LiveAdapter:
+    made = checkpoint(folder / "model", ROWS[architecture])
+    config = ModelConfig(source="hub", name=str(made), **(model or {}))
+    labels = 0 if task is LM else 3
+    live = LiveAdapter(load_backbone(config, task, num_labels=labels), PeftConfig(**{"rank": 3, "alpha": 7.0, **peft}), task)
+    generator = torch.Generator().manual_seed(1)
+    for p in live.parameters.values():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    live.model.train()
+    return live
+
+
+def rows() -> list[Example]:
+    generator = torch.Generator().manual_seed(2)
+    drawn = [torch.randint(3, 200, (n,), generator=generator).int().numpy() for n in (9, 4, 12, 7)]
+    return [Example(ids, ids) for ids in drawn]
+
+
+def gradients(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfig = LM) -> dict[str, Tensor]:
+    """The loss, and the gradient of each trained tensor."""
+    torch.manual_seed(3)
+    total, count = loss_sum(live.model, batch, task)
+    (total / count).backward()
+    out = {"loss": total.detach() / count} | {n: p.grad for n, p in live.parameters.items() if p.grad is not None}
+    for p in live.parameters.values():
+        p.grad = None
+    return out
+
+
+def compared(live: LiveAdapter, batches: Sequence[Mapping[str, Tensor]], within: float = 1e-5, task: TaskConfig = LM) -> None:
+    """Assert that the lean step has PEFT's gradients, relative to each tensor's norm."""
+    want = [gradients(live, b, task) for b in batches]
+    assert lean.enable(live) == "" and step_of(live.model) is not None
+    for batch, right in zip(batches, want, strict=True):
+        got = gradients(live, batch, task)
+        assert got.keys() == right.keys() and len(got) > 1
+        for name, g in right.items():
+            assert g.norm() > 0 and (got[name] - g).norm() <= within * g.norm(), name
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_gradients_of_every_architecture(architecture: str, tmp_path: Path) -> None:
+    live = live_model(tmp_path, architecture)
+    compared(live, [collate(rows(), 0), pack(rows(), 0, 16), collate(rows()[:1], 0)])
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "query and value": {"targets": ["q_proj", "v_proj"]},
+    "down alone": {"targets": ["down_proj"]},
+    "output and gate": {"targets": ["o_proj", "gate_proj"]},
+    "upper layer": {"targets": ["layers.1.self_attn.k_proj", "layers.1.mlp.up_proj"]},
+    "ranks": {"rank_pattern": {"q_proj": 1, "layers.1.mlp.down_proj": 5}},
+    "rslora": {"method": "rslora"},
+    "dropout": {"dropout": 0.3},
+    "dropout, few": {"dropout": 0.3, "targets": ["k_proj", "v_proj", "down_proj"]},
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def test_gradients_of_every_adapter(setting: str, again: bool, tmp_path: Path) -> None:
+    live = live_model(tmp_path, model={"checkpointing": again}, **SETTINGS[setting])
+    state = live.read(version=0)
+    live.load(state.replace(scaling={m: s / 3 for m, s in state.spec.scaling.items()}))
+    compared(live, [collate(rows(), 0)])
+
+
+@pytest.mark.parametrize("architecture", quick(["Gemma 2", "Gemma 3", "Phi-3", "OLMo 2", "Qwen3"], "Gemma 2"))
+def test_gradients_with_activation_checkpointing(architecture: str, tmp_path: Path) -> None:
+    compared(live_model(tmp_path, architecture, model={"checkpointing": True}, dropout=0.2), [pack(rows(), 0, 16)])
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_frozen_factors_have_no_gradient(frozen: str, tmp_path: Path) -> None:
+    live = live_model(tmp_path)
+    for name, p in live.parameters.items():
+        p.requires_grad_(not name.endswith(frozen))
+    compared(live, [collate(rows(), 0)])
+
+
+def test_attention_by_the_kernel_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "_fused", lambda q, cap: cap is None)
+    compared(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16), collate(rows()[:1], 0)])
+
+
+PRECISIONS = [("bf16", "bf16", 0.05), ("nf4", "fp32", 1e-5), ("nf4", "bf16", 0.05), ("int8", "fp32", 1e-5), ("int8", "bf16", 0.05)]
+
+
+@pytest.mark.parametrize(("precision", "compute", "within"), quick(PRECISIONS, ("nf4", "fp32", 1e-5), ("bf16", "bf16", 0.05)))
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+def test_gradients_of_every_precision(
+    precision: str, compute: str, within: float, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    wide = dataclasses.replace(ROWS["Qwen2, 2.5"], config=lambda: wide_config())
+    monkeypatch.setitem(ROWS, "wide", wide)
+    live = live_model(tmp_path, "wide", model={"precision": precision, "compute": compute, "checkpointing": again})
+    compared(live, [collate(rows(), 0)], within)
+
+
+def wide_config() -> Any:
+    """Row lengths that are multiples of NF4's block; biases."""
+    config = ROWS["Qwen2, 2.5"].config()
+    config.update({"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1})
+    return config
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_output_layer(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config() -> Any:
+        made = ROWS["Llama 2"].config()
+        made.tie_word_embeddings = tied
+        return made
+
+    monkeypatch.setitem(ROWS, "tied", dataclasses.replace(ROWS["Llama 2"], config=config))
+    live = live_model(tmp_path, "tied")
+    assert (live.backbone.model.get_output_embeddings().weight is live.backbone.model.get_input_embeddings().weight) is tied  # pyright: ignore
+    compared(live, [collate(rows(), 0)])
+
+
+def test_a_classifier_on_a_decoder(tmp_path: Path) -> None:
+    task = TaskConfig(kind="classification", max_length=16)
+    live = live_model(tmp_path, "Qwen2, 2.5", task=task)
+    batch = {**collate(rows(), 0), "labels": torch.tensor([0, 2, 1, 0])}
+    compared(live, [batch], task=task)
+
+
+def test_a_step_keeps_little_and_no_logits(tmp_path: Path) -> None:
+    """By hand, float32 entries per token of Llama 2 with H = 48, I = 72: x, q, k, v, attention, x2 are 6 H, gate and up 2 I."""
+    live, sizes = live_model(tmp_path), list[dict[int, int]]()
+    for again in (False, True):
+        if again:
+            live.backbone.model.gradient_checkpointing_enable()
+        lean.enable(live)
+        kept: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in live.model.parameters()}
+
+        def keep(t: Tensor, kept: dict[int, int] = kept, own: set[int] = own) -> Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            total, _ = loss_sum(live.model, collate(rows(), 0), LM)
+        sizes.append(kept)
+        del total
+    tokens, layer = 4 * 12, 6 * 48 + 2 * 72
+    rest = 48 * 28 + tokens * (3 * 48 + 1) + 1000  # the loss's gradient at 28 targets; the last norm
+    assert tokens * 2 * layer <= sum(sizes[0].values()) / 4 <= tokens * 2 * layer + rest
+    assert tokens * 2 * 48 <= sum(sizes[1].values()) / 4 <= tokens * 2 * 48 + rest
+
+
+def test_an_evaluation_and_a_trained_weight_use_the_models_own_modules(tmp_path: Path) -> None:
+    live = live_model(tmp_path, model={"checkpointing": True})
+    assert step_of(live.model) is None  # before it is enabled
+    assert lean.enable(live) == "" and step_of(live.model) is not None
+    with torch.no_grad():
+        assert step_of(live.model) is None
+    with live.disabled():
+        assert step_of(live.model) is None
+    frozen = live.model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer.weight
+    frozen.requires_grad_(True)  # as SLoRA's search for a mask does
+    assert step_of(live.model) is None
+    frozen.requires_grad_(False)
+    forwards = [m.forward for m in live.backbone.model.model.layers]
+    gradients(live, collate(rows(), 0))
+    assert [m.forward for m in live.backbone.model.model.layers] == forwards
+    assert all(m.gradient_checkpointing for m in live.backbone.model.model.layers)
+
+
+def test_why_a_model_has_no_lean_step(tmp_path: Path) -> None:
+    reasons = [lean.enable(live_model(tmp_path / "1", "GPT-NeoX")), lean.enable(live_model(tmp_path / "2", method="dora"))]
+    assert reasons[0] == "the architecture 'gpt_neox' has no lean form" and reasons[1] == "peft.method=dora has no lean form"
+    assert lean.enable(live_model(tmp_path / "3", model={"dropout": True})) == ""  # its rates are 0
+    experts = lean.enable(live_model(tmp_path / "4", "Mixtral", targets=["q_proj"]))
+    assert experts == "the architecture 'mixtral' has no lean form"
+
+
+@pytest.mark.parametrize("layers", [0.0, 0.01], ids=["plain", "cached layers"])
+def test_a_run_ends_with_the_adapter_of_pefts_modules(layers: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, used = [], []
+    monkeypatch.setattr(LeanStep, "token_loss", lambda self, *args, real=LeanStep.token_loss: used.append(1) or real(self, *args))
+    for choice in ("none", "auto"):
+        config = tiny_config(tmp_path, engine=EngineConfig(threads=1, batched="none", cache_layers=layers))
+        config.client.lean = choice
+        config.peft.dropout = 0.2
+        if layers:
+            config.peft.targets = ["layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"]
+        ends.append(AdapterState.load(simulate(config) / "adapter" / "fedtune.safetensors"))
+        assert bool(used) == (choice == "auto")
+    for name, tensor in ends[0].tensors.items():
+        assert (ends[1][name] - tensor).norm() <= 1e-4 * tensor.norm(), name

@@ -1,0 +1,127 @@
+"""Which models train with the lean step, and how it replaces the layers of a transformers model during a forward pass."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
+from fedtune.models.adapter import LiveAdapter
+from fedtune.models.backbone import dropout_rates
+from fedtune.models.lean.decoder import LAYERS, Layer, Pass
+from fedtune.models.lean.functions import ACTIVATIONS
+from fedtune.models.lean.loss import cross_entropy_sum
+from fedtune.models.tasks._tokens import TokenTask
+
+_steps: WeakKeyDictionary[nn.Module, "LeanStep"] = WeakKeyDictionary()
+
+
+def enable(live: LiveAdapter) -> str:
+    """Let `loss_sum` of the live adapter's model use the lean step. Returns why it cannot; "" if it can."""
+    model: Any = live.backbone.model
+    why = why_not(model, live.spec.method, live.parameters)
+    if not why and live.backbone.device.type != "cpu" and any("Linear8bitLt" in type(m).__name__ for m in model.modules()):
+        why = "on this device, bitsandbytes rounds the inputs of model.precision=int8 to 8 bits too"
+    if not why:
+        _steps[live.model] = LeanStep(live)
+    return why
+
+
+def step_of(model: nn.Module) -> "LeanStep | None":
+    """The lean step of this model if it can compute the next forward pass: training changes LoRA factors and a head at most."""
+    step = _steps.get(model)
+    return step if step is not None and torch.is_grad_enabled() and step.is_ready() else None
+
+
+class LeanStep:
+    """The layers of a model in their lean form.
+
+    Args:
+        live: A live adapter for which `why_not` is "".
+    """
+
+    def __init__(self, live: LiveAdapter) -> None:
+        model: Any = live.backbone.model
+        text = model.config.get_text_config()
+        self._stack = _stack(model)
+        self._layers = [Layer(m, _activation(text)) for m in self._stack.layers]
+        self._head = model.get_output_embeddings()
+        self._cap = getattr(text, "final_logit_softcapping", None)
+        self._frozen = [p for layer in self._layers for p in layer.frozen]
+        if isinstance(self._head, nn.Linear):
+            self._frozen += self._head.parameters()
+        self._adapted = [linear.module for layer in self._layers for linear in layer.linears if linear.adapted]
+
+    def is_ready(self) -> bool:
+        """Whether the frozen weights need no gradient and the adapter is in use."""
+        return not any(p.requires_grad for p in self._frozen) and not any(m.disable_adapters or m.merged_adapters for m in self._adapted)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """A context in which a forward pass of the model uses the lean layers."""
+        again = [m.gradient_checkpointing for m in self._stack.layers]
+        run = Pass(keeps=not (any(again) and self._stack.training))
+        try:
+            for layer in self._layers:
+                layer.module.gradient_checkpointing = False  # the layer does it itself
+                layer.module.forward = partial(_forward, layer, run)
+            yield
+        finally:
+            for layer, flag in zip(self._layers, again, strict=True):
+                layer.module.gradient_checkpointing = flag
+                layer.module.__dict__.pop("forward", None)  # the cache of lower layers may have removed it
+
+    def token_loss(self, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, int] | None:
+        """`loss_sum` without all logits; None for a task with another loss or without an output layer."""
+        kind = task_of(task)
+        own = (type(kind).logits, type(kind).loss) if isinstance(kind, TokenTask) else None
+        if own != (TokenTask.logits, TokenTask.loss) or not isinstance(self._head, nn.Linear):
+            return None
+        counts = kind.counts(batch)
+        with self.installed():
+            hidden = self._stack(**kind.inputs(self._stack, batch), use_cache=False).last_hidden_state[:, -counts.shape[1] - 1 : -1][counts]
+        targets = kind.targets(batch)[counts]
+        return cross_entropy_sum(hidden, self._head.weight, self._head.bias, targets, self._cap), len(targets)
+
+
+def _forward(layer: Layer, run: Pass, hidden_states: Tensor, *, attention_mask: Any = None, position_embeddings: Any, **_: Any) -> Tensor:
+    return layer(run, hidden_states, attention_mask, position_embeddings)
+
+
+def _stack(model: Any) -> Any:
+    """The module around the decoder layers."""
+    return getattr(model, model.base_model_prefix, None)
+
+
+def _activation(text: Any) -> str:
+    return str(getattr(text, "hidden_activation", None) or text.hidden_act)
+
+
+def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
+    """Why a model with this adapter trains with PEFT's modules; "" if it can use the lean step.
+
+    Args:
+        model: The backbone with the adapter's layers, also on the meta device.
+        method: The adapter's method.
+        parameters: Canonical name → trainable parameter.
+    """
+    text, layers = model.config.get_text_config(), getattr(_stack(model), "layers", None)
+    if method not in ("lora", "rslora"):
+        return f"peft.method={method} has no lean form"
+    if not isinstance(layers, nn.ModuleList) or any(type(m).__name__ not in LAYERS for m in layers):
+        return f"the architecture '{model.config.model_type}' has no lean form"
+    if drawn := dropout_rates(model.config):
+        return f"the backbone draws dropout ({', '.join(drawn)})"
+    if _activation(text) not in ACTIVATIONS:
+        return f"the activation '{_activation(text)}' has no lean form"
+    if getattr(text, "use_bidirectional_attention", False):
+        return "attention is bidirectional"
+    factors = {id(f) for m in layers for linear in Layer(m, _activation(text)).linears for f in linear.factors}
+    if odd := [n for n, p in parameters.items() if n.endswith((".lora_A", ".lora_B")) and id(p) not in factors]:
+        return f"'{odd[0]}' does not belong to a linear layer of a decoder layer"
+    return ""
