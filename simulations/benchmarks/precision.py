@@ -2,6 +2,7 @@
 
     python -m fedtune.simulations.benchmarks.precision
     python -m fedtune.simulations.benchmarks.precision --sizes tiny 0.4b --checkpointing
+    python -m fedtune.simulations.benchmarks.precision --sizes 0.4b --precisions fp32 nf4 nf4-lean --threads 1
     FEDTUNE_DATA=path/to/data python -m fedtune.simulations.benchmarks.precision --text --seeds 0 1 --out docs/precision.md
 
 The models are random Llamas with LoRA r=8 on all linear layers. Each cell runs in its own process. "first load" creates the cache of a
@@ -9,6 +10,9 @@ quantized backbone, "load" is a later start. Peaks are high-water marks of the p
 memory of Python, PyTorch and other packages before the load, and pages of mapped files, which the system may reclaim. "weights" is the size
 of the backbone's tensors, "activations" of the tensors that a forward pass saves for the backward pass. The step of the model "tiny"
 estimates the runtime's fixed memory: the last column is the ratio to fp32 after subtracting it.
+
+PEFT's modules compute the steps; with `-lean` it is fedtune's own step (client.lean=auto). "PEFT / lean" is then the ratio of the CPU
+seconds of a step with PEFT's modules and of a lean one, medians of steps that alternate in one process.
 
 --text trains instead: stories260k on Shakespeare and MiniLM on Banking77 (conf/shakespeare.yaml, conf/banking77.yaml) in each precision. It
 compares the final metric with that of fp32 and the same seed. The bounds are 2 % of nats, and one point of accuracy. The curves are plotted
@@ -33,6 +37,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:  # a cell measures the memory of these imports
+    from fedtune.clients.turns import Work
     from fedtune.config import TaskConfig
     from fedtune.data import Example
     from fedtune.models import LiveAdapter
@@ -44,7 +49,19 @@ SIZES = {  # hidden, layers, heads, intermediate, vocabulary
     "0.4b": (1024, 24, 16, 3584, 32000),
 }
 PRECISIONS = ("fp32", "bf16", "nf4", "int8")
-COLUMNS = ("libraries MB", "weights MB", "activations MB", "first load MB", "first load s", "load MB", "load s", "step MB", "step s")
+COLUMNS = (
+    "libraries MB",
+    "weights MB",
+    "activations MB",
+    "first load MB",
+    "first load s",
+    "load MB",
+    "load s",
+    "step MB",
+    "step s",
+    "PEFT / lean",
+)
+LEAN = "-lean"
 TEXT = (  # scenario, metric, its name, allowed loss against fp32, rounds, rounds between evaluations
     ("shakespeare", "loss", "nats", 0.02, 10, 1),
     ("banking77", "accuracy", "accuracy", 0.01, 40, 5),
@@ -54,7 +71,10 @@ TEXT = (  # scenario, metric, its name, allowed loss against fp32, rounds, round
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES), help="backbones (default: all)")
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS, help="default: all")
+    parser.add_argument(
+        "--precisions", nargs="+", default=list(PRECISIONS), choices=[*PRECISIONS, *(p + LEAN for p in PRECISIONS)],
+        help="default: all, with PEFT's modules",
+    )  # fmt: skip
     parser.add_argument(
         "--compute", default="auto", choices=["auto", "bf16", "fp32"], help="data type of nf4 and int8 products (default: %(default)s)"
     )
@@ -72,6 +92,8 @@ def main() -> None:
         cell(args)
         return
     if args.text:
+        if any(p.endswith(LEAN) for p in args.precisions):
+            parser.error(f"--text takes precisions without {LEAN}: add client.lean=auto or none to the command")
         on_text(args, extra)
         return
     if extra:
@@ -140,13 +162,13 @@ def cell(args: argparse.Namespace) -> None:
     from fedtune.config import ModelConfig, PeftConfig, TaskConfig
     from fedtune.contracts.plan import Plan
     from fedtune.data import Example
-    from fedtune.models import LiveAdapter, load_backbone
+    from fedtune.models import LiveAdapter, lean, load_backbone
 
     cpu, task = torch.device("cpu"), TaskConfig(kind="causal_lm", max_length=length)
     model = ModelConfig(
         source="hub",
         name=str(folder),
-        precision=args.precisions[0],
+        precision=args.precisions[0].removesuffix(LEAN),
         compute=args.compute,
         checkpointing=args.checkpointing,
         device="cpu",
@@ -161,6 +183,9 @@ def cell(args: argparse.Namespace) -> None:
     out["weights MB"] = sum(t.nbytes for t in (*backbone.model.parameters(), *backbone.model.buffers())) / 1e6
     if args.part == "step":
         live = LiveAdapter(backbone, PeftConfig(rank=8), task)
+        is_lean = args.precisions[0].endswith(LEAN)
+        if is_lean:
+            lean.enable(live)
         rng, words = np.random.default_rng(0), backbone.model.config.get_text_config().vocab_size
         drawn = [rng.integers(3, words, length).astype(np.int32) for _ in range(rows)]
         plan = Plan(round=1, client="0", base_version=0, steps=1, batch_size=rows, lr=1e-4, lr_last=1e-4, seed=0)
@@ -172,8 +197,26 @@ def cell(args: argparse.Namespace) -> None:
             seconds.append(train(work).seconds)
             # `train` resets the high-water mark at each turn; all turns are alike
         out |= {"step MB": peak_mb(cpu), "step s": statistics.median(seconds[1:] or seconds)}
-        out["activations MB"] = kept_mb(live, [Example(d, d) for d in drawn], task)
+        out["activations MB"] = kept_mb(live, examples, task)
+        if is_lean:
+            out["PEFT / lean"] = faster(live, work, args.steps)
     print(json.dumps(out))
+
+
+def faster(live: "LiveAdapter", work: "Work", pairs: int) -> float:
+    """CPU seconds of a step with PEFT's modules over those of a lean step: medians of alternating steps, after one warm-up of each."""
+    from fedtune.clients.trainer import train
+    from fedtune.models import lean
+
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(pairs + 1):
+        for is_lean, spent in seconds.items():
+            (lean.enable if is_lean else lean.disable)(live)
+            start = time.process_time()
+            train(work)
+            spent.append(time.process_time() - start)
+    peft, own = (statistics.median(spent[1:]) for spent in seconds.values())
+    return peft / own
 
 
 def kept_mb(live: "LiveAdapter", examples: "Sequence[Example]", task: "TaskConfig") -> float:

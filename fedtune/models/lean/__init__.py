@@ -4,6 +4,6 @@
 parameters and remain the reference: evaluation, per-row gradients, client batches, and all other models use them.
 """
 
-from fedtune.models.lean.step import enable, step_of, why_not
+from fedtune.models.lean.step import disable, enable, step_of
 
-__all__ = ["enable", "step_of", "why_not"]
+__all__ = ["disable", "enable", "step_of"]

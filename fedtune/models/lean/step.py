@@ -32,6 +32,11 @@ def enable(live: LiveAdapter) -> str:
     return why
 
 
+def disable(live: LiveAdapter) -> None:
+    """Let PEFT's modules compute all steps again."""
+    _steps.pop(live.model, None)
+
+
 def step_of(model: nn.Module) -> "LeanStep | None":
     """The lean step of this model if it can compute the next forward pass: training changes LoRA factors and a head at most."""
     step = _steps.get(model)

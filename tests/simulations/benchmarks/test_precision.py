@@ -88,7 +88,7 @@ def test_a_curve_has_the_scores_of_the_global_test(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_a_toy_cell_is_measured(tmp_path: Path) -> None:
+def test_toy_cells_are_measured(tmp_path: Path) -> None:
     """By hand: 2048 words × 128, tied; 2 layers of 4 · 128² + 3 · 128 · 256; 5 norms of 128; less than 1 kB of rotary frequencies."""
     args = argparse.Namespace(compute="fp32", shape="2x16", steps=1, threads=1, checkpointing=False)
     bench_precision.in_process(args, "tiny", "fp32", str(tmp_path), "make")
@@ -96,3 +96,6 @@ def test_a_toy_cell_is_measured(tmp_path: Path) -> None:
     entries = 2048 * 128 + 2 * (4 * 128**2 + 3 * 128 * 256) + 5 * 128
     assert measurement["weights MB"] == pytest.approx(4e-6 * entries, abs=1e-3)
     assert measurement["step MB"] >= measurement["libraries MB"] > 100 and measurement["step s"] > 0
+    lean = bench_precision.in_process(args, "tiny", "fp32-lean", str(tmp_path), "step")
+    assert lean["weights MB"] == measurement["weights MB"] and 0.1 < lean["PEFT / lean"] < 10
+    assert lean["activations MB"] < 0.7 * measurement["activations MB"] and "PEFT / lean" not in measurement
