@@ -85,7 +85,7 @@ class Decoder:
         last = self.shape.layers if last is None else last
         if not 0 <= first <= last <= self.shape.layers:
             raise ModelError(f"the model has {self.shape.layers} layers: it cannot run {first} to {last}")
-        loras = self._loras(spans)
+        loras = [self.lora_of(span) for span in spans]
         if all(span.cache.most(span.n) == span.n for span in spans):
             return self._pass(hidden, spans, loras, first, last, logits)
         for span in spans:
@@ -147,13 +147,11 @@ class Decoder:
         cap = self.shape.logit_cap
         return out if cap is None else np.tanh(out / np.float32(cap)) * np.float32(cap)
 
-    def _loras(self, spans: Sequence[Span]) -> list[Lora | None]:
-        """Each span's adapter."""
-        for span in spans:
-            if span.adapter is not None and span.adapter not in self.adapters:
-                known = ", ".join(self.adapters) or "none"
-                raise ModelError(f"the model has no adapter named {span.adapter!r}; it has: {known}")
-        return [None if span.adapter is None else self.adapters[span.adapter] for span in spans]
+    def lora_of(self, span: Span) -> Lora | None:
+        """The span's adapter."""
+        if span.adapter is not None and span.adapter not in self.adapters:
+            raise ModelError(f"the model has no adapter named {span.adapter!r}; it has: {', '.join(self.adapters) or 'none'}")
+        return None if span.adapter is None else self.adapters[span.adapter]
 
 
 def rows_of(spans: Sequence[Span], loras: Sequence[Lora | None]) -> list[tuple[slice, Lora]]:

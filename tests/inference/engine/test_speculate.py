@@ -2,22 +2,18 @@
 
 import itertools
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.inference.engine.sample import Uniforms, draw, softmax
-from fedtune.inference.engine.speculate import verify as verify_module
-from fedtune.inference.engine.speculate.adapt import Adapt, Costs
+from fedtune.inference.engine.speculate.adapt import Adapt, Costs, Verified
 from fedtune.inference.engine.speculate.lookup import Lookup
-from fedtune.inference.engine.speculate.verify import residual, verify, verify_greedy
 
 # -- prompt lookup ------------------------------------------------------------------------------------------------------------------------
 
 
 def guess(text: str, count: int = 10) -> str:
-    return "".join(map(chr, Lookup().draft([ord(c) for c in text], count, None, 0).tokens))
+    return "".join(map(chr, Lookup().draft([ord(c) for c in text], count).tokens))
 
 
 def test_lookup_copies_from_the_last_matching_position() -> None:
@@ -28,7 +24,7 @@ def test_lookup_copies_from_the_last_matching_position() -> None:
     assert guess("abcd") == "" and guess("") == "" and guess("a") == ""
     assert guess("xaxbxcx", 1) == "c"
     four = [ord(c) for c in "wabc1xabc2wabc"]  # three tokens by default: after the later "abc", though a "wabc" came earlier
-    assert [Lookup(*longest).draft(four, 1, None, 0).tokens for longest in ((), (4,))] == [[ord("2")], [ord("1")]]
+    assert [Lookup(*longest).draft(four, 1).tokens for longest in ((), (4,))] == [[ord("2")], [ord("1")]]
 
 
 def test_a_repetition_continues_beyond_the_end_of_the_text() -> None:
@@ -42,169 +38,13 @@ def test_a_repetition_continues_beyond_the_end_of_the_text() -> None:
 def test_an_incremental_index_equals_a_new_one(ids: list[int], data: st.DataObject) -> None:
     growing = Lookup()
     for end in sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=8))):
-        assert growing.draft(ids[:end], 7, None, 0).tokens == Lookup().draft(ids[:end], 7, None, 0).tokens
+        assert growing.draft(ids[:end], 7).tokens == Lookup().draft(ids[:end], 7).tokens
         assert growing.grade(ids[:end]) == Lookup().grade(ids[:end])
-
-
-# -- verification -------------------------------------------------------------------------------------------------------------------------
-
-
-def test_verify_by_hand() -> None:
-    p = np.array([[[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]]], np.float32)
-    q = np.array([[[0.2, 0.8, 0.0], [0.5, 0.5, 0.0]]], np.float32)
-    draws = np.array([[0.7, 0.0, 0.2]])
-
-    def run(drafted: list[int], accept: list[float]) -> list[int]:
-        kept, token = verify(p, np.array([drafted]), q, np.array([accept]), draws)
-        return [*kept.tolist(), *token.tolist()]
-
-    # p/q = .2/.8 at the first guess: kept below .25; the residual is (.3, 0, .3), whose quantile .7 is token 2
-    assert run([1, 0], [0.26, 0.0]) == [0, 2]
-    # then .1/.5: kept below .2; the residual (0, 0, .8) leaves only token 2
-    assert run([1, 0], [0.24, 0.3]) == [1, 2]
-    assert run([1, 0], [0.24, 0.1]) == [2, 0]  # all kept: one more from p, by its own draw
-    assert run([0, 0], [0.999, 0.1]) == [2, 0]  # p/q = .5/.2 > 1: always kept
-
-
-def test_a_token_that_the_model_excludes_is_never_accepted() -> None:
-    p, q = np.array([[[0.0, 1.0], [0.0, 1.0]]], np.float32), np.array([[[1.0, 0.0]]], np.float32)
-    kept, token = verify(p, np.array([[0]]), q, np.array([[0.0]]), np.array([[0.0, 0.0]]))
-    assert (kept.tolist(), token.tolist()) == ([0], [1])
-
-
-def test_an_empty_residual_gives_the_models_own_distribution() -> None:
-    p = np.array([0.25, 0.75], np.float32)
-    assert residual(p, p).tolist() == [0.25, 0.75]
-    assert residual(p, np.array([0.5, 0.5], np.float32)).tolist() == [0.0, 0.25]
-
-
-def test_greedy_verification_keeps_the_models_own_tokens() -> None:
-    assert verify_greedy([4, 5, 6], [4, 5]) == (2, 6)
-    assert verify_greedy([4, 5, 6], [4, 9]) == (1, 5)
-    assert verify_greedy([4, 5, 6], [9, 5]) == (0, 4)
-
-
-@given(seed=st.integers(0, 10**6), guesses=st.integers(1, 4))
-@settings(max_examples=50, deadline=None)
-def test_deterministic_drafts_leave_the_text_of_the_seed_unchanged(seed: int, guesses: int) -> None:
-    rng = np.random.default_rng(seed)
-    p = softmax(2 * rng.standard_normal((1, guesses + 1, 5), np.float32))
-    u = rng.random((1, guesses + 1))
-    plain = draw(p[0], u[0]).tolist()
-    drafted = rng.integers(0, 5, (1, guesses))
-    kept, token = verify(p, drafted, None, rng.random((1, guesses)), u)
-    assert [*drafted[0, : kept[0]].tolist(), *token.tolist()] == plain[: kept[0] + 1]
-
-
-V, GUESSES, TRIALS = 4, 2, 100_000
-
-
-def stub_model() -> np.ndarray:
-    """p(next | text) of a model over four tokens for every text of at most two: rows by `row`."""
-    return softmax(1.5 * np.random.default_rng(1).standard_normal((1 + V + V * V, V), np.float32))
-
-
-def row(texts: np.ndarray) -> np.ndarray:
-    """(B, n) texts → (B,) rows of the stub's table."""
-    out = np.zeros(len(texts), np.int64)
-    for i in range(texts.shape[1]):
-        out = out * V + texts[:, i]
-    return out + sum(V**i for i in range(texts.shape[1]))
-
-
-def speculate(p: np.ndarray, q: np.ndarray | None, seed: int) -> np.ndarray:
-    """(TRIALS, 3) texts written by speculation from the stub's table p; the guesses come from the table q, or are always (1, 2)."""
-    accept, draws, guess_draws = (np.random.default_rng(seed + i).random((TRIALS, 3)) for i in range(3))
-    drafted = np.empty((TRIALS, 0), np.int64)
-    rows: list[np.ndarray] = []
-    for i in range(GUESSES):
-        rows.append(np.zeros((TRIALS, V), np.float32) if q is None else q[row(drafted)])
-        guess = np.full(TRIALS, 1 + i) if q is None else draw(rows[-1], guess_draws[:, i])
-        drafted = np.column_stack([drafted, guess])
-    target = np.stack([p[row(drafted[:, :i])] for i in range(GUESSES + 1)], 1)
-    kept, token = verify_module.verify(target, drafted, None if q is None else np.stack(rows, 1), accept[:, :GUESSES], draws)
-    # what a step leaves open is drawn plainly: the text must be as the model's, wherever the step ended
-    out = np.zeros((TRIALS, 3), np.int64)
-    for i in range(3):
-        text = out[:, :i]
-        fresh = draw(p[row(text)], np.random.default_rng(seed + 100 + i).random(TRIALS))
-        own = drafted[:, i] if i < GUESSES else token
-        out[:, i] = np.where(kept > i, own, np.where(kept == i, token, fresh))
-    return out
-
-
-def chi_square(texts: np.ndarray, p: np.ndarray) -> tuple[float, int]:
-    """Statistic and degrees of freedom of (n, 3) texts against the exact probabilities of all of them."""
-    whole = np.array(list(itertools.product(range(V), repeat=3)))
-    exact = np.ones(len(whole))
-    for i in range(3):
-        exact *= p[row(whole[:, :i]), whole[:, i]]
-    exact *= len(texts) / exact.sum()
-    counts = np.bincount((texts[:, 0] * V + texts[:, 1]) * V + texts[:, 2], minlength=V**3)
-    rare = exact < 5  # pooled, as the test asks
-    observed = np.append(counts[~rare], counts[rare].sum())
-    wanted = np.append(exact[~rare], exact[rare].sum())
-    keep = wanted > 0
-    return float(((observed - wanted)[keep] ** 2 / wanted[keep]).sum()), int(keep.sum()) - 1
 
 
 def critical(freedom: int) -> float:
     """Quantile .9999 of chi-square, by Wilson and Hilferty."""
     return freedom * (1 - 2 / (9 * freedom) + 3.719 * (2 / (9 * freedom)) ** 0.5) ** 3
-
-
-def drafts() -> dict[str, np.ndarray | None]:
-    p = stub_model()
-    noise = np.random.default_rng(9).standard_normal(p.shape, np.float32)
-    return {
-        "good": softmax(np.log(p) + 0.3 * noise),
-        "random": softmax(2 * noise),
-        "same": p,
-        "sharp": softmax(3 * np.log(p)),
-        "disjoint": np.eye(V, dtype=np.float32)[p.argmin(-1)],
-        "lookup": None,
-    }
-
-
-@pytest.mark.parametrize("kind", drafts())
-def test_texts_follow_the_models_distribution(kind: str) -> None:
-    p, q = stub_model(), drafts()[kind]
-    statistic, freedom = chi_square(speculate(p, q, 11), p)
-    assert freedom > 40 and statistic < critical(freedom)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda p, q: p,  # the model's distribution in place of the residual
-        lambda p, q: np.maximum(q - p, 0) + 1e-12,
-        lambda p, q: np.abs(p - q),
-        lambda p, q: np.maximum(p - 0.8 * q, 0),
-    ],
-)
-def test_a_wrong_residual_is_caught(wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    p, q = stub_model(), drafts()["good"]
-    monkeypatch.setattr(verify_module, "residual", wrong)
-    statistic, freedom = chi_square(speculate(p, q, 11), p)
-    assert statistic > 1.5 * critical(freedom)
-
-
-def test_a_wrong_acceptance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    p, q = stub_model(), drafts()["good"]
-    assert q is not None
-    texts = speculate(p, np.minimum(q * 1.3, 1), 11)  # kept less often than p/q
-    statistic, freedom = chi_square(texts, p)
-    assert statistic > 1.5 * critical(freedom)
-
-
-def test_acceptance_is_one_minus_the_total_variation() -> None:
-    # sum over x of q(x) min(1, p(x)/q(x)) = sum of min(p, q)
-    p, q = np.array([0.6, 0.3, 0.1], np.float32), np.array([0.2, 0.3, 0.5], np.float32)
-    n = 100_000
-    drafted = draw(np.broadcast_to(q, (n, 3)), Uniforms(1, "a")(0, n))[:, None]
-    accept, draws = Uniforms(2, "b")(0, n)[:, None], Uniforms(3, "c")(0, 2 * n).reshape(n, 2)
-    kept, _ = verify(np.broadcast_to(p, (n, 2, 3)), drafted, np.broadcast_to(q, (n, 1, 3)), accept, draws)
-    assert abs(kept.mean() - 0.6) < 0.006  # four standard deviations
 
 
 # -- how many guesses ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +91,7 @@ def run_steps(adapt: Adapt, steps: int, cost: dict[int, float], acceptance: floa
                 owed -= 1
                 break
             kept += 1
-        adapt.verified(n, kept, n * draft, cost[n + 1])
+        adapt.verified(Verified(n, kept, n + 1, kept + 1), n * draft, cost[n + 1])
     return out
 
 
@@ -336,7 +176,8 @@ def test_each_grade_has_its_own_acceptance_and_pauses() -> None:
     for _ in range(100):
         for grade in tried:
             if n := adapt.count(grade):
-                adapt.verified(n, n if grade == 3 else 0, 0.0, cost[n + 1], grade)
+                kept = n if grade == 3 else 0
+                adapt.verified(Verified(n, kept, n + 1, kept + 1), 0.0, cost[n + 1], grade)
                 tried[grade] += 1
             else:
                 adapt.plain(cost[1])

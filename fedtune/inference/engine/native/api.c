@@ -97,3 +97,10 @@ EXPORTED int fedtune_run(const struct fedtune_decoder *decoder, const struct fed
     const struct kernels *kernels = fedtune_kernels_of(set);
     return kernels ? fedtune_pass_run(decoder, pass, kernels, threads) : NO_SUCH_SET;
 }
+
+/* A pass and draft tokens after it: see draft.c. Returns one of FINE .. NO_SUCH_SET. */
+EXPORTED int fedtune_guess(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, struct fedtune_draft *draft, int set,
+                           int threads) {
+    const struct kernels *kernels = fedtune_kernels_of(set);
+    return kernels ? fedtune_draft_run(decoder, pass, draft, kernels, threads) : NO_SUCH_SET;
+}

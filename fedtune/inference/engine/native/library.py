@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.native import build
-from fedtune.inference.engine.native.structures import DecoderStructure, PassStructure, Weights
+from fedtune.inference.engine.native.structures import DecoderStructure, DraftStructure, PassStructure, Weights
 
 __all__ = ["KINDS", "SETS", "Kernels", "has_torch", "is_forced", "kernels", "why_not"]
 
@@ -60,7 +60,15 @@ class Kernels:
         Raises:
             ModelError: There is no memory, or sizes do not match.
         """
-        failed = self.library.fedtune_run(ctypes.byref(decoder), ctypes.byref(part), SETS.index(self.instructions), threads)
+        self._check(self.library.fedtune_run(ctypes.byref(decoder), ctypes.byref(part), SETS.index(self.instructions), threads), part)
+
+    def draft(self, decoder: DecoderStructure, part: PassStructure, draft: DraftStructure, threads: int) -> None:
+        """As `run`, then draft tokens."""
+        instructions = SETS.index(self.instructions)
+        self._check(self.library.fedtune_guess(ctypes.byref(decoder), ctypes.byref(part), ctypes.byref(draft), instructions, threads), part)
+
+    @staticmethod
+    def _check(failed: int, part: PassStructure) -> None:
         if failed == 2:
             raise ModelError(f"there is no memory for a pass of {part.rows} tokens: use a shorter prompt")
         if failed:
@@ -130,6 +138,7 @@ def _opened() -> Any:
             ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
         ]  # fmt: skip
         library.fedtune_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        library.fedtune_guess.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         made_from = library.fedtune_sources().decode()
     except (OSError, AttributeError):
         return f"{build.LIBRARY} is not for this system: {advice}"

@@ -107,6 +107,13 @@ static int span_fits(const struct fedtune_decoder *d, const struct fedtune_span 
             last = slot > last ? slot : last;
         }
     }
+    if (s->fork_count) {
+        if (s->fork_count < 0 || s->fork_count > s->rows - 2 || !s->forks || s->codes || s->ring)
+            return 0;
+        for (int64_t i = 0; i < s->fork_count; i++)
+            if (s->forks[i] < 0 || s->forks[i] > s->rows - s->fork_count - 2)
+                return 0;
+    }
     return !__builtin_mul_overflow(d->kv_heads - 1, s->head_stride, &heads) && last <= INT64_MAX / 4 / s->token_stride &&
            heads <= INT64_MAX / 4 && last * s->token_stride + heads + d->head_dim <= s->entries;
 }
@@ -213,8 +220,9 @@ static void prepare(void *argument, int64_t first, int64_t end) {
     for (int64_t i = first; i < end; i++) {
         const struct fedtune_span *s = w->p->spans + w->owners[i];
         float *q = w->qkv + i * w->qkv_width, *k = q + d->heads * width, *v = k + d->kv_heads * width;
-        const float *turns = w->p->turns[w->layer->turns] + i * width;
-        int64_t at = w->positions[i], slot = slot_of(at, s->first, s->blocks, s->block, s->sinks, s->ring);
+        const int64_t at = w->positions[i], start = w->starts[w->owners[i]];
+        const float *turns = w->p->turns[w->layer->turns] + (start + at - s->length) * width;
+        const int64_t slot = slot_of(s->length + i - start, s->first, s->blocks, s->block, s->sinks, s->ring);
         if (s->ring) { /* keys are rotated when they are read */
             int64_t last = s->sinks + window_of(s, w->layer) - 1;
             turns = w->p->places[w->layer->turns] + (at < last ? at : last) * width;
@@ -264,6 +272,7 @@ static void attend(void *argument, int64_t first, int64_t end) {
                 .places = s->ring ? w->p->places[w->layer->turns] : NULL, .residual = s->residual, .halves = (int)s->halves,
                 .shared = (int)shared, .width = d->head_dim, .length = s->length, .window = window_of(s, w->layer), .cap = d->attention_cap,
                 .q = w->qkv + start * w->qkv_width + head * shared * d->head_dim, .q_stride = w->qkv_width,
+                .chain = s->rows - s->fork_count, .forks = s->forks,
                 .out = w->attended + (start * d->heads + head * shared) * d->head_dim, .out_stride = d->heads * d->head_dim,
             };
             if (s->codes) {
@@ -454,7 +463,9 @@ int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune
     for (int64_t i = 0, row = 0; i < pass->span_count; i++) {
         w.starts[i] = row;
         for (int64_t k = 0; k < pass->spans[i].rows; k++, row++) {
-            w.positions[row] = pass->spans[i].length + k;
+            const struct fedtune_span *s = pass->spans + i;
+            int64_t chain = s->rows - s->fork_count;
+            w.positions[row] = s->length + (k < chain ? k : s->forks[k - chain] + 1);
             w.owners[row] = i;
         }
     }

@@ -299,17 +299,21 @@ SMALL void find_tokens(const struct attention *a, int values, int64_t from, int 
     }
 }
 
+/* The position of a row in the text. */
+SMALL int64_t position_of(const struct attention *a, int64_t row) { return a->length + (row < a->chain ? row : a->forks[row - a->chain] + 1); }
+
 /* Rows row .. row + rows - 1 over their tokens low .. end - 1: tile by tile, in which each row takes what it sees. */
 SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_t low, int64_t end, int is_sinks, float *space, float *most,
                         float *total) {
     const float *keys[TOKENS], *values[TOKENS];
     const int copies = a->halves || a->codes || a->ring, shared = a->shared;
+    float *own = space + (copies ? 2 * TOKENS * a->width : 0); /* a fork's key and value */
     for (int64_t tile = low / TOKENS * TOKENS; tile < end; tile += TOKENS) { /* tiles begin at fixed positions */
         const int64_t start = larger(tile, low);
         const int count = (int)(smaller(tile + TOKENS, end) - start);
         int64_t coded = -1, moved = -1; /* those of the tokens found last */
         for (int r = 0; r < rows; r++) {
-            const int64_t at = a->length + row + r, oldest = is_sinks || !a->window ? 0 : at - a->window + 1;
+            const int64_t at = position_of(a, row + r), oldest = is_sinks || !a->window ? 0 : at - a->window + 1;
             const int from = (int)smaller(larger(oldest - start, 0), count), to = (int)smaller(at + 1 - start, count);
             if (from >= to)
                 continue;
@@ -321,23 +325,32 @@ SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_
                 find_tokens(a, 1, start, count, now, shift, space + (copies ? TOKENS * a->width : 0), values);
                 coded = now, moved = shift;
             }
+            const int is_fork = row + r >= a->chain && at < start + count; /* then the last token that it sees is its own */
+            const float *chain_key = keys[to - 1], *chain_value = values[to - 1];
+            if (is_fork) {
+                find_tokens(a, 0, a->length + row + r, 1, 0, 0, own, keys + to - 1);
+                find_tokens(a, 1, a->length + row + r, 1, 0, 0, own + (copies ? a->width : 0), values + to - 1);
+            }
             for (int h = 0; h < shared; h++)
                 attend_tile_of(a, a->q + (row + r) * a->q_stride + h * a->width, keys, values, from, to, most + r * shared + h,
                                total + r * shared + h, a->out + (row + r) * a->out_stride + h * a->width);
+            keys[to - 1] = chain_key, values[to - 1] = chain_value;
         }
     }
 }
 
 CODE static void attend(const struct attention *a, int64_t row, int rows) {
     float most[ROWS_AT_ONCE * MOST_SHARED], total[ROWS_AT_ONCE * MOST_SHARED];
-    float space[a->halves || a->codes || a->ring ? 2 * TOKENS * a->width : 1];
+    float space[a->halves || a->codes || a->ring ? 2 * (TOKENS + 1) * a->width : 1];
     const int shared = a->shared;
-    const int64_t end = a->length + row + rows, oldest = a->window ? larger(a->length + row - a->window + 1, 0) : 0;
+    int64_t end = 0, first = INT64_MAX;
     for (int r = 0; r < rows; r++) {
+        end = larger(end, position_of(a, row + r) + 1), first = smaller(first, position_of(a, row + r));
         memset(a->out + (row + r) * a->out_stride, 0, (size_t)(shared * a->width) * sizeof(float));
         for (int h = 0; h < shared; h++)
             most[r * shared + h] = -INFINITY, total[r * shared + h] = 0;
     }
+    const int64_t oldest = a->window ? larger(first - a->window + 1, 0) : 0;
     if (a->ring && a->sinks)
         attend_range(a, row, rows, 0, smaller(a->sinks, end), 1, space, most, total);
     attend_range(a, row, rows, a->ring ? larger(oldest, a->sinks) : oldest, end, 0, space, most, total);
@@ -431,4 +444,39 @@ CODE static void expand(const float *x, int64_t x_stride, int64_t rows, const fl
         }
 }
 
-static const struct operations operations = {norm, add, activate, cap, rotate, attend, shrink, expand};
+SMALL int64_t most_likely(const float *x, int64_t n, int64_t but, float *value) { /* the first of equals, other than `but`; 0 if all are NaN */
+    vec top = (vec){0} - INFINITY;
+    int64_t i = 0, found = 0;
+    *value = -INFINITY;
+    for (; i + LANES <= n; i += LANES) {
+        vec v = load(x + i);
+        if (but >= i && but < i + LANES)
+            v[but - i] = -INFINITY;
+        top = choose(v > top, v, top);
+    }
+    for (int k = 0; k < LANES; k++)
+        *value = top[k] > *value ? top[k] : *value;
+    for (; i < n; i++)
+        *value = i != but && x[i] > *value ? x[i] : *value;
+    while (found < n - 1 && (found == but || x[found] != *value))
+        found++;
+    return found < n && x[found] == *value ? found : 0;
+}
+
+/* The two most likely of n >= 2 tokens by their logits x, and their chances: the softmax of `sharpness` x. */
+CODE static void two_best(const float *x, int64_t n, float sharpness, int64_t *tokens, float *chances) {
+    float best, second;
+    tokens[0] = most_likely(x, n, -1, &best);
+    tokens[1] = most_likely(x, n, tokens[0], &second);
+    vec sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        sums = sums + exp_of((load(x + i) - best) * sharpness);
+    float total = sum_of_lanes(sums);
+    for (; i < n; i++)
+        total += exp_of((vec){0} + (x[i] - best) * sharpness)[0];
+    chances[0] = 1.0f / total;
+    chances[1] = exp_of((vec){0} + (second - best) * sharpness)[0] / total;
+}
+
+static const struct operations operations = {norm, add, activate, cap, rotate, attend, shrink, expand, two_best};

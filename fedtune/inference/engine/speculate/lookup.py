@@ -13,7 +13,7 @@ import numpy as np
 
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.sample import Sampling
-from fedtune.inference.engine.speculate import Draft, Drafter
+from fedtune.inference.engine.speculate import Draft, Drafter, Least
 
 
 class Lookup(Drafter):
@@ -41,7 +41,7 @@ class Lookup(Drafter):
     def grade(self, ids: Sequence[int]) -> int | None:
         return self._find(ids)[0] or None
 
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
         size, at = self._find(ids)
         if not size:
             return Draft([])

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 int fedtune_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, int set, int threads);
+int fedtune_guess(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, struct fedtune_draft *draft, int set, int threads);
 int fedtune_supports(int set);
 
 enum { LAYERS = 2, HIDDEN = 37, INNER = 21, VOCABULARY = 19, KV = 2, SHARED = 3, SPANS = 3, PIECES = 7 };
@@ -57,6 +58,22 @@ static void code(struct fedtune_span *s, void **codes, int width, int bits, int 
         }
 }
 
+/* A draft in the last rows of a span: what is drafted needs no more room than the span has. */
+static int guess(const struct fedtune_decoder *d, struct fedtune_pass p, struct fedtune_span s, int halves, int set, int threads) {
+    int64_t most = 1 + rand() % 5, kept = s.rows - most, tokens[10];
+    float chances[10], *logits = filled(VOCABULARY * 4);
+    s.rows -= most - 1, s.fork_count = 0;
+    p.spans = &s, p.span_count = 1, p.rows = s.rows, p.kept = &kept, p.kept_count = 1, p.logits = logits;
+    struct fedtune_draft draft = {.embedding = filled(VOCABULARY * HIDDEN * (halves ? 2 : 4)), .halves = halves, .vocabulary = 2 + rand() % (VOCABULARY - 1),
+                                  .most = most, .embed_scale = 1, .sharpness = 1, .penalty = 2, .tokens = tokens, .chances = chances};
+    draft.seen = rand() % 2 ? filled(draft.vocabulary) : NULL;
+    int failed = fedtune_guess(d, &p, &draft, set, threads);
+    for (int64_t i = 0; !failed && i < 2 * draft.made; i++)
+        failed = tokens[i] < 0 || tokens[i] >= draft.vocabulary;
+    draft.vocabulary = VOCABULARY + 1;
+    return failed || !draft.made || !fedtune_guess(d, &p, &draft, set, threads);
+}
+
 static int pass(int set, int kind, int width, int halves, int block, int window, int form, int threads) {
     struct fedtune_layer layers[LAYERS];
     memset(layers, 0, sizeof layers);
@@ -73,6 +90,7 @@ static int pass(int set, int kind, int width, int halves, int block, int window,
     struct fedtune_span spans[SPANS];
     void *pointers[SPANS][2][LAYERS];
     int32_t tables[SPANS][128];
+    int64_t forks[SPANS][32];
     void *codes[SPANS][6 * LAYERS];
     struct fedtune_lora_piece pieces[2][LAYERS * PIECES];
     int64_t starts[2][LAYERS + 1], rows = 0;
@@ -97,12 +115,17 @@ static int pass(int set, int kind, int width, int halves, int block, int window,
         for (int k = 0; k < 2 * LAYERS; k++)
             pointers[i][k / LAYERS][k % LAYERS] = filled(s->entries * (halves ? 2 : 4));
         s->keys = pointers[i][0], s->values = pointers[i][1];
+        s->fork_count = form || s->rows < 3 ? 0 : rand() % (s->rows - 1), s->forks = forks[i];
+        for (int64_t k = 0; k < s->fork_count; k++)
+            forks[i][k] = rand() % (s->rows - s->fork_count - 1);
         rows += s->rows;
     }
     const float *turns[] = {filled(rows * width * 4)}, *places[] = {filled((SPANS + 20) * width * 4)};
     int64_t kept[] = {0, rows - 1};
     struct fedtune_pass p = {rows, 0, LAYERS, filled(rows * HIDDEN * 4), SPANS, spans, 1, turns, SPANS + 20, places, 2, kept, filled(2 * VOCABULARY * 4)};
     int failed = fedtune_run(&d, &p, set, threads);
+    if (!form && !failed)
+        failed = guess(&d, p, spans[SPANS - 1], halves, set, threads);
     spans[SPANS - 1].entries--;
     int refused = fedtune_run(&d, &p, set, threads);
     while (held_count)
