@@ -53,7 +53,7 @@ class Report:
         tokens: Tokens of the answer.
         prefill_seconds, decode_seconds: Time to the first token, and after it.
         passes: Forward passes after the first token.
-        drafted, accepted: Draft tokens that were verified, and accepted.
+        drafted, accepted: Places of the answer for which draft tokens were verified, and those where one was accepted.
         draft_seconds: Part of decode_seconds spent on drafting.
         close: Positions of the answer decided by a verifying pass whose two best scores were closer than ROUNDING of the model's linears:
             only there may a greedy answer differ from plain decoding. Always empty in fp32.
@@ -72,7 +72,7 @@ class Report:
 
     @property
     def acceptance(self) -> float:
-        """Accepted share of the draft tokens; 0 without any."""
+        """The accepted share of the drafted places; 0 without any."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
@@ -215,7 +215,7 @@ class Generation:
             if other == (kept, out[kept][0]):
                 out.append(self._take(row, verifies=True))
         context.crop(begun + kept)
-        self.report.drafted += len(drafted) + len(others)
+        self.report.drafted += len(drafted)
         self.report.accepted += len(out) - 1
         return out, Verified(len(drafted), kept, len(tokens), len(out), draft.chances)
 

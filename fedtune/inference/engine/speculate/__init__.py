@@ -5,7 +5,7 @@ next token at each place, drawn with the random number of that position. Draft t
 that of plain decoding with the same seed, token for token, whatever is drafted. A draft may name another token for a place, too (a tree of
 depth one beside the chain): if that is right, the pass gives the token after it as well.
 
-Source: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, for certain draft tokens (q = 1);
+Source: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, for drafts that are certain;
 Miao et al. 2024, SpecInfer, arXiv:2305.09781, for trees.
 """
 
