@@ -1,11 +1,13 @@
 """The mathematics of speculation, without a model."""
 
 import itertools
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate.adapt import Adapt, Costs, Verified
 from fedtune.inference.engine.speculate.lookup import Lookup
 
@@ -23,8 +25,8 @@ def test_lookup_copies_from_the_last_matching_position() -> None:
     assert [Lookup().grade([ord(c) for c in text]) for text in ("abcd", "abxb", "xabyab", "abcyabc", "")] == [None, 1, 2, 3, None]
     assert guess("abcd") == "" and guess("") == "" and guess("a") == ""
     assert guess("xaxbxcx", 1) == "c"
-    four = [ord(c) for c in "wabc1xabc2wabc"]  # three tokens by default: after the later "abc", though a "wabc" came earlier
-    assert [Lookup(*longest).draft(four, 1).tokens for longest in ((), (4,))] == [[ord("2")], [ord("1")]]
+    text = [ord(c) for c in "wabc1xabc2wabc"]  # the longest ending decides, though an "abc" came later
+    assert [Lookup(*sizes).draft(text, 1).tokens for sizes in ((), ((3, 2, 1),))] == [[ord("1")], [ord("2")]]
 
 
 def test_a_repetition_continues_beyond_the_end_of_the_text() -> None:
@@ -32,14 +34,48 @@ def test_a_repetition_continues_beyond_the_end_of_the_text() -> None:
     assert guess("aa", 4) == "aaaa"
 
 
-@pytest.mark.slow
-@given(st.lists(st.integers(0, 3), max_size=40), st.data())
-@settings(max_examples=100, deadline=None)
-def test_an_incremental_index_equals_a_new_one(ids: list[int], data: st.DataObject) -> None:
-    growing = Lookup()
-    for end in sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=8))):
-        assert growing.draft(ids[:end], 7).tokens == Lookup().draft(ids[:end], 7).tokens
-        assert growing.grade(ids[:end]) == Lookup().grade(ids[:end])
+SIZES = (8, 4, 3, 1)
+
+
+def by_search(texts: list[list[int]], count: int) -> tuple[int | None, list[int]]:
+    """What a lookup finds for the last text."""
+    *before, text = texts
+    for size in (size for size in SIZES if size <= len(text)):
+        for at in range(len(text) - 1, size - 1, -1):
+            if text[at - size : at] == text[len(text) - size :]:
+                period = len(text) - at
+                return size, [text[at + i % period] for i in range(count)]
+        for other in reversed(before):
+            for at in range(len(other) - 1, size - 1, -1):
+                if other[at - size : at] == text[len(text) - size :]:
+                    return size, other[at : at + count]
+    return None, []
+
+
+few = st.lists(st.integers(0, 2), max_size=30)
+
+
+@given(st.lists(few, min_size=1, max_size=4), st.data())
+@settings(max_examples=60, deadline=None)
+def test_lookups_in_growing_texts_equal_a_search(texts: list[list[int]], data: st.DataObject) -> None:
+    lookup, before = Lookup(SIZES), list[list[int]]()
+    for text in texts:
+        lookup.begin(Sampling(), cast(Any, None))
+        for end in sorted(data.draw(st.sets(st.integers(0, len(text)), min_size=1, max_size=4))):
+            now = text[:end]
+            if before and now[: len(before[-1])] == before[-1]:  # the text before goes on
+                before.pop()
+            assert (lookup.grade(now), lookup.draft(now, 7).tokens) == by_search([*before, now], 7)
+        before.append(now)
+
+
+def test_texts_before_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.inference.engine.speculate.lookup._MOST", 10)
+    lookup, found = Lookup(), list[int | None]()
+    for text in ([1, 2, 3, 4, 5, 6], [7, 2, 3], [8, 2, 3], [9, 2]):
+        lookup.begin(Sampling(), cast(Any, None))
+        found.append(lookup.grade(text))
+    assert found == [None, 2, 2, None]  # the fourth begins after thirteen
 
 
 def critical(freedom: int) -> float:
