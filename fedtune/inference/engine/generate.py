@@ -11,6 +11,7 @@ from fedtune.config.bounds import require
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.decoder import Decoder, linears_of
+from fedtune.inference.engine.guess import best_of
 from fedtune.inference.engine.sample import Sampler, Sampling, rate
 from fedtune.inference.engine.speculate import Draft, Drafter
 from fedtune.inference.engine.speculate.adapt import Adapt, Verified
@@ -179,12 +180,12 @@ class Generation:
         speculation = self._speculation
         grade = speculation.drafter.grade(self._ids) if speculation else None
         if speculation and grade is not None:
-            adapt, drafter = speculation.adapt, speculation.drafter
-            count = min(adapt.count(grade, drafter.gives_chances), self._length - self._sampler.count - 1, self.context.room - len(unread))
+            adapt, drafter, chances = speculation.adapt, speculation.drafter, speculation.drafter.gives_chances(grade)
+            count = min(adapt.count(grade, chances), self._length - self._sampler.count - 1, self.context.room - len(unread))
             if self._undo is not None:
                 count = min(count, self._undo - 1)
             if count > 0:
-                draft = drafter.draft(self._ids, count, self._sampler.seen, adapt.least(grade) if drafter.gives_chances else None)
+                draft = drafter.draft(self._ids, count, self._sampler.seen, adapt.least(grade) if chances else None)
                 drafted = self._clock()
                 self.report.draft_seconds += drafted - begun
                 if draft.tokens:
@@ -194,6 +195,7 @@ class Generation:
                 adapt.refused(drafted - begun, grade)
                 begun = drafted
         logits = self.context.run(unread)
+        self._learn([tuple(self._ids[-2:])], logits)
         out = [self._take(logits[0])]
         if speculation:
             speculation.adapt.plain(self._clock() - begun, len(unread))
@@ -205,6 +207,9 @@ class Generation:
         others = draft.others[: context.room - len(unread) - len(drafted)] if context.takes_forks else []
         tokens, last = [*unread, *drafted, *(token for _, token in others)], len(unread) - 1
         logits = context.run(tokens, keep=len(tokens) - last, forks=[last + k for k, _ in others])
+        text = [*self._ids[-2:], *drafted]
+        keys = [tuple(text[max(i - 2, 0) : i]) for i in range(len(text) - len(drafted), len(text) + 1)]
+        self._learn([*keys, *((keys[k][-1], token) for k, token in others)], logits)
         out = list[tuple[int, np.ndarray]]()
         for row, wanted in zip(logits, [*drafted, None], strict=False):
             out.append(self._take(row, verifies=True))
@@ -218,6 +223,10 @@ class Generation:
         self.report.drafted += len(drafted)
         self.report.accepted += len(out) - 1
         return out, Verified(len(drafted), kept, len(tokens), len(out), draft.chances)
+
+    def _learn(self, keys: list[tuple[int, ...]], logits: np.ndarray) -> None:
+        if self._speculation and self._speculation.drafter.learns:
+            self._speculation.drafter.learn(keys, best_of(self.context.engine.decoder, logits, self._sampling.sharpness))
 
     def _take(self, logits: np.ndarray, verifies: bool = False) -> tuple[int, np.ndarray]:
         """Choose the next token from logits (V,)."""

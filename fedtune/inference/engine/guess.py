@@ -13,7 +13,7 @@ from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.decoder import Decoder
 from fedtune.inference.engine.native.structures import DraftStructure
 
-__all__ = ["Guesses", "Guessing", "guess"]
+__all__ = ["Guesses", "Guessing", "best_of", "guess"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,17 @@ def guess(
         if seen is not None:
             seen[ids] = True
     raise AssertionError("most is at least 1")
+
+
+def best_of(decoder: Decoder, logits: NDArray[np.float32], sharpness: float) -> Guesses:
+    """The two most likely tokens of each row of logits [n, V]."""
+    out = Guesses(np.empty((len(logits), 2), np.int64), np.empty((len(logits), 2), np.float32))
+    if native := decoder.native_step():
+        native.best(logits, sharpness, out.tokens, out.chances)
+    else:
+        for i, row in enumerate(logits):
+            out.tokens[i], out.chances[i] = two_best(row, sharpness)
+    return out
 
 
 def two_best(row: NDArray[np.float32], sharpness: float) -> tuple[list[int], NDArray[np.float32]]:

@@ -56,6 +56,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def sharpness(self) -> float:
+        """What multiplies logits, for estimates: 1 / temperature, but at most 1000, and 1 if greedy."""
+        return 1.0 if self.greedy else min(1 / self.temperature, 1e3)
+
 
 @np.errstate(over="ignore", invalid="ignore")  # logits that are not finite reach `draw`, which refuses them
 def scores(logits: np.ndarray, sampling: Sampling, seen: np.ndarray | None = None) -> np.ndarray:

@@ -117,6 +117,10 @@ class NativeStep:
         part.kept_count, part.kept, part.logits = 1, (ctypes.c_int64 * 1)(span.n - 1), logits.ctypes.data
         self._kernels.draft(self._decoder, part, draft, threads())
 
+    def best(self, logits: Floats, sharpness: float, tokens: Array, chances: Array) -> None:
+        """Find the two most likely tokens [n, 2] of logits [n, V], and their chances."""
+        self._kernels.best(np.ascontiguousarray(logits), sharpness, tokens, chances)
+
     def _place(self, span: Span, lora: Lora | None) -> SpanStructure:
         place = span.cache.native_span(span.n)
         if lora is not None:

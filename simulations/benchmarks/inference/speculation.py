@@ -5,8 +5,9 @@
 The target is a pretrained checkpoint, widened to a shape of the benchmark (`widen`): text and acceptance are those of real weights and real
 prompts, time is that of the large shape. `fedtune draft` distills the draft model from the checkpoint (`pair`). "wide draft" is that model,
 widened to about a twelfth of the target; "small draft" is not widened. "auto" is the default of `fedtune generate`, with a draft model that
-of `--draft`; each answer starts without measurements, like a command. "early exit" exits after the checkpoint's last layer, where the
-result is already exact: an upper bound for a model trained for early exit, not a forecast.
+of `--draft`; each answer starts without measurements, like a command. "auto, kept" goes on with what it has from the answers before, as in
+a chat. "early exit" exits after the checkpoint's last layer, where the result is already exact: an upper bound for a model trained for
+early exit, not a forecast.
 
 Each number format has its own process. There all sides answer one prompt before the next prompt, so that changes in machine speed affect
 all of them. Figures are ratios to plain decoding of the same prompt, medians with quartiles. "accepted" is the share of draft tokens kept,
@@ -156,6 +157,7 @@ def sides(engine: Engine, case: SpeculationCase) -> dict[str, Callable[[], Specu
     found: dict[str, Callable[[], Speculation | None]] = {
         PLAIN: lambda: None,
         "auto": lambda: open_speculation(engine, "auto", None),
+        "auto, kept": partial(lambda kept: kept, open_speculation(engine, "auto", None)),
         "auto, wide draft": lambda: Speculation(DraftModel(wide, engine)),
         "auto, small draft": lambda: Speculation(DraftModel(small, engine)),
     }

@@ -23,6 +23,7 @@ from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
+from fedtune.inference.engine.speculate.lookup_or_recycle import LookupOrRecycle
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(2, VOCAB))]
@@ -98,11 +99,17 @@ class ThirdIsWrong(Oracle):
 
 
 def drafter(kind: str, engine: Engine, small: Engine) -> Drafter:
-    makes = {"lookup": Lookup, "draft": lambda: DraftModel(small, engine), "early-exit": EarlyExit, "random": Scribble}
+    makes = {
+        "auto": LookupOrRecycle,
+        "lookup": Lookup,
+        "draft": lambda: DraftModel(small, engine),
+        "early-exit": EarlyExit,
+        "random": Scribble,
+    }
     return makes[kind]()
 
 
-KINDS = ["lookup", "draft", "early-exit", "random"]
+KINDS = ["auto", "lookup", "draft", "early-exit", "random"]
 
 
 def prompts(count: int, *, seed: int = 0, longest: int = 12) -> list[list[int]]:
@@ -373,7 +380,11 @@ def test_a_draft_model_drafts_its_own_continuation(engine: Engine, small: Engine
         for _ in range(count):
             guessed.append(said([*ids, *guessed]))
         assert drafter.draft(ids, count).tokens == guessed
-    ids += [7, 2]  # the guesses were wrong
+    guessed = drafter.draft(ids, 3).tokens
+    assert drafter._own.cache.length == len(drafter._own.ids)
+    ids += [*guessed, said([*ids, *guessed])]  # all were right
+    assert drafter.draft(ids, 1).tokens == [said(ids)]
+    ids += [7, 2]  # the guess was wrong
     assert drafter.draft(ids, 1).tokens == [said(ids)]
 
 

@@ -3,13 +3,18 @@
 import itertools
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.inference.engine.guess import Guesses
 from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.speculate import Draft, Least, chosen
 from fedtune.inference.engine.speculate.adapt import Adapt, Costs, Verified
 from fedtune.inference.engine.speculate.lookup import Lookup
+from fedtune.inference.engine.speculate.lookup_or_recycle import LookupOrRecycle
+from fedtune.inference.engine.speculate.recycle import Recycle
 
 # -- prompt lookup ------------------------------------------------------------------------------------------------------------------------
 
@@ -76,6 +81,59 @@ def test_texts_before_are_forgotten_when_they_are_many(monkeypatch: pytest.Monke
         lookup.begin(Sampling(), cast(Any, None))
         found.append(lookup.grade(text))
     assert found == [None, 2, 2, None]  # the fourth begins after thirteen
+
+
+# -- what the model found before -----------------------------------------------------------------------------------------------------------
+
+
+def best(*rows: tuple[int, int, float, float]) -> Guesses:
+    return Guesses(np.array([r[:2] for r in rows]), np.array([r[2:] for r in rows], np.float32))
+
+
+def test_a_table_of_choices_drafts_by_two_tokens_else_by_one() -> None:
+    recycle = Recycle()
+    assert recycle.grade([1, 2]) is None and recycle.draft([1, 2], 3).tokens == []
+    recycle.learn([(1, 2), (5, 2), (2, 7)], best((7, 8, 0.6, 0.3), (9, 4, 0.5, 0.2), (3, 6, 0.8, 0.1)))
+    assert recycle.draft([0, 1, 2], 1).tokens == [7] and recycle.draft([5, 2], 1).tokens == [9]
+    assert recycle.draft([6, 2], 1).tokens == [9] and recycle.draft([2], 1).tokens == [9]  # the latest after this token
+    assert recycle.draft([1, 2], 4).tokens == [7, 3]  # nothing is known after a 3
+    assert recycle.grade([1, 2]) == 0 and recycle.grade([3]) is None
+    recycle.learn([(1, 2)], best((4, 8, float("nan"), 0.3)))
+    assert recycle.draft([1, 2], 1).tokens == [7]
+
+
+def test_chances_are_what_was_found_times_what_such_promises_were_worth() -> None:
+    recycle, same, other = Recycle(), best((7, 8, 0.5, 0.25)), best((9, 8, 0.5, 0.25))
+    recycle.learn([(1, 2)], same)
+    assert recycle.draft([1, 2], 1).chances == [0.5]
+    for _ in range(400):
+        recycle.learn([(1, 2)], same)
+    assert recycle.draft([1, 2], 1).chances == [pytest.approx(0.5, rel=0.01)]  # it was what it promised
+    for _ in range(200):
+        recycle.learn([(1, 2)], other)
+        recycle.learn([(1, 2)], same)
+    assert recycle.draft([1, 2], 1).chances[0] < 0.1  # each time another token
+    trusted = Least(0.0, recycle.draft([1, 2], 1).chances[0] / 2 * 0.99)
+    assert recycle.draft([1, 2], 1, None, trusted).others == [(0, 8)]
+    assert recycle.draft([1, 2], 1, None, Least(0.0, 0.9)).tokens == []
+
+
+def test_a_long_ending_goes_before_the_table() -> None:
+    drafter = LookupOrRecycle()
+    drafter.begin(Sampling(), cast(Any, None))
+    drafter.learn([(4, 5)], best((9, 8, 0.5, 0.25)))
+    text = [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5]
+    assert (drafter.grade(text[:5]), drafter.draft(text[:5], 2).tokens, drafter.gives_chances(0)) == (0, [9], True)
+    assert (drafter.grade(text), drafter.draft(text, 2).tokens, drafter.gives_chances(5)) == (5, [6, 7], False)
+
+
+def test_what_is_worth_verifying() -> None:
+    made = best((1, 2, 0.8, 0.1), (3, 4, 0.5, 0.4), (5, 6, 0.5, 0.3))
+    assert chosen(made, None) == Draft([1, 3, 5], [], [0.800000011920929, 0.5, 0.5])
+    draft = chosen(made, Least(0.0, 0.3))
+    assert draft.tokens == [1, 3] and draft.others == [(1, 4)]  # .8, .4, not .2; .32 for the 4, not .1 for the 2
+    assert chosen(made, Least(0.0, 0.09)).others == [(0, 2), (1, 4), (2, 6)]
+    assert chosen(best((1, 2, float("nan"), 0.1)), Least(0.0, 0.0)).tokens == []
 
 
 def critical(freedom: int) -> float:
@@ -244,6 +302,31 @@ def test_an_attempt_has_three_verifications() -> None:
     counts = run_steps(Adapt(), 40, cost, 0.0)
     # the first step measures c(1); after the three no guess stayed, and the pause is 16 steps
     assert [bool(n) for n in counts[:24]] == [False, *[True] * 3, *[False] * 17, *[True] * 3]
+
+
+def test_with_chances_a_token_is_drafted_while_it_is_worth_its_seconds() -> None:
+    adapt = Adapt(4)
+    for rows in range(1, 6):
+        adapt.costs.add(rows, 0.9 + 0.1 * rows)
+    for _ in range(50):  # 2 tokens in 1.6 seconds
+        adapt.verified(Verified(3, 1, 4, 2, [0.5, 0.5, 0.5]), 0.3, 1.3)
+    least = adapt.least()
+    assert least is not None
+    rate, trust = 2 / 1.6, 1 / 0.875  # of three tokens with these chances, .5 + .25 + .125 were promised
+    assert least.verify == pytest.approx(0.1 * rate / trust, rel=0.1)
+    assert least.draft == pytest.approx((0.1 + 0.1) * rate / trust / adapt.acceptance(), rel=0.15)
+    assert Adapt(fixed=3).least() is None
+
+
+def test_drafts_that_are_never_worth_it_end_an_attempt() -> None:
+    adapt, counts = Adapt(), list[int]()
+    adapt.plain(1.0)
+    for _ in range(60):
+        counts.append(adapt.count(0, True))
+        if counts[-1]:
+            adapt.refused(0.5)
+        adapt.plain(1.0)
+    assert counts[0] > 0 and sum(map(bool, counts)) == 9  # three attempts, with pauses of 16 and 32 steps
 
 
 def test_a_table_grows_on_demand() -> None:

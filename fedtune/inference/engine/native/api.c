@@ -104,3 +104,15 @@ EXPORTED int fedtune_guess(const struct fedtune_decoder *decoder, const struct f
     const struct kernels *kernels = fedtune_kernels_of(set);
     return kernels ? fedtune_draft_run(decoder, pass, draft, kernels, threads) : NO_SUCH_SET;
 }
+
+/* The two most likely tokens [rows, 2] of logits [rows, n], n >= 2, and their chances: the softmax of `sharpness` times the logits. */
+EXPORTED int fedtune_best(int set, const float *logits, int64_t rows, int64_t n, float sharpness, int64_t *tokens, float *chances) {
+    const struct kernels *kernels = fedtune_kernels_of(set);
+    if (!kernels)
+        return NO_SUCH_SET;
+    if (n < 2)
+        return BAD_SIZE;
+    for (int64_t i = 0; i < rows; i++)
+        kernels->operations->two_best(logits + i * n, n, sharpness, tokens + 2 * i, chances + 2 * i);
+    return FINE;
+}

@@ -67,6 +67,12 @@ class Kernels:
         instructions = SETS.index(self.instructions)
         self._check(self.library.fedtune_guess(ctypes.byref(decoder), ctypes.byref(part), ctypes.byref(draft), instructions, threads), part)
 
+    def best(self, logits: Any, sharpness: float, tokens: Any, chances: Any) -> None:
+        """Write the two most likely tokens of contiguous logits [n, V >= 2], [n, 2] int64, and their chances, [n, 2] float32."""
+        rows, width = logits.shape
+        out = tokens.ctypes.data, chances.ctypes.data
+        self.library.fedtune_best(SETS.index(self.instructions), logits.ctypes.data, rows, width, sharpness, *out)
+
     @staticmethod
     def _check(failed: int, part: PassStructure) -> None:
         if failed == 2:
@@ -139,6 +145,9 @@ def _opened() -> Any:
         ]  # fmt: skip
         library.fedtune_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         library.fedtune_guess.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        library.fedtune_best.argtypes = [
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p
+        ]  # fmt: skip
         made_from = library.fedtune_sources().decode()
     except (OSError, AttributeError):
         return f"{build.LIBRARY} is not for this system: {advice}"

@@ -52,7 +52,7 @@ class Drafter(ABC):
     """Proposes continuations of a text."""
 
     name: str
-    gives_chances = False  # whether drafts have chances
+    learns = False  # whether to call `learn` after each pass
 
     @abstractmethod
     def begin(self, sampling: Sampling, context: Context) -> None:
@@ -66,6 +66,19 @@ class Drafter(ABC):
     def grade(self, ids: Sequence[int]) -> int | None:
         """The confidence of a draft for this text, higher is better; None if there is no draft. Must be cheap."""
         return 0
+
+    def gives_chances(self, grade: int) -> bool:
+        """Whether drafts of this grade have chances."""
+        return False
+
+    def learn(self, keys: Sequence[tuple[int, ...]], best: Guesses) -> None:
+        """Learn from a pass.
+
+        Args:
+            keys: For each of its places, the last two tokens before it, or the only one.
+            best: The model's most likely tokens there.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
@@ -81,9 +94,8 @@ class Drafter(ABC):
 
 def guessing(sampling: Sampling, vocabulary: int, count: int, seen: np.ndarray | None, least: Least | None) -> Guessing:
     """The settings of a model that drafts (see `Drafter.draft`) from this vocabulary."""
-    sharpness = 1.0 if sampling.greedy else 1 / sampling.temperature
     return Guessing(
-        most=count, vocabulary=vocabulary, least=least.draft if least else 0.0, sharpness=min(sharpness, 1e3),
+        most=count, vocabulary=vocabulary, least=least.draft if least else 0.0, sharpness=sampling.sharpness,
         penalty=sampling.repetition_penalty, seen=seen,
     )  # fmt: skip
 

@@ -157,7 +157,8 @@ class Adapt:
             return 0
         gain, guesses = self.best(grade)
         if gives_chances:
-            gain, guesses = max(gain, state.rate * self.costs.table(1)[1]), min(self.most, _GROW * self.costs.largest - 1)
+            guesses = min(self.most, _GROW * self.costs.largest - 1)
+            gain = gain if state.left > 0 else state.rate * self.costs.table(1)[1]
         if state.left == _TRIALS or (state.left > 0 and self.best(grade, _HOPE)[0] > WORTH):
             return guesses
         if gain > WORTH:
@@ -191,8 +192,8 @@ class Adapt:
         self._since_plain += 1
 
     def refused(self, seconds: float, grade: int = 0) -> None:
-        """Record the seconds of a draft none of whose tokens was worth it."""
-        self._of(grade).seconds += seconds
+        """Record the seconds of a draft none of whose tokens was worth it; a step without speculation follows."""
+        self._of(grade).took(1, seconds + self.costs.table(1)[1])
 
 
 class Acceptance:
@@ -224,7 +225,6 @@ class _Grade:
     """Acceptance, tokens per second and pauses of one grade.
 
     Attributes:
-        seconds: Of the recent steps.
         trust: Accepted draft tokens over those that their chances promise.
     """
 
@@ -235,7 +235,7 @@ class _Grade:
     def begin(self) -> None:
         self.of = Acceptance()
         self.left = _TRIALS
-        self._tokens = self.seconds = 0.0
+        self._tokens = self._seconds = 0.0
         self._promised = self._kept = _TRUST
 
     @property
@@ -245,7 +245,7 @@ class _Grade:
     @property
     def rate(self) -> float:
         """Tokens per second of the recent steps; 0 if there were none."""
-        return self._tokens / self.seconds if self.seconds else 0.0
+        return self._tokens / self._seconds if self._seconds else 0.0
 
     @property
     def trust(self) -> float:
@@ -253,9 +253,11 @@ class _Grade:
 
     def saw(self, seen: Verified, seconds: float) -> None:
         self.of.saw(seen.guesses, seen.kept)
-        self.left -= 1
-        self._tokens = self._tokens * _DECAY + seen.tokens
-        self.seconds = self.seconds * _DECAY + seconds
+        self.took(seen.tokens, seconds)
         if seen.chances:
             self._promised = self._promised * _SLOW + sum(itertools.accumulate(seen.chances, operator.mul))
             self._kept = self._kept * _SLOW + seen.kept
+
+    def took(self, tokens: int, seconds: float) -> None:
+        self.left -= 1
+        self._tokens, self._seconds = self._tokens * _DECAY + tokens, self._seconds * _DECAY + seconds

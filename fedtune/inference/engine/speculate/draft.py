@@ -32,7 +32,6 @@ class DraftModel(Drafter):
     """
 
     name = "draft"
-    gives_chances = True
 
     def __init__(self, engine: "Engine", target: "Engine") -> None:
         if not engine.text.same_as(target.text):
@@ -44,6 +43,9 @@ class DraftModel(Drafter):
 
     def begin(self, sampling: Sampling, context: Context) -> None:
         self._sampling = sampling
+
+    def gives_chances(self, grade: int) -> bool:
+        return True
 
     def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
         own = self._own

@@ -25,7 +25,6 @@ class EarlyExit(Drafter):
     """
 
     name = "early-exit"
-    gives_chances = True
 
     def __init__(self, layers: int | None = None) -> None:
         self._asked = layers
@@ -37,6 +36,9 @@ class EarlyExit(Drafter):
             raise ConfigError(f"an early exit after layer {self._layers} of {depth} saves nothing: leave before the last one")
         self._context = context
         self._sampling = sampling
+
+    def gives_chances(self, grade: int) -> bool:
+        return True
 
     def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
         context = self._context

@@ -1,12 +1,12 @@
 """Prompt lookup: drafts the tokens that followed the last earlier occurrence of the text's ending. Needs no second model.
 
-It looks in the text so far, and in earlier texts of the same drafter. The longer the ending, the more reliable the draft: on greedy texts of
-two small story models, the first draft token was right for 17 and 19 % of the endings of one token, 49 and 26 % of two, 64 and 51 % of
-three, 90 and 76 % of six, 97 and 98 % of sixteen. So the ending's length is the draft's grade. With the texts before, endings of six and more
-tokens were found 1.6 and 2.3 times as often.
+It looks in the text so far, and in earlier texts of the same drafter. The longer the ending, the more reliable the draft: on greedy texts
+of two small story models, the first draft token was right for 17 and 19 % of the endings of one token, 49 and 26 % of two, 64 and 51 % of
+three, 90 and 76 % of six, 97 and 98 % of sixteen. So the ending's length is the draft's grade. With the texts before, endings of six and
+more tokens were found 1.6 and 2.3 times as often.
 
-Source: Saxena 2023, Prompt Lookup Decoding; transformers' `prompt_lookup_num_tokens`; Hu et al. 2024, SAM Decoding, arXiv:2411.10666, for the
-longest ending and earlier texts. Endings of some lengths, found by their hash, stand in for a suffix automaton, which finds all.
+Source: Saxena 2023, Prompt Lookup Decoding; transformers' `prompt_lookup_num_tokens`; Hu et al. 2024, SAM Decoding, arXiv:2411.10666, for
+the longest ending and earlier texts. Endings of some lengths, found by their hash, stand in for a suffix automaton, which finds all.
 """
 
 from collections.abc import Sequence
