@@ -192,7 +192,8 @@ class Generation:
                     out, seen = self._check(unread, draft)
                     adapt.verified(seen, drafted - begun, self._clock() - drafted, grade)
                     return out
-                adapt.refused(drafted - begun, grade)
+                if not draft.only_read:
+                    adapt.refused(drafted - begun, grade)
                 begun = drafted
         logits = self.context.run(unread)
         self._learn([tuple(self._ids[-2:])], logits)

@@ -71,6 +71,13 @@ class Scribble(Drafter):
         return Draft(tokens, list(enumerate(others)))
 
 
+class Silent(Scribble):
+    """Never finds a token worth its cost."""
+
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
+        return Draft([])
+
+
 class Oracle(Drafter):
     """Drafts the correct answer, except for every fifth token."""
 
@@ -105,6 +112,7 @@ def drafter(kind: str, engine: Engine, small: Engine) -> Drafter:
         "draft": lambda: DraftModel(small, engine),
         "early-exit": EarlyExit,
         "random": Scribble,
+        "silent": Silent,
     }
     return makes[kind]()
 
@@ -286,6 +294,11 @@ def test_drafts_keep_the_text_of_the_seed(engine: Engine, small: Engine, alone: 
     for seed in range(4):
         sampling = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=seed)
         compare(engine, small, alone, kind, 4, sampling, Adapt(fixed=1 + seed))
+
+
+@pytest.mark.parametrize("fixed", [None, 3])
+def test_a_drafter_without_a_draft_changes_nothing(engine: Engine, small: Engine, alone: Alone, fixed: int | None) -> None:
+    assert compare(engine, small, alone, "silent", 3, Sampling(), Adapt(fixed=fixed), 30) == (0, 0)
 
 
 def test_the_repetition_penalty_counts_drafted_tokens_for_later_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

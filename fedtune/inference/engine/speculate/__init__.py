@@ -28,11 +28,13 @@ class Draft:
         tokens: g token ids.
         others: (k, token) at most once for each k: another token for the place of tokens[k].
         chances: The drafter's probability that each token is right if those before it are; empty if it has none.
+        only_read: There is no token because the drafter had to read the text first.
     """
 
     tokens: list[int]
     others: list[tuple[int, int]] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
+    only_read: bool = False
 
 
 @dataclass(frozen=True)

@@ -188,12 +188,18 @@ class Adapt:
         """Record a step with speculation, and the seconds of drafting and of the pass."""
         self.costs.add(seen.rows, pass_seconds)
         self._drafts.add(seen.guesses, draft_seconds)
-        self._of(grade).saw(seen, draft_seconds + pass_seconds)
+        self._of(grade).saw(seen, self._seconds(seen.guesses, seen.rows))
         self._since_plain += 1
 
     def refused(self, seconds: float, grade: int = 0) -> None:
         """Record the seconds of a draft none of whose tokens was worth it; a step without speculation follows."""
-        self._of(grade).took(1, seconds + self.costs.table(1)[1])
+        if self.fixed is None:
+            self._drafts.add(1, seconds)
+            self._of(grade).took(1, self._seconds(1, 1))
+
+    def _seconds(self, guesses: int, rows: int) -> float:
+        """Of a step, without what noise added to it."""
+        return self._drafts.table(guesses)[guesses] + self.costs.table(rows)[rows]
 
 
 class Acceptance:

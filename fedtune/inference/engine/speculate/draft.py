@@ -55,7 +55,7 @@ class DraftModel(Drafter):
             return Draft([])  # a token that only the target model has
         if len(missing) > _BEHIND and len(missing) <= own.room:
             own.run(missing)
-            return Draft([])
+            return Draft([], only_read=True)
         count = min(count, own.room - len(missing) + 1)  # the last draft token is not run
         if count < 1:
             return Draft([])
