@@ -23,7 +23,7 @@ class Guessing:
     Args:
         most: Tokens to draft, at least 1.
         vocabulary: Only the first tokens of the vocabulary are drafted.
-        least: Stop once the product of the tokens' chances is below this.
+        least: Stop once the product of the tokens' chances, each times `trust` but at most 1, is below this.
         sharpness: Chances are the softmax of the logits times this: 1 / temperature.
         penalty: The repetition penalty.
         seen: [vocabulary] bool: the tokens to penalize; None without a penalty. Drafted tokens are added.
@@ -32,6 +32,7 @@ class Guessing:
     most: int
     vocabulary: int
     least: float = 0.0
+    trust: float = 1.0
     sharpness: float = 1.0
     penalty: float = 1.0
     seen: NDArray[np.bool_] | None = None
@@ -69,7 +70,7 @@ def guess(
     if cache.in_order and (native := decoder.native_step()) and native.has_head:
         draft = DraftStructure(
             embedding=decoder.embedding.ctypes.data, halves=decoder.embedding.dtype == np.uint16, embed_scale=decoder.shape.embed_scale,
-            vocabulary=how.vocabulary, most=how.most, least=how.least, sharpness=how.sharpness, penalty=how.penalty,
+            vocabulary=how.vocabulary, most=how.most, least=how.least, trust=how.trust, sharpness=how.sharpness, penalty=how.penalty,
             seen=None if seen is None else seen.ctypes.data, tokens=made.tokens.ctypes.data, chances=made.chances.ctypes.data,
         )  # fmt: skip
         cache.prepare(len(ids) + how.most - 1)
@@ -82,7 +83,7 @@ def guess(
         if seen is not None:
             row = np.where(seen, np.where(row > 0, row / how.penalty, row * how.penalty), row)
         made.tokens[n], made.chances[n] = two_best(row, how.sharpness)
-        chance *= float(made.chances[n, 0])
+        chance *= min(float(made.chances[n, 0]) * how.trust, 1.0)
         if n + 1 == how.most or not chance >= how.least:
             return Guesses(made.tokens[: n + 1], made.chances[: n + 1])
         ids, span = [int(made.tokens[n, 0])], Span(cache, 1, adapter=adapter)

@@ -134,6 +134,7 @@ def test_what_is_worth_verifying() -> None:
     assert draft.tokens == [1, 3] and draft.others == [(1, 4)]  # .8, .4, not .2; .32 for the 4, not .1 for the 2
     assert chosen(made, Least(0.0, 0.09)).others == [(0, 2), (1, 4), (2, 6)]
     assert chosen(best((1, 2, float("nan"), 0.1)), Least(0.0, 0.0)).tokens == []
+    assert chosen(made, Least(0.0, 0.99, trust=2.0)).tokens == [1, 3, 5]  # all are certain
 
 
 def critical(freedom: int) -> float:
@@ -312,9 +313,13 @@ def test_with_chances_a_token_is_drafted_while_it_is_worth_its_seconds() -> None
         adapt.verified(Verified(3, 1, 4, 2, [0.5, 0.5, 0.5]), 0.3, 1.3)
     least = adapt.least()
     assert least is not None
-    rate, trust = 2 / 1.6, 1 / 0.875  # of three tokens with these chances, .5 + .25 + .125 were promised
-    assert least.verify == pytest.approx(0.1 * rate / trust, rel=0.1)
-    assert least.draft == pytest.approx((0.1 + 0.1) * rate / trust / adapt.acceptance(), rel=0.15)
+    rate = 2 / 1.6
+    assert least.verify == pytest.approx(0.1 * rate, rel=0.05)
+    assert least.draft == pytest.approx((0.1 + 0.1) * rate / adapt.acceptance(), rel=0.05)
+    for _ in range(200):
+        adapt.verified(Verified(3, 3, 4, 4, [0.5, 0.8, 0.8]), 0.3, 1.3)
+    least = adapt.least()
+    assert least is not None and least.trust == pytest.approx(3 / 2.1, rel=0.05)  # tokens after a wrong one say nothing
     assert Adapt(fixed=3).least() is None
 
 

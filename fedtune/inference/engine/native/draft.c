@@ -47,7 +47,8 @@ int fedtune_draft_run(const struct fedtune_decoder *decoder, const struct fedtun
         if (draft->seen)
             penalize(draft, step.logits);
         kernels->operations->two_best(step.logits, draft->vocabulary, draft->sharpness, tokens, chances);
-        chance *= chances[0];
+        float known = chances[0] * draft->trust;
+        chance *= known > 1 ? 1 : known;
         if (++draft->made == draft->most || !(chance >= draft->least))
             break;
         if (draft->seen)

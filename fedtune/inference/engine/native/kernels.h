@@ -213,7 +213,8 @@ struct fedtune_draft {
     int64_t vocabulary;    /* only the first tokens of the head are drafted */
     int64_t most;          /* tokens to draft */
     float embed_scale;
-    float least;     /* stop once the product of the tokens' chances is below this */
+    float least;     /* stop once the product of the tokens' chances, each times `trust` but at most 1, is below this */
+    float trust;
     float sharpness; /* chances are the softmax of the logits times this */
     float penalty;   /* divides the logits of tokens seen if they are positive, and multiplies them if not */
     uint8_t *seen;   /* [vocabulary] or null; drafted tokens are added */

@@ -104,6 +104,6 @@ class DraftStructure(ctypes.Structure):
 
     _fields_ = [
         ("embedding", _POINTER), ("halves", _INT), ("vocabulary", _INT), ("most", _INT),
-        ("embed_scale", _FLOAT), ("least", _FLOAT), ("sharpness", _FLOAT), ("penalty", _FLOAT),
+        ("embed_scale", _FLOAT), ("least", _FLOAT), ("trust", _FLOAT), ("sharpness", _FLOAT), ("penalty", _FLOAT),
         ("seen", _POINTER), ("tokens", _POINTER), ("chances", _POINTER), ("made", _INT),
     ]  # fmt: skip

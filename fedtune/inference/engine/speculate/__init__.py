@@ -44,10 +44,12 @@ class Least:
     Args:
         draft: Of all tokens so far, to draft one more.
         verify: Of a token and those before it, to verify it.
+        trust: Factor from a drafter's chances to probabilities.
     """
 
     draft: float = 0.0
     verify: float = 0.0
+    trust: float = 1.0
 
 
 class Drafter(ABC):
@@ -96,8 +98,9 @@ class Drafter(ABC):
 
 def guessing(sampling: Sampling, vocabulary: int, count: int, seen: np.ndarray | None, least: Least | None) -> Guessing:
     """The settings of a model that drafts (see `Drafter.draft`) from this vocabulary."""
+    least = least or Least()
     return Guessing(
-        most=count, vocabulary=vocabulary, least=least.draft if least else 0.0, sharpness=sampling.sharpness,
+        most=count, vocabulary=vocabulary, least=least.draft, trust=least.trust, sharpness=sampling.sharpness,
         penalty=sampling.repetition_penalty, seen=seen,
     )  # fmt: skip
 
@@ -109,9 +112,10 @@ def chosen(made: Guesses, least: Least | None) -> Draft:
         return Draft(tokens, chances=chances)
     before, others = 1.0, list[tuple[int, int]]()
     for k, chance in enumerate(chances):
+        chance = min(chance * least.trust, 1.0)
         if not before * chance >= least.verify:
             return Draft(tokens[:k], [other for other in others if other[0] < k], chances[:k])
-        if before * float(made.chances[k, 1]) >= least.verify:
+        if before * min(float(made.chances[k, 1]), 1 - chance) >= least.verify:
             others.append((k, int(made.tokens[k, 1])))
         before *= chance
     return Draft(tokens, others, chances)

@@ -9,8 +9,6 @@ per second that speculation gives now.
 Source: Leviathan et al. 2023, arXiv:2211.17192, section 3.5, with measured c(n) and d(g) instead of c(n) = c(1) and d(g) = g d(1).
 """
 
-import itertools
-import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,9 +173,9 @@ class Adapt:
         state, most = self._of(grade), self.most
         costs, drafts = self.costs.table(most + 1), self._drafts.table(most)
         rate = state.rate or self.best(grade)[0] / costs[1] if costs[1] else 0.0
-        verifying = (costs[most + 1] - costs[1]) / most * rate / state.trust
-        drafting = (drafts[most] - drafts[1]) / max(most - 1, 1) * rate / state.trust
-        return Least((drafting + verifying) / state.acceptance, verifying)
+        verifying = (costs[most + 1] - costs[1]) / most * rate
+        drafting = (drafts[most] - drafts[1]) / max(most - 1, 1) * rate
+        return Least((drafting + verifying) / state.acceptance, verifying, state.trust)
 
     def plain(self, seconds: float, rows: int = 1) -> None:
         """Record the duration of a step without speculation, a pass of this many tokens."""
@@ -231,7 +229,7 @@ class _Grade:
     """Acceptance, tokens per second and pauses of one grade.
 
     Attributes:
-        trust: Accepted draft tokens over those that their chances promise.
+        trust: Accepted draft tokens over those that the chances promised, where the tokens before were right.
     """
 
     def __init__(self) -> None:
@@ -260,9 +258,9 @@ class _Grade:
     def saw(self, seen: Verified, seconds: float) -> None:
         self.of.saw(seen.guesses, seen.kept)
         self.took(seen.tokens, seconds)
-        if seen.chances:
-            self._promised = self._promised * _SLOW + sum(itertools.accumulate(seen.chances, operator.mul))
-            self._kept = self._kept * _SLOW + seen.kept
+        tried = seen.chances[: seen.kept + 1]  # those whose predecessors were right
+        if tried:
+            self._promised, self._kept = self._promised * _SLOW + sum(tried), self._kept * _SLOW + seen.kept
 
     def took(self, tokens: int, seconds: float) -> None:
         self.left -= 1

@@ -53,16 +53,15 @@ class Recycle(Drafter):
     def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
         text, tokens, chances = list(ids[-2:]), list[tuple[int, int]](), list[tuple[float, float]]()
         before = 1.0
-        while len(tokens) < count and (found := self._find(text)) and before >= (least.draft if least else 0.0):
+        least = least or Least()
+        while len(tokens) < count and (found := self._find(text)) and before >= least.draft:
             size, (first, second, one, two) = found
             trust = min(self._kept[size - 1] / self._promised[size - 1], 1 / max(one, 1e-9))
             tokens.append((first, second))
             chances.append((one * trust, two * trust))
             text.append(first)
-            before *= one * trust
-        if not tokens:
-            return Draft([])
-        return chosen(Guesses(np.array(tokens), np.array(chances, np.float32)), least)
+            before *= min(one * trust * least.trust, 1.0)
+        return chosen(Guesses(np.array(tokens), np.array(chances, np.float32)), least) if tokens else Draft([])
 
     def learn(self, keys: Sequence[tuple[int, ...]], best: Guesses) -> None:
         if len(self._table) > _MOST:

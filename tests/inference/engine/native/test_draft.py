@@ -100,6 +100,8 @@ def test_the_settings_of_a_draft(name: str, tmp_path: Path) -> None:
     for places in (1, 3):
         least = float(np.sqrt(chances[places - 1] * chances[places]))
         assert len(both(decoder, [5], replace(how, least=least)).tokens) == places + 1  # the first below is the last
+    trusting = replace(how, least=0.9, trust=1e6)
+    assert len(both(decoder, [5], trusting).tokens) == 6 > len(both(decoder, [5], replace(how, least=0.9)).tokens)
     sharp = both(decoder, [5], replace(how, sharpness=3.0))
     assert np.array_equal(sharp.tokens, free.tokens) and (sharp.chances[:, 0] > free.chances[:, 0]).all()
     seen = np.zeros(VOCAB, bool)
