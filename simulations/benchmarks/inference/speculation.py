@@ -10,7 +10,7 @@ a chat. "early exit" exits after the checkpoint's last layer, where the result i
 early exit, not a forecast.
 
 With `--llama-server`, llama.cpp's server answers the same prompts before and after ours (Q4_0 beside int4, Q8_0 beside int8), without a
-draft model and with both of them at 3, 5 and 8 draft tokens. Its figures are the tokens per second that it reports itself, without the prompt.
+draft model and with both of them at 3, 5 and 8 draft tokens. Its figures are the tokens per second that it reports, without the prompt.
 
 Each number format has its own process. There all sides answer one prompt before the next prompt, so that changes in machine speed affect
 all of them. Figures are ratios to plain decoding of the same prompt, medians with quartiles. "accepted" is the share of draft tokens kept,
