@@ -24,7 +24,7 @@ enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* of a layer */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
-enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, SETS = 4 };
+enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, DOTPROD = 4, I8MM = 5, SETS = 6 };
 
 /* A packed linear. Sizes in bytes are those of the buffers; a pointer may be null if its size is 0. */
 struct fedtune_weights {
@@ -112,6 +112,11 @@ extern const struct kernels fedtune_portable;
 #endif
 #endif
 extern const struct kernels fedtune_avx2, fedtune_avxvnni, fedtune_avx512, fedtune_avx512_bf16;
+#elif defined(__aarch64__) && defined(__linux__)
+#if defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10 /* older compilers do not know the instructions by function */
+#define HAS_NEON
+extern const struct kernels fedtune_dotprod, fedtune_i8mm;
+#endif
 #endif
 
 /* A float's nearest bfloat16, ties to even; NaN stays NaN. */
@@ -210,6 +215,8 @@ int64_t fedtune_space_for(const struct fedtune_weights *w, int64_t rows); /* or 
 int fedtune_weights_fit(const struct fedtune_weights *w);
 int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d); /* whether bytes = a b c d, without overflow */
 const struct kernels *fedtune_kernels_of(int set); /* or null: this CPU does not have it */
+int fedtune_sets_of_x86(uint32_t c1, uint32_t b7, uint32_t c7, uint32_t a71, uint64_t saved); /* see cpu.c */
+int fedtune_sets_of_arm(uint64_t capabilities, uint64_t more);
 
 /* Calls run(argument, first, end) for all of 0..count-1 in pieces of `step`, on this thread and up to threads - 1 others. */
 void fedtune_pool_run(int threads, int64_t count, int64_t step, void (*run)(void *, int64_t, int64_t), void *argument);
