@@ -4,7 +4,6 @@
 
 #include "kernels.h"
 
-#define EXPORTED __attribute__((visibility("default")))
 #ifndef SOURCES
 #define SOURCES "unknown"
 #endif

@@ -12,8 +12,8 @@
 enum { AVX512_BF16 = SETS }; /* a form of AVX512 */
 
 /* The sets of an x86-64 CPU, as bits 1 << set. Arguments are CPUID's registers, 0 where it has no such leaf: ecx of leaf 1, ebx and ecx of
- * leaf 7, eax of leaf 7.1; and the registers that the system saves, by xgetbv. */
-int fedtune_sets_of_x86(uint32_t c1, uint32_t b7, uint32_t c7, uint32_t a71, uint64_t saved) {
+ * leaf 7, eax of leaf 7.1; and the registers that the system saves, by xgetbv. Tests call this and the next function. */
+EXPORTED int fedtune_sets_of_x86(uint32_t c1, uint32_t b7, uint32_t c7, uint32_t a71, uint64_t saved) {
     const uint32_t fma_saved_avx = 1u << 12 | 1u << 27 | 1u << 28, f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     int sets = 1 << PORTABLE;
     if ((c1 & fma_saved_avx) != fma_saved_avx || (saved & 6) != 6 || !(b7 & 1u << 5))
@@ -25,7 +25,7 @@ int fedtune_sets_of_x86(uint32_t c1, uint32_t b7, uint32_t c7, uint32_t a71, uin
 }
 
 /* Likewise of an aarch64 CPU, by Linux's HWCAP and HWCAP2. */
-int fedtune_sets_of_arm(uint64_t capabilities, uint64_t more) {
+EXPORTED int fedtune_sets_of_arm(uint64_t capabilities, uint64_t more) {
     const int dot = capabilities >> 20 & 1, products = dot && more >> 13 & 1; /* HWCAP_ASIMDDP, HWCAP2_I8MM */
     return 1 << PORTABLE | dot << DOTPROD | products << I8MM;
 }

@@ -19,6 +19,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#define EXPORTED __attribute__((visibility("default")))
+
 enum { BLOCK = 16, GROUP = 32, TILE = 8 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
@@ -215,8 +217,6 @@ int64_t fedtune_space_for(const struct fedtune_weights *w, int64_t rows); /* or 
 int fedtune_weights_fit(const struct fedtune_weights *w);
 int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d); /* whether bytes = a b c d, without overflow */
 const struct kernels *fedtune_kernels_of(int set); /* or null: this CPU does not have it */
-int fedtune_sets_of_x86(uint32_t c1, uint32_t b7, uint32_t c7, uint32_t a71, uint64_t saved); /* see cpu.c */
-int fedtune_sets_of_arm(uint64_t capabilities, uint64_t more);
 
 /* Calls run(argument, first, end) for all of 0..count-1 in pieces of `step`, on this thread and up to threads - 1 others. */
 void fedtune_pool_run(int threads, int64_t count, int64_t step, void (*run)(void *, int64_t, int64_t), void *argument);
