@@ -1,10 +1,12 @@
 """The kernels on emulated CPUs: aarch64's sets, and what a CPU without a set does. Zig compiles the drivers, QEMU's user mode runs them."""
 
 import importlib.util
+import os
 import platform
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedtune.export.edge import export_edge
 from fedtune.inference.engine.native import build
 from fedtune.inference.engine.native.library import SETS
 from fedtune.inference.engine.native.pack import PACKED, weights_of
+from fedtune.models.checkpoint import NANO
 from tests.inference.engine.native.test_kernels import Case, cases, of, product
 
 QEMU = {m: shutil.which(f"qemu-{m}-static") or shutil.which(f"qemu-{m}") for m in build.ZIG_CPUS}
@@ -171,3 +175,25 @@ def test_passes_of_every_set_are_like_the_portable_ones(machine: str, cpu: str, 
     ran = run(machine, cpu, compiled(tmp_path, machine, "driver_pass", *flags), "5")
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert int(ran.stdout) == len(CPUS[machine, cpu]) * 5 * 7 * 6 / 5  # sets, kinds, widths, caches; every fifth
+
+
+PROGRAM = "import sys; from fedtune.cli.main import main; sys.exit(main())"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this Python is for another CPU")
+@pytest.mark.parametrize(("cpu", "has", "lacks"), [("Nehalem", "portable", "avx2"), ("Haswell", "avx2", "avx512")])
+def test_the_program_runs_on_a_cpu_without_a_set_and_refuses_it_in_one_sentence(cpu: str, has: str, lacks: str, tmp_path: Path) -> None:
+    export_edge(NANO, tmp_path / "edge", quantize="int4")
+    emulator = (str(QEMU["x86_64"]), "-cpu", cpu)
+
+    def answer(choice: str, *emulator: str) -> subprocess.CompletedProcess[str]:
+        arguments = ("generate", str(tmp_path / "edge"), "turn on the light in the kitchen", "--max-new-tokens", "12")
+        # numpy's OpenBLAS would run AVX on a Nehalem
+        environment = os.environ | {"FEDTUNE_NATIVE": choice, "OPENBLAS_CORETYPE": "Prescott", "HOME": str(tmp_path)}
+        command = [*emulator, sys.executable, "-c", PROGRAM, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+    wanted, found, refused = answer("portable"), answer(has, *emulator), answer(lacks, *emulator)
+    assert found.returncode == 0 and len(wanted.stdout) > 20 and found.stdout == wanted.stdout, found.stderr
+    said = f"fedtune: FEDTUNE_NATIVE={lacks} needs a CPU with {lacks}, and this one has portable"
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith(said), refused.stderr
