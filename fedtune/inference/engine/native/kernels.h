@@ -19,12 +19,14 @@
 #include <stdint.h>
 #include <string.h>
 
+#define EXPORTED __attribute__((visibility("default")))
+
 enum { BLOCK = 16, GROUP = 32, TILE = 8 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* of a layer */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
-enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, SETS = 4 };
+enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, DOTPROD = 4, I8MM = 5, SETS = 6 };
 
 /* A packed linear. Sizes in bytes are those of the buffers; a pointer may be null if its size is 0. */
 struct fedtune_weights {
@@ -115,6 +117,11 @@ extern const struct kernels fedtune_portable;
 #endif
 #endif
 extern const struct kernels fedtune_avx2, fedtune_avxvnni, fedtune_avx512, fedtune_avx512_bf16;
+#elif defined(__aarch64__) && defined(__linux__)
+#if defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10 /* older compilers do not know the instructions by function */
+#define HAS_NEON
+extern const struct kernels fedtune_dotprod, fedtune_i8mm;
+#endif
 #endif
 
 /* A float's nearest bfloat16, ties to even; NaN stays NaN. */

@@ -14,9 +14,10 @@ from fedtune.inference.engine.native.structures import DecoderStructure, DraftSt
 __all__ = ["KINDS", "SETS", "Kernels", "has_torch", "is_forced", "kernels", "why_not"]
 
 VARIABLE = "FEDTUNE_NATIVE"
-SETS = ("portable", "avx2", "avxvnni", "avx512")  # in the order of the numbers in kernels.h
+SETS = ("portable", "avx2", "avxvnni", "avx512", "dotprod", "i8mm")  # in the order of the numbers in kernels.h
 KINDS = ("int4", "int4 wide", "int8", "bf16", "fp32")  # likewise
-_FASTER_THAN_TORCH = ("avx512", "avxvnni", "avx2")  # best first; the portable kernels run on request, and where torch is not installed
+# the best of a CPU first; the portable kernels run on request, and where torch is not installed
+_FASTER_THAN_TORCH = ("avx512", "avxvnni", "avx2", "i8mm", "dotprod")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _chosen(wanted: str) -> Kernels | str:
             f"{VARIABLE}={wanted} needs a CPU with {wanted}, and this one has {', '.join(here)}: set one of these or leave it out"
         )
     best = wanted or next((name for name in _FASTER_THAN_TORCH if name in here), None if has_torch() else "portable")
-    return Kernels(library, best) if best else "this CPU has neither AVX2 nor AVX-512"
+    return Kernels(library, best) if best else "this CPU has neither AVX2 nor NEON's dot product"
 
 
 @cache
