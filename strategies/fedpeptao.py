@@ -1,13 +1,13 @@
 """FedPepTAO: exchange only the prompts of some layers, and correct the server's step for the drift of the clients.
 
-A run has three phases. The state determines the phase, not the round number: a failed round is repeated.
+A run has three phases (here: of 30 rounds). The state determines the phase, not the round number: a failed round is repeated.
 
-    warm-up   20 rounds   FedAvg of the prompts of all L layers
+    warm-up   21 rounds   FedAvg of the prompts of all L layers
     scores    1 round     nothing is trained; on a batch of its rows each client scores the backbone's layers, s = Σ p_k s_k, and estimates
                           the share ρ_k of important layers from the curvature after the warm-up, ρ = mean ρ_k
-    partial   the others  S = the ⌈ρL⌉ layers with the lowest score; clients train all layers, but exchange only S (and a head)
+    partial   8 rounds    S = the ⌈ρL⌉ layers with the lowest score; clients train all layers, but exchange only S (and a head)
 
-The config sets the warm-up to two thirds of the rounds. The global model is what clients train jointly. Layers outside S stop at the end of
+The config sets the warm-up to 70 % of the rounds. The global model is what clients train jointly. Layers outside S stop at the end of
 the warm-up, so the warm-up must cover the rounds with high learning rates. For the same reason the layers are scored after it: the round
 without training comes when the rate is low. The scores do not depend on the prompts, so their time does not matter otherwise.
 
