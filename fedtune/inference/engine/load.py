@@ -28,10 +28,10 @@ from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape, Unsupported, canonical, read_shape
-from fedtune.inference.engine.tensor_files import StoredTensor, read_header
 from fedtune.storage.checkpoint_files import weight_files
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
+from fedtune.storage.tensor_files import StoredTensor, read_header
 
 Floats = NDArray[np.float32]
 GROUP = 32  # columns per scale when weights are quantized to int4 here
@@ -241,7 +241,7 @@ class _Mapped:
     def tensor(self, name: str, size: tuple[int, ...]) -> Array:
         stored = self._find(name)
         if stored.shape != size or stored.dtype not in FLOATS:
-            raise ModelError(f"{stored.path} holds {name} as {stored.dtype} {stored.shape}, but config.json requires floats {size}")
+            raise ModelError(f"{stored.file} holds {name} as {stored.dtype} {stored.shape}, but config.json requires floats {size}")
         return stored.read()
 
     def stored_kind(self, name: str) -> str:

@@ -25,9 +25,9 @@ from fedtune.errors import ModelError
 from fedtune.inference.engine.bfloat16 import Array, as_float32
 from fedtune.inference.engine.layout import linears, norm_sizes
 from fedtune.inference.engine.shape import Shape, read_shape
-from fedtune.inference.engine.tensor_files import StoredTensor, read_header
 from fedtune.storage.parsing import parse_json, read_text
 from fedtune.storage.reading import read_fields
+from fedtune.storage.tensor_files import StoredTensor, read_header
 
 __all__ = [
     "ADAPTERS",
