@@ -86,7 +86,7 @@ class FedPepTAO(Strategy):
 
     ratio: float | None = None
     order: str = "diverse"
-    warmup_rounds: int = 20
+    warmup_rounds: int = 21
     score_rows: int = 16
     personal: bool = True
     server_lr: float = 0.1

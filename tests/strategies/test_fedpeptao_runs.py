@@ -73,7 +73,7 @@ def test_order_does_not_matter_and_inputs_are_untouched(variant: str, round: int
     ("settings", "rounds", "method", "sentence"),
     [
         ({}, 30, "lora", "fedpeptao exchanges one prompt a layer, peft.method=lora has none: set peft=ptuning_v2"),
-        ({}, 21, "ptuning_v2", "selects layers after 21 rounds of warm-up and scoring, but rounds=21: raise rounds"),
+        ({}, 22, "ptuning_v2", "selects layers after 22 rounds of warm-up and scoring, but rounds=22: raise rounds"),
         ({"ratio": 0.0}, 30, "ptuning_v2", "strategy.ratio=0.0 is out of range: it must be greater than 0"),
         ({"order": "code"}, 30, "ptuning_v2", "strategy.order=code is not known"),
         ({"variant": "x"}, 30, "ptuning_v2", "strategy.variant=x is not known"),
@@ -90,14 +90,14 @@ def test_invalid_settings_are_one_sentence(settings: dict[str, Any], rounds: int
 
 @pytest.mark.parametrize("traffic", [TrafficConfig(up="int8"), TrafficConfig(topk=0.01)])
 def test_compressed_updates_are_refused_for_the_drift(traffic: TrafficConfig) -> None:
-    config = Config(rounds=22, peft=PeftConfig(method="ptuning_v2"), traffic=traffic)
+    config = Config(rounds=23, peft=PeftConfig(method="ptuning_v2"), traffic=traffic)
     with pytest.raises(ConfigError, match="set traffic.up=fp32 traffic.topk=null, or strategy.server_lr=0"):
         FedPepTAO().check(config)
     FedPepTAO(server_lr=0.0).check(config)  # as the sentence says: no drift is read
 
 
 def test_valid_settings_pass() -> None:
-    FedPepTAO().check(Config(rounds=22, peft=PeftConfig(method="ptuning_v2")))
+    FedPepTAO().check(Config(rounds=23, peft=PeftConfig(method="ptuning_v2")))
     FedPepTAO(ratio=1.0, warmup_rounds=0).check(Config(rounds=1, peft=PeftConfig(method="ptuning_v2")))
 
 
