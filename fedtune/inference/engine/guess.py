@@ -68,8 +68,10 @@ def guess(
     seen = None if how.seen is None else how.seen[: how.vocabulary].copy()
     span = Span(cache, len(ids), adapter=adapter)
     if cache.in_order and (native := decoder.native_step()) and native.has_head:
+        table = decoder.embedding
         draft = DraftStructure(
-            embedding=decoder.embedding.ctypes.data, halves=decoder.embedding.dtype == np.uint16, embed_scale=decoder.shape.embed_scale,
+            embedding=table.table.ctypes.data, kind=table.kind, scales=None if table.scale is None else table.scale.ctypes.data,
+            embed_scale=decoder.shape.embed_scale,
             vocabulary=how.vocabulary, most=how.most, least=how.least, trust=how.trust, sharpness=how.sharpness, penalty=how.penalty,
             seen=None if seen is None else seen.ctypes.data, tokens=made.tokens.ctypes.data, chances=made.chances.ctypes.data,
         )  # fmt: skip

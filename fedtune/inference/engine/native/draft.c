@@ -6,17 +6,30 @@
 static int draft_fits(const struct fedtune_decoder *d, const struct fedtune_pass *p, const struct fedtune_draft *draft) {
     return p->span_count == 1 && p->spans && !p->spans->ring && !p->spans->codes && !p->spans->fork_count && p->turns_count > 0 && p->turns &&
            p->hidden && p->logits && p->kept_count == 1 && p->kept && *p->kept == p->rows - 1 && draft->embedding && draft->tokens &&
-           draft->chances && draft->most > 0 && draft->vocabulary > 1 && draft->vocabulary <= d->head.n_out && draft->penalty > 0;
+           draft->chances && draft->most > 0 && draft->vocabulary > 1 && draft->vocabulary <= d->head.n_out && draft->penalty > 0 &&
+           draft->kind >= FLOATS && draft->kind <= BYTES && (draft->kind != BYTES || draft->scales);
+}
+
+static float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 static void embed(const struct fedtune_draft *draft, int64_t token, float *out, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
+    const float *floats = draft->embedding;
+    const uint16_t *halves = draft->embedding;
+    const int8_t *bytes = draft->embedding;
+    for (int64_t i = 0, at = token * n; i < n; i++, at++) {
         float value;
-        if (draft->halves) {
-            uint32_t bits = (uint32_t)((const uint16_t *)draft->embedding)[token * n + i] << 16;
-            memcpy(&value, &bits, sizeof value);
-        } else
-            value = ((const float *)draft->embedding)[token * n + i];
+        if (draft->kind == FLOATS)
+            value = floats[at];
+        else if (draft->kind == BFLOAT16S)
+            value = float_of((uint32_t)halves[at] << 16);
+        else if (draft->kind == FLOAT16S) /* the exponents' offsets differ by 112 */
+            value = float_of((uint32_t)(halves[at] & 0x7fff) << 13) * 0x1p112f * (halves[at] & 0x8000 ? -1 : 1);
+        else
+            value = (float)bytes[at] * draft->scales[token];
         out[i] = value * draft->embed_scale;
     }
 }
