@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,12 +17,13 @@ from fedtune.inference.engine.context import Context, common
 from fedtune.inference.engine.generate import Generation, Speculation, generate
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.sample import Sampler, Sampling
-from fedtune.inference.engine.speculate import Draft, Drafter, Least
+from fedtune.inference.engine.speculate import Drafter
 from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
 from fedtune.inference.engine.speculate.lookup_or_recycle import LookupOrRecycle
+from tests.inference.engine.drafters import Oracle, Scribble, Silent, ThirdIsWrong
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(2, VOCAB))]
@@ -53,56 +53,6 @@ def engine(pair: tuple[Engine, Any]) -> Engine:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return build(tmp_path_factory.mktemp("draft") / "m", "qwen3", seed=5)[0]
-
-
-class Scribble(Drafter):
-    """Drafts random tokens, and other random tokens for all places."""
-
-    name = "random"
-
-    def __init__(self) -> None:
-        self._random = random.Random(3)
-
-    def begin(self, sampling: Sampling, context: Context) -> None:
-        pass
-
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
-        tokens, others = (self._random.choices(range(VOCAB), k=count) for _ in range(2))
-        return Draft(tokens, list(enumerate(others)))
-
-
-class Silent(Scribble):
-    """Never finds a token worth its cost."""
-
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
-        return Draft([])
-
-
-class Oracle(Drafter):
-    """Drafts the correct answer, except for every fifth token."""
-
-    name = "oracle"
-
-    def __init__(self, answer: list[int], prompt: int) -> None:
-        self._answer, self._prompt = answer, prompt
-
-    def begin(self, sampling: Sampling, context: Context) -> None:
-        pass
-
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
-        rest = self._answer[len(ids) - self._prompt :][:count]
-        tokens = [(t + (len(ids) + i) % 5 // 4) % VOCAB for i, t in enumerate(rest)]
-        return Draft(tokens)
-
-
-class ThirdIsWrong(Oracle):
-    """Drafts the correct answer, but for the third token. Draft tokens with others have the right one beside it."""
-
-    others = False
-
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
-        rest = self._answer[len(ids) - self._prompt :][:count]
-        return Draft([(t + (i == 2)) % VOCAB for i, t in enumerate(rest)], list(enumerate(rest)) if self.others else [])
 
 
 def drafter(kind: str, engine: Engine, small: Engine) -> Drafter:
