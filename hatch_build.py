@@ -1,13 +1,16 @@
 """The build hook of the wheel and of an editable install: compiles the engine's native kernels (fedtune/inference/engine/native).
 
 The system's C compiler is used if there is one, else Zig's, which the build then asks for. If neither works, the install has no native
-kernels: the engine then needs torch, and says so. FEDTUNE_NATIVE=off skips the kernels.
+kernels: the engine then needs torch, and says so. FEDTUNE_NATIVE=off skips the kernels. FEDTUNE_WHEEL=x86_64 or aarch64 makes a wheel for
+Linux on that architecture, with Zig, on any machine (packaging/wheels.py).
 """
 
 import importlib.util
 import os
 import platform
+import shutil
 import sysconfig
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,29 +19,56 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = Path("fedtune/inference/engine/native")
 ZIG = "ziglang>=0.13"
-ZIG_MACHINES = ("x86_64", "aarch64")  # of the Linux wheels of ziglang
 
 
 class NativeKernels(BuildHookInterface):
-    """Builds kernels.so in the source tree, and puts it into the wheel, which then has a platform."""
+    """Builds kernels.so in the source tree, or for another machine elsewhere, and puts it into the wheel, which then has a platform."""
+
+    folder: str | None = None  # of the kernels for another machine
 
     def dependencies(self) -> list[str]:
-        missing = os.environ.get("FEDTUNE_NATIVE") != "off" and self._build.compiler() is None
-        return [ZIG] if missing and platform.system() == "Linux" and platform.machine() in ZIG_MACHINES else []
+        if self._is_off:
+            return []
+        if self._machine:
+            return [ZIG]
+        known = platform.system() == "Linux" and platform.machine() in self._build.ZIG_CPUS
+        return [ZIG] if known and self._build.compiler() is None else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if os.environ.get("FEDTUNE_NATIVE") == "off":
+        if self._is_off:
             return
-        build = self._build
+        build, machine = self._build, self._machine if version == "standard" else ""
+        out = build.LIBRARY
+        if machine:
+            self.folder = tempfile.mkdtemp()
+            out = Path(self.folder) / out.name
         try:
-            build.build()
+            build.build(out, machine=machine)
         except (build.BuildError, OSError) as bad:
+            if machine:
+                self.app.abort(f"fedtune's native kernels are not built: {bad}")
             self.app.display_warning(f"fedtune's native kernels are not built: {bad}; the engine needs torch then")
             return
         if version == "standard":
-            build_data["artifacts"].append(f"/{NATIVE / build.LIBRARY.name}")
+            system = f"manylinux_{build.GLIBC}_{machine}" if machine else sysconfig.get_platform()
+            build_data["tag"] = f"py3-none-{system.replace('-', '_').replace('.', '_')}"
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+            if machine:
+                build_data["force_include"][str(out)] = str(NATIVE / out.name)
+            else:
+                build_data["artifacts"].append(f"/{NATIVE / out.name}")
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if self.folder:
+            shutil.rmtree(self.folder)
+
+    @property
+    def _is_off(self) -> bool:
+        return os.environ.get("FEDTUNE_NATIVE") == "off"
+
+    @property
+    def _machine(self) -> str:
+        return os.environ.get("FEDTUNE_WHEEL", "")
 
     @property
     def _build(self) -> ModuleType:

@@ -245,7 +245,7 @@ def _write_results(config: Config, space: Workspace, state: ServerState, run: Ru
     if task.conversational:
         (folder / "chat_template.jinja").write_text(space.backbone.tokenizer.get_chat_template(), encoding="utf-8")
     labels, spec = list(space.federation.labels), dataclasses.asdict(final.spec)
-    note = global_note(run.path, final)
+    note = global_note(run.path, final, state.shifts)
     write_card(run.path, to_dict(config), spec, prompt_template(config), labels, read_metrics(run.path), space.backbone, note)
     merged = None
     if config.inference.export == "hf":

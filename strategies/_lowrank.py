@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config
+from fedtune.config.method_files import factored, rank_power
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.plan import Plan, Update, matching
 from fedtune.contracts.strategy import Assignment
@@ -136,7 +137,7 @@ def at_rank(state: AdapterState, rank: int | None) -> AdapterState:
     ranks = {m: min(r, rank or r) for m, r in state.spec.ranks.items()}
     if ranks == dict(state.spec.ranks):
         return state
-    power = 0.5 if state.spec.method == "rslora" else 1.0
+    power = rank_power(state.spec.method)
     tensors, scaling = dict(state.tensors), {}
     for module, r in ranks.items():
         growth = (state.spec.ranks[module] / r) ** power
@@ -173,8 +174,9 @@ def with_factors(state: AdapterState, pairs: Mapping[str, Pair], rest: Mapping[s
     return state.replace(tensors)
 
 
-def require_method(config: Config, name: str, *, methods: tuple[str, ...], why: str) -> None:
-    """Raises ConfigError with the reason `why` if `peft.method` is not in `methods`."""
+def require_product(config: Config, name: str, *, exactly: bool = True, why: str) -> None:
+    """Raises ConfigError with the reason `why` if `peft.method` has no LoRA factors, or (`exactly`) more than the change s·B·A."""
+    methods = factored(exactly=exactly)
     if config.peft.method not in methods:
         raise ConfigError(
             f"strategy={name} does not work with peft.method={config.peft.method}: {why}; take peft={' or peft='.join(methods)}, or"

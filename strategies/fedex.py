@@ -13,7 +13,7 @@ from typing import ClassVar
 from fedtune.config import Config
 from fedtune.contracts.plan import Update
 from fedtune.contracts.strategy import Requirements, ServerState, Strategy
-from fedtune.strategies._lowrank import Cohort, compact, require_method, shift
+from fedtune.strategies._lowrank import Cohort, compact, require_product, shift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,9 @@ class FedEx(Strategy):
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA."""
-        require_method(
+        require_product(
             config,
             "fedex",
-            methods=("lora", "rslora"),
             why="it merges the error of s·B·A into the frozen weights, which gives the clients' mean for plain LoRA only",
         )
 

@@ -1,15 +1,15 @@
 """FedPepTAO: exchange only the prompts of some layers, and correct the server's step for the drift of the clients.
 
-A run has four phases. The state determines the phase, not the round number: a failed round is repeated.
+A run has three phases (here: of 30 rounds). The state determines the phase, not the round number: a failed round is repeated.
 
-    warm-up   20 rounds   FedAvg of the prompts of all L layers
-    layers    1 round     clients score the backbone's layers on a batch of their rows: s = Σ p_k s_k; nothing is trained
-    hessian   1 round     clients estimate the share ρ_k of important layers from the curvature after warm-up: ρ = mean ρ_k
-    partial   the others  S = the ⌈ρL⌉ layers with the lowest score; clients train all layers, but exchange only S (and a head)
+    warm-up   21 rounds   FedAvg of the prompts of all L layers
+    scores    1 round     nothing is trained; on a batch of its rows each client scores the backbone's layers, s = Σ p_k s_k, and estimates
+                          the share ρ_k of important layers from the curvature after the warm-up, ρ = mean ρ_k
+    partial   8 rounds    S = the ⌈ρL⌉ layers with the lowest score; clients train all layers, but exchange only S (and a head)
 
-The config sets the warm-up to two thirds of the rounds. The global model is what clients train jointly. Layers outside S stop at the end of
-the warm-up, so the warm-up must cover the rounds with high learning rates. For the same reason the layers are scored after it: the two
-rounds without training come when the rate is low. The scores do not depend on the prompts, so their time does not matter otherwise.
+The config sets the warm-up to 70 % of the rounds. The global model is what clients train jointly. Layers outside S stop at the end of
+the warm-up, so the warm-up must cover the rounds with high learning rates. For the same reason the layers are scored after it: the round
+without training comes when the rate is low. The scores do not depend on the prompts, so their time does not matter otherwise.
 
 Partial round t, over the tensors of S and the head (w_i: client i's, τ_i its steps, η its learning rate, p_i its weight, m clients of N):
 
@@ -86,7 +86,7 @@ class FedPepTAO(Strategy):
 
     ratio: float | None = None
     order: str = "diverse"
-    warmup_rounds: int = 20
+    warmup_rounds: int = 21
     score_rows: int = 16
     personal: bool = True
     server_lr: float = 0.1
@@ -120,16 +120,19 @@ class FedPepTAO(Strategy):
     @property
     def rounds_before_partial(self) -> int:
         """Rounds of warm-up and scoring, if none of them fails."""
-        return self.warmup_rounds + (self.ratio != 1) + (self.ratio is None)
+        return self.warmup_rounds + (self.ratio != 1)
 
     def phase(self, state: ServerState) -> str:
-        """The phase of the next round: warmup, layers, hessian or partial. A state that has scores before its warm-up ends is valid too."""
-        memory = state.memory
-        if _number(memory, "warmups") < self.warmup_rounds:
+        """The phase of the next round: warmup, scores or partial."""
+        if _number(state.memory, "warmups") < self.warmup_rounds:
             return "warmup"
-        if self.ratio != 1 and "layers" not in memory:
-            return "layers"
-        return "hessian" if self.ratio is None and "ratio" not in memory else "partial"
+        return "partial" if self._reply(state.adapter).tensors.keys() <= state.memory.keys() else "scores"
+
+    def _reply(self, adapter: AdapterState) -> AdapterState:
+        """The shape of a score turn's reply in float64: `layers` (L,), and `ratio` (1,) if it is estimated; nothing if ratio = 1."""
+        sizes = {} if self.ratio == 1 else {"layers": len(_prompts(adapter))} | ({"ratio": 1} if self.ratio is None else {})
+        spec = AdapterSpec(method="scores", base=adapter.spec.base, version=adapter.spec.version)
+        return AdapterState({name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}, spec)
 
     def local(self, state: ServerState) -> list[str]:
         """The prompts outside S, in the order of the layers."""
@@ -149,9 +152,10 @@ class FedPepTAO(Strategy):
             return {p.client: Assignment(plan=p, adapter=adapter) for p in plans}
         if phase == "partial":
             return self._plan_partial(plans, state)
-        sent = adapter.subset([]) if phase == "layers" else adapter  # layers are scored without prompts
-        ask = {"turn": "fedpeptao", "params": {"stage": phase}, "batch_size": self.score_rows}  # overrides the turn that client.prox sets
-        return {p.client: Assignment(plan=dataclasses.replace(p, **ask), adapter=sent, expect=_reply(phase, adapter)) for p in plans}
+        share, reply = self.ratio is None, self._reply(adapter)
+        sent = adapter if share else adapter.subset([])  # layers are scored without prompts
+        ask = {"turn": "fedpeptao", "params": {"share": share}, "batch_size": self.score_rows}  # overrides the turn that client.prox sets
+        return {p.client: Assignment(plan=dataclasses.replace(p, **ask), adapter=sent, expect=reply) for p in plans}
 
     def _plan_partial(self, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         adapter, local = state.adapter, self.local(state)
@@ -168,21 +172,20 @@ class FedPepTAO(Strategy):
     # -- from the clients --------------------------------------------------------------------------------------------------------------
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        phase, memory, mean = self.phase(state), dict(state.memory), Mean()
+        phase, memory, mean, shares = self.phase(state), dict(state.memory), Mean(), Mean()
         if phase == "partial":
             return self._aggregate_partial(state, updates)
         for update in updates:
             memory.setdefault(f"seen/{update.client}", torch.tensor(0, dtype=torch.uint8))
-            tensors = update.adapter.tensors
-            if phase == "hessian":
-                mean.add({n: t.clamp(0.0, 1.0) for n, t in tensors.items()}, 1)  # ρ is an unweighted mean
-            else:
-                mean.add(tensors, update.examples)
+            tensors = dict(update.adapter.tensors)
+            if (share := tensors.pop("ratio", None)) is not None:
+                shares.add({"ratio": share.clamp(0.0, 1.0)}, 1)  # ρ is an unweighted mean
+            mean.add(tensors, update.examples)
         if phase == "warmup":
             memory["warmups"] = torch.tensor(int(_number(memory, "warmups")) + 1)
             return dataclasses.replace(state, adapter=state.adapter.replace(mean.of(state.adapter.tensors)), memory=memory)
-        memory.update(mean.of(_reply(phase, state.adapter).tensors))
-        return dataclasses.replace(state, memory=memory)
+        like = self._reply(state.adapter).tensors
+        return dataclasses.replace(state, memory=memory | mean.of(like) | shares.of(like))
 
     def _aggregate_partial(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         local = self.local(state)
@@ -261,13 +264,6 @@ class FedPepTAO(Strategy):
 
 def _prompts(adapter: AdapterState) -> list[str]:
     return [n for n in adapter.tensors if n.endswith(".prompt")]
-
-
-def _reply(phase: str, adapter: AdapterState) -> AdapterState:
-    """The shape of a score turn's reply: `layers` (L,), or `ratio` (1,), in float64."""
-    name, size = ("layers", len(_prompts(adapter))) if phase == "layers" else ("ratio", 1)
-    spec = AdapterSpec(method="scores", base=adapter.spec.base, version=adapter.spec.version)
-    return AdapterState({name: torch.zeros(size, dtype=torch.float64)}, spec)
 
 
 def _number(memory: Mapping[str, Tensor], name: str) -> float:

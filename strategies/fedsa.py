@@ -15,7 +15,7 @@ from typing import ClassVar
 from fedtune.config import Config
 from fedtune.contracts.plan import Plan, matching
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState
-from fedtune.strategies._lowrank import require_method
+from fedtune.strategies._lowrank import require_product
 from fedtune.strategies.fedavg import FedAvg
 
 SHARED, OWN = ("*.lora_A",), ("*", "!*.lora_A")
@@ -30,7 +30,7 @@ class FedSA(FedAvg):
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA."""
-        require_method(config, "fedsa", methods=("lora", "rslora"), why="clients share LoRA's A and keep its B")
+        require_product(config, "fedsa", why="clients share LoRA's A and keep its B")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         sent = state.adapter.subset(matching(state.adapter.tensors, SHARED))

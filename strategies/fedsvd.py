@@ -19,7 +19,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.contracts.plan import Plan, matching
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState
-from fedtune.strategies._lowrank import require_method, stack, truncate, with_factors
+from fedtune.strategies._lowrank import require_product, stack, truncate, with_factors
 from fedtune.strategies._mean import MeanStrategy
 
 TRAINED = ("*", "!*.lora_A")
@@ -36,7 +36,7 @@ class FedSVD(MeanStrategy):
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method has no LoRA factors."""
-        require_method(config, "fedsvd", methods=("lora", "rslora", "dora"), why="it decomposes the product of LoRA's factors")
+        require_product(config, "fedsvd", exactly=False, why="it decomposes the product of LoRA's factors")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         return {p.client: Assignment(plan=dataclasses.replace(p, train=TRAINED, send=TRAINED), adapter=state.adapter) for p in plans}

@@ -14,7 +14,7 @@ from typing import ClassVar
 from fedtune.config import Config
 from fedtune.contracts.plan import Plan, matching
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState
-from fedtune.strategies._lowrank import require_method
+from fedtune.strategies._lowrank import require_product
 from fedtune.strategies.fedavg import FedAvg
 
 ALL_BUT_A = ("*", "!*.lora_A")
@@ -30,7 +30,7 @@ class FFA(FedAvg):
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA."""
-        require_method(config, "ffa", methods=("lora", "rslora"), why="one common A makes the mean of B exact for plain LoRA only")
+        require_product(config, "ffa", why="one common A makes the mean of B exact for plain LoRA only")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         sent = state.adapter.subset(matching(state.adapter.tensors, ALL_BUT_A))

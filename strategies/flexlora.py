@@ -24,7 +24,7 @@ from fedtune.config import Config
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, Update
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
-from fedtune.strategies._lowrank import Cohort, Pair, assign, require_method, stack, truncate, with_factors
+from fedtune.strategies._lowrank import Cohort, Pair, assign, require_product, stack, truncate, with_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class FlexLoRA(Strategy):
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method has no LoRA factors."""
-        require_method(config, "flexlora", methods=("lora", "rslora", "dora"), why="it decomposes the product of LoRA's factors")
+        require_product(config, "flexlora", exactly=False, why="it decomposes the product of LoRA's factors")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         return assign(plans, state.adapter)

@@ -29,7 +29,7 @@ from fedtune.contracts.plan import Plan, Update
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.strategies._lowrank import Cohort, Pair, Term, assign, compact, require_method, shift, stack, with_factors
+from fedtune.strategies._lowrank import Cohort, Pair, Term, assign, compact, require_product, shift, stack, with_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,9 @@ class FLoRA(Strategy):
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA, or if a cohort's R could exceed `max_rank`."""
-        require_method(
+        require_product(
             config,
             "flora",
-            methods=("lora", "rslora"),
             why="it merges the mean of s·B·A into the frozen weights, which gives the clients' mean for plain LoRA only",
         )
         widest = max([config.peft.rank, *config.peft.rank_pattern.values()])

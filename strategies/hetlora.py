@@ -35,7 +35,7 @@ from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, Update
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.strategies._lowrank import FACTORS, norm, require_method
+from fedtune.strategies._lowrank import FACTORS, norm, require_product
 from fedtune.strategies._mean import Mean
 
 _FAINT = 1e-30  # weight of a zero product: negligible compared with others, and equal for all clients if all products are zero
@@ -60,7 +60,7 @@ class HetLoRA(Strategy):
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA or a setting is out of range."""
-        require_method(config, "hetlora", methods=("lora", "rslora"), why="it cuts, pads and weighs LoRA's A and B")
+        require_product(config, "hetlora", why="it cuts, pads and weighs LoRA's A and B")
         if self.variant not in ("covered", "paper"):
             raise ConfigError(f"strategy.variant={self.variant} is not known: choose covered or paper")
         require("strategy.tail_penalty", self.tail_penalty, ge=0)

@@ -20,7 +20,7 @@ from fedtune.config import Config
 from fedtune.contracts.plan import Update
 from fedtune.contracts.strategy import Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.strategies._lowrank import Cohort, Pair, require_method, stack
+from fedtune.strategies._lowrank import Cohort, Pair, require_product, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class LoRAFair(Strategy):
         """Raises ConfigError if λ is not positive or the method has no LoRA factors."""
         if not self.ridge > 0:
             raise ConfigError(f"strategy.ridge={self.ridge} must be greater than 0: Ā Āᵀ alone may be singular")
-        require_method(config, "lora_fair", methods=("lora", "rslora", "dora"), why="it corrects the product of LoRA's factors")
+        require_product(config, "lora_fair", exactly=False, why="it corrects the product of LoRA's factors")
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         cohort = Cohort.of(updates, average=("*",))

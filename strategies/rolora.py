@@ -19,7 +19,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.contracts.plan import Plan
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState
-from fedtune.strategies._lowrank import require_method
+from fedtune.strategies._lowrank import require_product
 from fedtune.strategies.fedavg import FedAvg
 
 
@@ -37,9 +37,7 @@ class RoLoRA(FedAvg):
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA."""
-        require_method(
-            config, "rolora", methods=("lora", "rslora"), why="training one factor at a time makes its mean exact for plain LoRA only"
-        )
+        require_product(config, "rolora", why="training one factor at a time makes its mean exact for plain LoRA only")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         moving = ("*", "!*.lora_B") if _turns(state) % 2 else ("*", "!*.lora_A")

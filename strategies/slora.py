@@ -22,7 +22,7 @@ from fedtune.contracts.adapter_state import AdapterState, random_mask
 from fedtune.contracts.plan import Plan, Update
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.strategies._lowrank import FACTORS, Pair, require_method, shift
+from fedtune.strategies._lowrank import FACTORS, Pair, require_product, shift
 from fedtune.strategies._mean import Mean
 
 QUANTIZED = ("nf4", "int8")
@@ -71,7 +71,7 @@ class SLoRA(Strategy):
             require(f"strategy.{name}", getattr(self, name), choices=choices)
         require("strategy.sparse_share", self.sparse_share, ge=0, le=1)
         require("strategy.density", self.density, gt=0, le=1)
-        require_method(config, "slora", methods=("lora", "rslora"), why="its SVD initializes two factors and nothing else")
+        require_product(config, "slora", why="its SVD initializes two factors and nothing else")
         classes = config.devices.classes.items()
         free = [n for n, d in classes if d.precision in QUANTIZED or (d.precision is None and d.memory_mb is not None)]
         if config.model.precision in QUANTIZED or free:

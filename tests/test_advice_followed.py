@@ -35,6 +35,7 @@ NOT_FOLLOWED = {  # part of a sentence → why no test can do as it says
     "so put a TLS proxy in front of it": "a proxy is no part of fedtune",
     "accept its terms there and log in with `hf auth login`": "it needs an account of the hub",
     "Ray cannot be reached ({}): see `ray status`": "a person looks at the cluster",
+    "{} did not start: see {}": "a person reads the logs of the benchmark's processes",
     "no answer from {} within {} s: see {}": "a person reads the logs of the benchmark's processes",
     "the server did not finish round {}: see {}": "a person reads the logs of the benchmark's processes",
     "an adaptive norm (quantile {}, start {})": "a part of a card that describes privacy",

@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from fedtune.clients.steps import batches
 from fedtune.clients.turns._base import Turn, Work
 from fedtune.config import TaskConfig
-from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.task import task_of
@@ -44,13 +43,10 @@ class FedPepTAO(Turn):
     """Measures on `plan.batch_size` rows drawn with `plan.seed` (all rows if there are fewer); does not train.
 
     Args:
-        stage: `layers`: the redundancy of each layer; `hessian`: the share of important prompts.
+        share: Whether to estimate the share of important prompts too, not only the redundancy of each layer.
     """
 
-    stage: str
-
-    def check(self) -> None:
-        require("the turn's stage", self.stage, PlanError, choices=("layers", "hessian"))
+    share: bool
 
     @property
     def trains(self) -> bool:
@@ -62,10 +58,9 @@ class FedPepTAO(Turn):
             raise PlanError("the turn 'fedpeptao' measures prompts, but the adapter has method 'sparse': set peft=ptuning_v2 on the server")
         rows = next(batches(len(work.examples), work.plan.batch_size, work.plan.seed))
         batch = {k: v.to(live.backbone.device) for k, v in collate([work.examples[i] for i in rows], work.pad_id).items()}
-        if self.stage == "layers":
-            scores = {"layers": layer_scores(live, batch, work.task)}
-        else:
-            scores = {"ratio": prompt_share(live, batch, work.task, derive_seed(work.plan.seed, "lanczos"))}
+        scores = {"layers": layer_scores(live, batch, work.task)}
+        if self.share:
+            scores["ratio"] = prompt_share(live, batch, work.task, derive_seed(work.plan.seed, "lanczos"))
         return AdapterState(scores, AdapterSpec(method="scores", base=live.spec.base, version=work.plan.base_version))
 
 
@@ -97,14 +92,9 @@ def prompt_share(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfi
     Needs the autograd graph of one batch, STEPS Hessian-vector products, and memory for STEPS vectors of the size of all prompts.
 
     Raises:
-        ModelError: The adapter has no prompts.
         UpdateError: The curvature is not finite.
     """
     params = [p for n, p in live.parameters.items() if n.endswith(".prompt")]
-    if not params:
-        raise ModelError(
-            f"the plan asks for the curvature of prompts, but the adapter has method '{live.spec.method}': set peft=ptuning_v2"
-        )
     training = live.model.training
     live.model.eval()
     try:

@@ -73,8 +73,8 @@ def _row(version: "Version", current: bool) -> list[str]:
     if record is None:
         return [name, *6 * "–"]
     score = record.scores.get(record.chosen)
-    told = "–" if score is None else f"{shown(record.metric or '')} {number(score)}".strip()
-    return [name, shown(record.run), str(record.round), record.chosen, told, size(record.bytes), _date(record.installed)]
+    scored = "–" if score is None else f"{shown(record.metric or '')} {number(score)}".strip()
+    return [name, shown(record.run), str(record.round), record.chosen, scored, size(record.bytes), _date(record.installed)]
 
 
 def _date(seconds: float) -> str:

@@ -59,7 +59,7 @@ class Child:
     @property
     def ready(self) -> bool:
         """Whether it has begun to accept connections and still runs."""
-        if self.exit_code is None and not self._ready_at and self._said().startswith(READY):
+        if self.exit_code is None and not self._ready_at and self._line().startswith(READY):
             self._ready_at = time.monotonic()
         return self.exit_code is None and self._ready_at > 0
 
@@ -75,14 +75,14 @@ class Child:
 
     @property
     def description(self) -> str:
-        told: dict[str, Any] = parse_json(self._said().removeprefix(READY))
-        return told["description"]
+        ready: dict[str, Any] = parse_json(self._line().removeprefix(READY))
+        return ready["description"]
 
     @property
     def words(self) -> str:
         """Why it cannot serve; "" if it has not said so."""
-        said = self._said()
-        return "" if said.startswith(READY) else said
+        line = self._line()
+        return "" if line.startswith(READY) else line
 
     @property
     def generates_no_text(self) -> bool:
@@ -110,15 +110,15 @@ class Child:
 
     def kill(self) -> None:
         """End it at once, if it still runs, and close its pipes."""
-        self._said()
+        self._line()
         self._process.kill()
         self._process.wait()
         for pipe in (self._input, self._output):
             with suppress(OSError):
                 pipe.close()
 
-    def _said(self) -> str:
-        """Its line; "" if it has not printed one."""
+    def _line(self) -> str:
+        """The line that it has printed; "" before that."""
         with suppress(ValueError, BlockingIOError):  # ValueError: closed
             while part := os.read(self._output.fileno(), 65536):
                 self._heard += part

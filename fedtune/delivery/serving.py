@@ -60,7 +60,7 @@ class DeviceServer:
         self._wanted: str | None = None
         self._broken: set[str] = set()  # versions that could not be loaded, since another one became current
         self._mute: str | None = None  # a version that generates no text
-        self._told = ""
+        self._reported = ""
         self._deaths, self._pause, self._not_before = 0, FIRST_PAUSE_S, 0.0
         self._stopping, self._until = threading.Event(), 0.0
         self._thread = threading.Thread(target=self._watch, name="device server", daemon=True)
@@ -133,14 +133,14 @@ class DeviceServer:
                 return serving
             return next(iter(self._older(current)), None)
         except CheckpointError as bad:
-            if str(bad) != self._told:
-                self._told = str(bad)
-                self._tell(self._told)
+            if str(bad) != self._reported:
+                self._reported = str(bad)
+                self._tell(self._reported)
             return self._wanted
 
     def _change_to(self, current: str | None) -> None:
         """Another version is current: what is known of the earlier ones no longer counts."""
-        self._current, self._mute, self._told = current, None, ""
+        self._current, self._mute, self._reported = current, None, ""
         self._broken.clear()
         self._deaths, self._pause, self._not_before = 0, FIRST_PAUSE_S, 0.0
 

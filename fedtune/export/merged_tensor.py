@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.package_writer import as_bytes
-from fedtune.models.checkpoint import StoredTensor
 from fedtune.models.methods import Edit
+from fedtune.storage.tensor_files import StoredTensor
 
 __all__ = ["DTYPES", "MergedTensor"]
 

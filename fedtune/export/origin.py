@@ -85,7 +85,7 @@ def read_origin(source: Path, *, trust_remote_code: bool = False) -> Origin:
         if run and client is not None:
             adapter = personal_adapter(adapter, run, client)
         else:
-            note = global_note(run, adapter.state)
+            note = global_note(run, adapter.state, adapter.shifts)
     task = config.task if config else _task(adapter, source)
     if config and config.peft.init == "loftq" and not adapter.over:
         raise ModelError(f"{source / 'adapter' / OVER} is missing, which names the adapter's base weights: the run is damaged")

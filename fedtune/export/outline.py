@@ -23,9 +23,10 @@ from fedtune.contracts.task import task_of
 from fedtune.export.merged_tensor import DTYPES, MergedTensor
 from fedtune.inference.engine.package_writer import TensorFile
 from fedtune.models.backbone import Backbone, draw, head_names, initializer_range, load_backbone, quiet
-from fedtune.models.checkpoint import StoredTensor, find_folder, stored_tensors
+from fedtune.models.checkpoint import find_folder, stored_tensors
 from fedtune.models.edits import edits_of
 from fedtune.models.merge import linear, transposed_weights
+from fedtune.storage.tensor_files import StoredTensor
 
 if TYPE_CHECKING:
     from fedtune.contracts.adapter_state import AdapterState

@@ -1,6 +1,7 @@
 """A client's personal model, in runs whose clients keep tensors of their own, and notes on the run's global adapter."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedtune.clients.store import client_id
@@ -43,16 +44,17 @@ def personal_adapter(adapter: StoredAdapter, run: Path, client: str) -> StoredAd
     return dataclasses.replace(adapter, state=state.replace({**state.tensors, **kept.tensors}))
 
 
-def global_note(run: Path | None, state: AdapterState) -> str:
+def global_note(run: Path | None, state: AdapterState, shifts: Sequence[AdapterState]) -> str:
     """Describe what the global adapter lacks, in a sentence; "" if it is complete.
 
     Args:
         run: The run directory; None for a bare adapter folder.
         state: The adapter.
+        shifts: What the run merged into the frozen weights.
     """
     from fedtune.clients.store import ClientStore
 
-    untouched = method(state.spec.method).is_noop(state)
+    untouched = not shifts and method(state.spec.method).is_noop(state)
     some = ClientStore(run / "clients", 1).clients() if run else []
     if some and run:
         example = ClientStore(run / "clients", 1).folder_of(some[0])

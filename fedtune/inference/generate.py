@@ -228,7 +228,9 @@ def open_context(
 
 
 def open_speculation(engine: "Engine", speculate: str, draft: Path | None) -> Speculation | None:
-    """Choose how tokens are drafted. `auto` uses the draft model if given, else prompt lookup. All ways pause while they do not pay off.
+    """Choose how tokens are drafted. All ways pause while they do not pay off.
+
+    `auto` uses the draft model if given, else lookup and token recycling.
 
     Raises:
         ConfigError: `speculate` is draft without a draft model, or another value with one.
@@ -237,6 +239,7 @@ def open_speculation(engine: "Engine", speculate: str, draft: Path | None) -> Sp
     from fedtune.inference.engine.speculate.draft import DraftModel
     from fedtune.inference.engine.speculate.early_exit import EarlyExit
     from fedtune.inference.engine.speculate.lookup import Lookup
+    from fedtune.inference.engine.speculate.lookup_or_recycle import LookupOrRecycle
 
     if draft is not None and speculate not in ("auto", "draft"):
         raise ConfigError(f"--draft {draft} has no effect with --speculate {speculate}: leave one out")
@@ -245,7 +248,7 @@ def open_speculation(engine: "Engine", speculate: str, draft: Path | None) -> Sp
         return Speculation(DraftModel(load_engine(draft), engine))
     if speculate == "draft":
         raise ConfigError("--speculate draft needs a draft model: give its folder with --draft (`fedtune draft` makes one)")
-    makes = {"auto": Lookup, "lookup": Lookup, "early-exit": EarlyExit, "none": None}
+    makes = {"auto": LookupOrRecycle, "lookup": Lookup, "early-exit": EarlyExit, "none": None}
     if speculate not in makes:
         raise ConfigError(f"speculate={speculate} is unknown: choose auto, none, lookup, early-exit or draft")
     make = makes[speculate]

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from fedtune.config import ModelConfig
 from fedtune.errors import ModelError
 from fedtune.storage.checkpoint_files import weight_files
 from fedtune.storage.parsing import parse_json, read_text
+from fedtune.storage.tensor_files import StoredTensor, read_header
 
 NANO = Path(__file__).parent / "nano"  # the embedded backbone
 # Keys of config.json that may change if the same weights are saved again or loaded for another task
@@ -107,49 +106,13 @@ def refuse_quantized(folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """One tensor in a file: `dtype` as safetensors writes it, `start` and `size` in bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    size: int
-
-
 def stored_tensors(folder: Path) -> list[StoredTensor]:
     """All tensors of the checkpoint sorted by name, from the files' headers alone.
 
     Raises:
-        ModelError: See `weight_files`; or a file is truncated or not safetensors.
+        ModelError: See `weight_files`; or a file is not safetensors, truncated or damaged.
     """
-    return sorted((t for path in weight_files(folder, read_config(folder)) for t in _header(path)), key=lambda t: t.name)
-
-
-def _header(path: Path) -> Iterator[StoredTensor]:
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            if length > min(size, 100_000_000):
-                raise ValueError("the header is longer than the file")
-            raw = parse_json(f.read(length))
-        tensors = [
-            StoredTensor(name=n, dtype=t["dtype"], shape=tuple(t["shape"]), file=path, start=8 + length + t["data_offsets"][0],
-                         size=t["data_offsets"][1] - t["data_offsets"][0])
-            for n, t in raw.items() if n != "__metadata__"
-        ]  # fmt: skip
-        if any(t.size < 0 or not all(type(d) is int and d >= 0 for d in t.shape) for t in tensors):
-            raise ValueError("its header is damaged")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, OSError, RecursionError):
-        raise ModelError(f"{path} is not a safetensors file, or its header is damaged: download it again") from None
-    end = max((t.start + t.size for t in tensors), default=8 + length)
-    if end != size:
-        state = "truncated" if size < end else "damaged"
-        raise ModelError(f"{path} has {size} bytes but its header describes {end}: it is {state}, download it again")
-    yield from tensors
+    return sorted((t for path in weight_files(folder, read_config(folder)) for t in read_header(path)[0].values()), key=lambda t: t.name)
 
 
 def fingerprint(folder: str | Path) -> str:

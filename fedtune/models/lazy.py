@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fedtune.models.checkpoint import StoredTensor, stored_tensors
+from fedtune.models.checkpoint import stored_tensors
+from fedtune.storage.tensor_files import StoredTensor
 
 __all__ = ["LazyTensor", "lazy_tensors"]
 

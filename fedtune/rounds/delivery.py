@@ -142,7 +142,7 @@ class Delivery:
         try:
             last = Manifest.from_json(read_text(file))
         except (OSError, ValueError, PlanError):
-            raise RunError(f"cannot read {file}: remove {self.folder}, and the server writes it anew") from None
+            raise RunError(f"cannot read {file}: remove {self.folder}, and the server writes it again") from None
         same = dataclasses.replace(manifest, serial=last.serial) == last
         return last.serial if same else max(time.time_ns(), last.serial + 1)
 

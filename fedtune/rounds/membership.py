@@ -109,7 +109,7 @@ class Membership:
         self._nodes: set[int] = set()
         self._pending: dict[int, tuple[str, float]] = {}  # node → id of an unanswered hello, and the time when it was sent
         self._rejected: dict[int, tuple[float, str]] = {}  # node → time and reason
-        self._told: dict[int, str] = {}  # node → the last reason that was reported
+        self._reported: dict[int, str] = {}  # node → the last reason that was reported
 
     def gather(self, round: int) -> dict[str, Client]:
         """Wait until nodes are connected and all have answered the hello; report those that do not.
@@ -138,7 +138,7 @@ class Membership:
                 break
             time.sleep(POLL_S)
         for node in sorted(self._pending):
-            self._reject(node, f"{self._label(node)}: no reply", told=False)
+            self._reject(node, f"{self._label(node)}: no reply", notify=False)
         if len(self.clients) < self._min_clients:
             raise RunError(self._too_few(len(self.clients), "can take part"))
         return self.clients
@@ -195,7 +195,7 @@ class Membership:
         if reply.has_error() or "declined" in reply.content.config_records:
             declined = {} if reply.has_error() else reply.content.config_records["declined"]
             why = reply.error.reason if reply.has_error() else declined.get("why", "")
-            return self._reject(node, f"{self._label(node, str(declined.get('client', '')))}: {printable(why)}", told=False)
+            return self._reject(node, f"{self._label(node, str(declined.get('client', '')))}: {printable(why)}", notify=False)
         try:
             hello = ClientHello.from_json(str(reply.content.config_records["hello"]["json"]))
         except (KeyError, ValueError):
@@ -237,14 +237,14 @@ class Membership:
             name = next((c for c, known in self.clients.items() if known.node == node), printable(claimed, 200))
         return f"client {name}" if name else f"node {node}"
 
-    def _reject(self, node: int, why: str, *, told: bool = True) -> None:
-        """Report the rejection of a node, on a network to its client too, unless `told` is False: then the reason came from the client."""
-        if self._told.get(node) != why:
+    def _reject(self, node: int, why: str, *, notify: bool = True) -> None:
+        """Report the rejection of a node; with `notify`, on a network, to its client too (it does not give the reason itself)."""
+        if self._reported.get(node) != why:
             self._note(f"rejected: {why}")
-            if told and self._policy.expected_clients is not None:
+            if notify and self._policy.expected_clients is not None:
                 content = RecordDict({"rejected": ConfigRecord({"why": why})})
                 push(self._grid, [Message(content, node, REJECTED, group_id="0")], lambda _: SMALL_REPLY_BYTES)
-        self._told[node] = why
+        self._reported[node] = why
         self._rejected[node] = time.monotonic(), why
 
     def _too_few(self, count: int, what: str) -> str:

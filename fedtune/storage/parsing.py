@@ -6,6 +6,7 @@ parsers raise RecursionError on deep nesting and give interpreter hints for long
 
 import errno
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,25 @@ def reason(bad: BaseException) -> str:
     return next((line.strip() for line in str(bad).splitlines() if line.strip()), type(bad).__name__)
 
 
+def regular(path: Path) -> os.stat_result:
+    """The size and the other properties of a file.
+
+    Raises:
+        OSError: It does not exist, or it is a pipe, a device or a folder.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is a folder" if path.is_dir() else "it is a pipe or a device, not a file", str(path))
+    return found
+
+
 def content_of(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        OSError: The file cannot be read, or it is a pipe, a device or a folder.
+        OSError: As for `regular`; or the file cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is a folder" if path.is_dir() else "it is a pipe or a device, not a file", str(path))
+    regular(path)
     return path.read_bytes()
 
 

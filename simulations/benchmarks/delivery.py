@@ -56,8 +56,8 @@ def measure(settings: Sequence[str], clients: Sequence[str], folder: Path) -> li
     Raises:
         RunError: A process ended, or a device did not answer.
     """
-    port, run = _free_port(), folder / "run"
-    ports = {client: _free_port() for client in clients}
+    port, run = free_port(), folder / "run"
+    ports = {client: free_port() for client in clients}
     more = [f"rounds={ROUNDS}", f"clients_per_round={len(clients)}", f"min_clients={len(clients)}", "inference=none", "eval.where=none"]
     address = f"127.0.0.1:{port}"
     commands = {"server": ["server", *settings, *more, "eval.clients=0", "--insecure", "--address", address, "--run", str(run)]}
@@ -129,7 +129,7 @@ def _memory(pid: int) -> dict[str, float]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return taken.getsockname()[1]
 

@@ -159,8 +159,7 @@ def _sharded(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
 
 
-_downloaded("is not a safetensors file, or its header is damaged: download it again", lambda m: _cut(m, 900))
-_downloaded("has {} bytes but its header describes {}: it is {}, download it again", lambda m: _cut(m, -8))
+_downloaded("{} is not a valid safetensors file ({}): download or export it again", lambda m: _cut(m, -8))
 _downloaded("lacks the {} {}, which {} names: download the checkpoint again", _sharded)
 
 

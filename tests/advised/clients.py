@@ -12,11 +12,11 @@ from fedtune.clients.deployed import Device, _hello_of, _save_hello, own_config
 from fedtune.clients.lower_layers import LowerLayers
 from fedtune.clients.store import ClientStore
 from fedtune.clients.turns import turn_of
-from fedtune.clients.turns.fedpeptao import layer_scores, prompt_share, spectrum
+from fedtune.clients.turns.fedpeptao import layer_scores, spectrum
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DataConfig, ModelConfig, PeftConfig, TaskConfig
 from fedtune.contracts import flower
-from fedtune.contracts.plan import Plan
+from fedtune.contracts.plan import Plan, Scalar
 from fedtune.data import collate
 from tests.advised.rows import Place, follows, raised
 from tests.clients.test_gradient_score import make as scored
@@ -151,20 +151,12 @@ def _(place: Place) -> Iterator[str]:
         yield raised(lambda space=space, batch=batch: layer_scores(space.live, batch, space.config.task))
 
 
-@follows("the plan asks for the curvature of prompts, but the adapter has method '{}': set peft=ptuning_v2", slow=True)
-def _(place: Place) -> Iterator[str]:
-    for name in ("lora", "ptuning_v2"):
-        space = _prompted(place, name)
-        batch = collate(space.examples("c0", "train")[:2], space.pad_id)
-        yield raised(lambda space=space, batch=batch: prompt_share(space.live, batch, space.config.task, 3))
-
-
-def _sparse(says: str, turn: str, stage: str, name: str) -> None:
-    """A turn that measures in the first stage, where the plan comes in the sparse stage."""
+def _sparse(says: str, turn: str, params: dict[str, Scalar], name: str) -> None:
+    """A turn that measures, while the client holds the sparse stage's tensors."""
 
     def follow(place: Place) -> Iterator[str]:
         space = _prompted(place, name)
-        plan = Plan(round=1, client="c0", base_version=0, turn=turn, params={"stage": stage}, batch_size=2)
+        plan = Plan(round=1, client="c0", base_version=0, turn=turn, params=params, batch_size=2)
         right = work_in(space, plan)
         yield raised(lambda: turn_of(plan).observe(dataclasses.replace(right, live=cast(Any, object()))))
         yield raised(lambda: turn_of(plan).observe(right))
@@ -173,9 +165,9 @@ def _sparse(says: str, turn: str, stage: str, name: str) -> None:
 
 
 _sparse("the turn 'fedpeptao' measures prompts, but the adapter has method 'sparse': set peft=ptuning_v2 on the server",
-        "fedpeptao", "layers", "ptuning_v2")  # fmt: skip
+        "fedpeptao", {"share": False}, "ptuning_v2")  # fmt: skip
 _sparse("the turn 'slora' measures gradients with a LoRA adapter, but the adapter has method 'sparse': set peft=lora",
-        "slora", "gradient", "lora")  # fmt: skip
+        "slora", {"stage": "gradient"}, "lora")  # fmt: skip
 
 
 @follows("is neither merged on this client nor in the message: restart the client", slow=True)

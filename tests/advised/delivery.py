@@ -172,7 +172,7 @@ def _(place: Place) -> Iterator[str]:
     yield deliver()
 
 
-@follows("cannot read {}: remove {}, and the server writes it anew")
+@follows("cannot read {}: remove {}, and the server writes it again")
 def _(place: Place) -> Iterator[str]:
     private, _ = write_keys(place.folder)
     server = delivery(place.folder, private)

@@ -20,9 +20,9 @@ from fedtune.inference.engine.make_linear import linear_from_tensors
 from fedtune.inference.engine.requests import GenerationRequest
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
-from fedtune.inference.engine.tensor_files import read_header
 from fedtune.inference.engine.text import read_text
 from fedtune.inference.generate_transformers import load_model
+from fedtune.storage.tensor_files import read_header
 from fedtune.templates import render
 from tests.advised.models import run_of
 from tests.advised.rows import Place, follows, raised
@@ -67,7 +67,7 @@ def _damaged(says: str, name: str, content: str | int) -> None:
 
 _damaged("{} is not JSON: export the model again", "config.json", "{")
 _damaged("{} does not hold a JSON object: export the model again", "config.json", "[]")
-_damaged("{} is not a valid safetensors file ({}): export the model again", "model.safetensors", 900)
+_damaged("{} is not a valid safetensors file ({}): download or export it again", "model.safetensors", 900)
 
 
 @follows("config.json's rope_parameters of rope_type={} give no finite rotations: export it again")

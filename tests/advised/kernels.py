@@ -91,7 +91,7 @@ def _(place: Place) -> Iterator[str]:
         pytest.skip("needs a C compiler")
     place.patch.delenv("FEDTUNE_NATIVE", raising=False)
     place.patch.setattr(build, "LIBRARY", place.folder / "kernels.so")
-    place.patch.setattr(build.build, "__defaults__", (build.LIBRARY, ()))
+    place.patch.setattr(build.build, "__defaults__", (build.LIBRARY, (), ""))
     for remembered in (library._chosen, library._opened):
         remembered.cache_clear()
     yield describe_path([linear()])

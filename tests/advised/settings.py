@@ -305,8 +305,8 @@ setting("fedpeptao exchanges one prompt a layer, peft.method={} has none", EVEN,
 PROMPTS = [EVEN, "strategy=fedpeptao", "peft=ptuning_v2", "rounds=30"]
 one_of("strategy.order={} is not known: choose redundant or diverse", "strategy.order", *PROMPTS, after="choose ")
 one_of("strategy.variant={} is not known: choose scaled, paper or code", "strategy.variant", *PROMPTS, after="choose ")
-setting("fedpeptao selects layers after {} rounds of warm-up and scoring", *PROMPTS[:3], "rounds=12", "strategy.warmup_rounds=10",
-        given=["rounds=13", "strategy.warmup_rounds=9"])  # fmt: skip
+setting("fedpeptao selects layers after {} rounds of warm-up and scoring", *PROMPTS[:3], "rounds=11", "strategy.warmup_rounds=10",
+        given=["rounds=12", "strategy.warmup_rounds=9"])  # fmt: skip
 setting("both set the proximal weight: leave client.prox at 0", EVEN, "strategy=fedprox", "client.prox=1", given=["client.prox=0"])
 setting("stack to {} rows, but strategy.max_rank={}: raise it, or lower clients_per_round, peft.rank or the ranks", "strategy=flora",
         "strategy.max_rank=64", "clients_per_round=10", "peft.rank=8", "rounds=1",

@@ -16,12 +16,12 @@ from fedtune.clients.workspace import Workspace
 from fedtune.config import PeftConfig
 from fedtune.contracts.plan import Plan
 from fedtune.data import collate
-from fedtune.errors import ModelError, UpdateError
+from fedtune.errors import UpdateError
 from fedtune.models import loss_sum
 from tests.tiny import tiny_config
 from tests.working import work_in
 
-PLAN = Plan(round=1, client="c0", base_version=0, turn="fedpeptao", params={"stage": "hessian"}, batch_size=6, seed=3)
+PLAN = Plan(round=1, client="c0", base_version=0, turn="fedpeptao", params={"share": True}, batch_size=6, seed=3)
 
 
 def signs(size: int, seed: int = 0) -> Tensor:
@@ -178,9 +178,3 @@ def test_the_ratio_of_a_backbone_is_that_of_its_dense_hessian(space: Workspace, 
     values, weights = spectrum(lambda v: (dense + dense.T) / 2 @ v, start, hessian.STEPS)
     assert seen["ratio"].item() == pytest.approx(settled_share(values, weights), abs=0.01)
     assert 0.02 < seen["ratio"].item() < 0.98
-
-
-def test_an_adapter_without_prompts_is_an_error(tmp_path_factory: pytest.TempPathFactory) -> None:
-    space = Workspace(tiny_config(tmp_path_factory.mktemp("lora")))
-    with pytest.raises(ModelError, match="the adapter has method 'lora': set peft=ptuning_v2"):
-        turn_of(PLAN).observe(work_in(space, PLAN))

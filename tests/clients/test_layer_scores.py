@@ -27,7 +27,7 @@ from tests.quick import quick
 from tests.tiny import tiny_config
 from tests.working import work, work_in
 
-PLAN = Plan(round=1, client="c0", base_version=0, turn="fedpeptao", params={"stage": "layers"}, batch_size=6, seed=3)
+PLAN = Plan(round=1, client="c0", base_version=0, turn="fedpeptao", params={"share": False}, batch_size=6, seed=3)
 
 
 def test_orthonormal_rows_give_one_a_row() -> None:
@@ -135,14 +135,13 @@ def test_every_architecture_has_a_score_for_each_prompt(tmp_path: Path, kind: st
         labels = [r[-2:] if kind == "t5" else [-100] * (len(r) - 2) + r[-2:] for r in rows]
         examples = [Example(np.array(r, np.int32), np.array(y, np.int32), len(r) - 2, "x") for r, y in zip(rows, labels, strict=True)]
     pad = 2 if kind == "t5" else 1  # the end token must be no padding to T5, which looks for it
-    for stage in ("layers", "hessian"):
-        plan = dataclasses.replace(PLAN, params={"stage": stage})
-        (seen,) = turn_of(plan).observe(work(live, examples, plan, config, pad)).tensors.values()
-        again = turn_of(plan).observe(work(live, examples[::-1], plan, config, pad))
-        expected = sum(n.endswith(".prompt") for n in live.parameters) if stage == "layers" else 1
-        assert seen.shape == (expected,) and bool(torch.isfinite(seen).all())
-        if stage == "layers":
-            assert again["layers"].tolist() == pytest.approx(seen.tolist(), rel=1e-3)
+    plan = dataclasses.replace(PLAN, params={"share": True})
+    seen = turn_of(plan).observe(work(live, examples, plan, config, pad))
+    again = turn_of(PLAN).observe(work(live, examples[::-1], PLAN, config, pad))
+    prompts = sum(n.endswith(".prompt") for n in live.parameters)
+    assert {n: t.shape for n, t in seen.tensors.items()} == {"layers": (prompts,), "ratio": (1,)} and list(again.tensors) == ["layers"]
+    assert all(bool(torch.isfinite(t).all()) for t in seen.tensors.values())
+    assert again["layers"].tolist() == pytest.approx(seen["layers"].tolist(), rel=1e-3)
 
 
 def test_a_batch_has_the_plan_s_size_and_seed(space: Workspace) -> None:

@@ -46,7 +46,7 @@ def test_each_file_defines_the_turn_of_its_name(name: str) -> None:
         ("fedprox", {"mu": -1.0}, "the turn's mu=-1.0 is out of range: it must be at least 0"),
         ("hetlora", {"penalty": 0.1, "share": 1.0}, "the turn's share=1.0 is out of range: it must be less than 1"),
         ("slora", {"stage": "dense"}, "the turn's stage=dense is not known: choose one of sparse, gradient"),
-        ("fedpeptao", {"stage": "heads"}, "the turn's stage=heads is not known: choose one of layers, hessian"),
+        ("fedpeptao", {"share": 1}, "the turn fedpeptao's share is '1', which is not of type bool"),
     ],
 )
 def test_unknown_turns_and_parameters_are_refused_by_name(turn: str, params: dict[str, Scalar], sentence: str) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import fedtune.models.methods as methods
 from fedtune.config import METHODS, PeftConfig
-from fedtune.config.method_files import inits_of, method_names
+from fedtune.config.method_files import factored, inits_of, method_names, rank_power
 from fedtune.errors import ModelError
 from fedtune.export.edge import export_edge
 from fedtune.export.gguf import export_gguf
@@ -218,6 +218,15 @@ def test_a_method_names_its_initializations(tmp_path: Path) -> None:
     assert inits_of("dora") == ("default",)
 
 
+def test_a_method_names_its_product(tmp_path: Path) -> None:
+    """Strategies for LoRA's factors ask for these constants, so a new method with factors needs no edit elsewhere."""
+    (tmp_path / "mine.py").write_text('1 / 0\nproduct = "whole"\nrank_power = 0.5\n')
+    (tmp_path / "other.py").write_text("")
+    assert factored(exactly=True, folder=tmp_path) == ("mine",) and rank_power("mine", tmp_path) == 0.5
+    assert factored(exactly=True) == ("lora", "rslora") and factored(exactly=False) == ("dora", "lora", "rslora")
+    assert {name: rank_power(name) for name in factored(exactly=False)} == {"dora": 1.0, "lora": 1.0, "rslora": 0.5}
+
+
 def lists_of_methods(code: Iterable[ast.AST]) -> list[int]:
     """Lines with a collection of methods' names, or a comparison with one."""
     results = list[int]()
@@ -234,11 +243,11 @@ def lists_of_methods(code: Iterable[ast.AST]) -> list[int]:
 
 
 def test_no_file_outside_the_folder_lists_methods() -> None:
-    """Strategies may list the methods that their mathematics covers; studies and benchmarks, those that they compare."""
+    """FedPepTAO names the one method that it is made for; studies and benchmarks list those that they compare."""
     looked, results = 0, []
-    for folder in ("fedtune", "clients", "simulations"):
+    for folder in ("fedtune", "clients", "simulations", "strategies"):
         for file in sorted((ROOT / folder).rglob("*.py")):
-            if {"methods", "studies", "benchmarks"} & set(file.parts):
+            if {"methods", "studies", "benchmarks", "fedpeptao.py"} & set(file.parts):
                 continue
             looked += 1
             results += [f"{file.relative_to(ROOT)}:{line}" for line in lists_of_methods(nodes(file))]

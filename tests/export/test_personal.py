@@ -72,6 +72,9 @@ def test_the_export_of_an_adapter_without_effect_has_a_note(tmp_path: Path, meth
     )
     assert "the model is the untouched backbone" in describe_folder(export_hf(run, tmp_path / "hf"))
     assert "the model is the untouched backbone" in describe_package(export_edge(run, tmp_path / "edge"))
+    if method == "lora":  # as in FLoRA: what was trained is in the frozen weights
+        state.save(run / "adapter" / "shift-0001.safetensors")
+        assert not describe_folder(export_hf(run, tmp_path / "shifted")) and not describe_package(export_edge(run, tmp_path / "s"))
 
 
 def test_a_gguf_export_has_the_note_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

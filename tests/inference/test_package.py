@@ -139,9 +139,9 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def kept_as(folder: Path, **entry: Any) -> None:
+def kept_as(folder: Path, name: str = "model.layers.0.mlp.up_proj", **entry: Any) -> None:
     card = json.loads((folder / "package.json").read_text())
-    card["linears"]["model.layers.0.mlp.up_proj"] |= entry
+    card["linears"][name] = card["linears"].get(name, {}) | entry
     edit(folder / "package.json", linears=card["linears"])
 
 
@@ -163,6 +163,8 @@ BAD = {
     "kind": (lambda p: kept_as(p, kind="int3"), "which does not fit"),
     "group": (lambda p: kept_as(p, group=33), "which does not fit"),
     "int8 in groups": (lambda p: kept_as(p, kind="int8", group=32), "'group': 32, .*which does not fit"),
+    "table": (lambda p: kept_as(p, "model.embed_tokens", kind="bf16", group=0, shape=[101, 48]), "'model.embed_tokens' as .* does not fit"),
+    "no table": (lambda p: kept_as(p, "model.embed_tokens", kind="int8", group=0, shape=[101, 48]), "lacks the tensor 'model.embed_tokens"),
     "another kind": (lambda p: kept_as(p, kind="bf16", group=0), "lacks the tensor 'model.layers.0.mlp.up_proj.weight'"),
     "missing": (lambda p: change(p, "f32", **{NORM: None}), f"lacks the tensor '{NORM}'"),
     "surplus": (lambda p: change(p, "f32", extra=torch.ones(1)), "holds 'extra', which its config does not have"),

@@ -278,11 +278,11 @@ def test_safetensors_that_are_damaged(tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()
     for changed, words in (
-        (data[:-100], "it is truncated"),
-        (data + b"x", "it is damaged"),
-        (data[:50], "not a safetensors file"),
-        (b"", "not a safetensors file"),
-        (b"\xff" * 64, "not a safetensors file"),
+        (data[:-100], f"it has {len(data) - 100} bytes, its header describes {len(data)}"),
+        (data + b"x", f"it has {len(data) + 1} bytes, its header describes {len(data)}"),
+        (data[:50], "is not a valid safetensors file"),
+        (b"", "is not a valid safetensors file"),
+        (b"\xff" * 64, "is not a valid safetensors file"),
     ):
         path.write_bytes(changed)
         refused(hub(folder), words)

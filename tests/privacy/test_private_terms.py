@@ -38,7 +38,7 @@ def plan_of(config: Config) -> Plan:
         ({"dp_epsilon": 80.0}, "dp_epsilon=80.0, but this client's config has 8.0"),
         ({"dp_noise": 0.01}, "dp_noise=0.01, but this client's config has None"),
         ({"dp_turns": 1}, "dp_turns=1, but this client's config has 2"),
-        ({"turn": "fedpeptao", "params": {"stage": "layers"}}, "the turn 'fedpeptao', which privacy=record does not cover"),
+        ({"turn": "fedpeptao", "params": {"share": False}}, "the turn 'fedpeptao', which privacy=record does not cover"),
         ({"turn": "slora", "params": {"stage": "sparse"}}, "the turn 'slora', which privacy=record does not cover"),
         ({"measure": ("start_loss",)}, "asks for start_loss, an exact loss"),
     ],

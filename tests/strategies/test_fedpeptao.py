@@ -61,12 +61,12 @@ def run(strategy: Strategy, cohorts: Sequence[dict[str, int]], start: AdapterSta
 def test_phases_follow_each_other_in_one_run() -> None:
     strategy = FedPepTAO(warmup_rounds=2)
     states = run(strategy, [{"a": 1, "b": 3}] * 6)
-    assert [strategy.phase(s) for s in states] == ["warmup", "warmup", "layers", "hessian", "partial", "partial", "partial"]
-    assert strategy.rounds_before_partial == 4
+    assert [strategy.phase(s) for s in states] == ["warmup", "warmup", "scores", *["partial"] * 4]
+    assert strategy.rounds_before_partial == 3
     assert FedPepTAO(ratio=0.5, warmup_rounds=0).rounds_before_partial == 1
     assert FedPepTAO(ratio=1.0, warmup_rounds=0).rounds_before_partial == 0
     (note,) = [n for r in range(6) for n in strategy.notes(r + 1, states[r], states[r + 1])]
-    assert note.startswith(f"from now on {11 - len(strategy.local(states[4]))} of 11 layers are exchanged (estimated share 0.")
+    assert note.startswith(f"from now on {11 - len(strategy.local(states[3]))} of 11 layers are exchanged (estimated share 0.")
 
 
 def test_the_warm_up_is_fedavg_from_the_first_round() -> None:
@@ -78,28 +78,30 @@ def test_the_warm_up_is_fedavg_from_the_first_round() -> None:
 
 
 def test_a_run_of_an_earlier_version_continues_after_its_scores() -> None:
-    """It scored the layers in round 1, and its state may be of any phase."""
+    """It scored the layers in a round of their own, which may have been the first: what it lacks is measured again, together."""
     strategy, layers = FedPepTAO(warmup_rounds=2), torch.arange(11, dtype=torch.float64)
     state = ServerState(adapter=adapter(), memory={"layers": layers, "warmups": torch.tensor(1)})
     phases = []
     for round in range(3, 6):
         phases.append(strategy.phase(state))
         state, _ = one_round(strategy, round, state, {"a": 1, "b": 3})
-    assert phases == ["warmup", "hessian", "partial"] and torch.equal(state.memory["layers"], layers)
+    assert phases == ["warmup", "scores", "partial"] and not torch.equal(state.memory["layers"], layers)
+    known = ServerState(adapter=adapter(), memory={"layers": layers, "warmups": torch.tensor(2), "ratio": torch.tensor([0.5])})
+    assert strategy.phase(known) == "partial" and FedPepTAO(warmup_rounds=0, ratio=0.5).phase(state) == "partial"
 
 
 def test_score_turns_declare_their_reply_and_change_no_weight() -> None:
     strategy, state = FedPepTAO(warmup_rounds=0, score_rows=9), ServerState(adapter=adapter())
     after, given = one_round(strategy, 1, state, {"a": 1, "b": 3})
     ask = given["a"]
-    assert (ask.plan.turn, ask.plan.params, ask.plan.batch_size, ask.plan.client) == ("fedpeptao", {"stage": "layers"}, 9, "a")
-    assert ask.expect is not None and ask.expect["layers"].shape == (11,) and ask.expect.spec.method == "scores" and not ask.adapter.tensors
+    assert (ask.plan.turn, ask.plan.params, ask.plan.batch_size, ask.plan.client) == ("fedpeptao", {"share": True}, 9, "a")
+    assert ask.expect is not None and ask.expect.spec.method == "scores" and ask.adapter is state.adapter
+    assert {n: t.shape for n, t in ask.expect.tensors.items()} == {"layers": (11,), "ratio": (1,)}
     assert all(torch.equal(after.adapter[n], state.adapter[n]) for n in state.adapter.tensors)
-    last, given = one_round(strategy, 2, after, {"a": 1, "b": 3})
+    after, given = one_round(FedPepTAO(warmup_rounds=0, ratio=0.5), 1, state, {"a": 1, "b": 3})
     ask = given["b"]
-    assert (ask.plan.turn, ask.plan.params) == ("fedpeptao", {"stage": "hessian"}) and ask.adapter is after.adapter
-    assert ask.expect is not None and ask.expect["ratio"].shape == (1,)
-    assert all(torch.equal(last.adapter[n], state.adapter[n]) for n in state.adapter.tensors)
+    assert ask.plan.params == {"share": False} and not ask.adapter.tensors  # layers are scored without prompts
+    assert ask.expect is not None and list(ask.expect.tensors) == ["layers"] and "ratio" not in after.memory
 
 
 def seen(client: str, examples: int, **values: list[float]) -> Update:
@@ -110,9 +112,9 @@ def seen(client: str, examples: int, **values: list[float]) -> Update:
 
 def test_scores_are_weighted_by_examples_and_shares_are_not() -> None:
     strategy, state = FedPepTAO(warmup_rounds=0), ServerState(adapter=adapter(layers=2))
-    state = strategy.aggregate(1, state, iter([seen("a", 1, layers=[1.0, 2.0]), seen("b", 3, layers=[5.0, 6.0])]))
+    updates = [seen("a", 1, layers=[1.0, 2.0], ratio=[0.2]), seen("b", 3, layers=[5.0, 6.0], ratio=[7.0])]
+    state = strategy.aggregate(1, state, iter(updates))
     assert state.memory["layers"].tolist() == [4.0, 5.0]  # (1 + 3·5) / 4, (2 + 3·6) / 4
-    state = strategy.aggregate(2, state, iter([seen("a", 1, ratio=[0.2]), seen("b", 3, ratio=[7.0])]))
     assert state.memory["ratio"].tolist() == pytest.approx([0.6])  # (.2 + 1) / 2: a share is at most 1
 
 
@@ -139,7 +141,7 @@ def test_without_training_nothing_changes(variant: str, personal: bool) -> None:
     """Rates that are not 0, and tensors that stay: through all phases, with newcomers and clients of several sizes."""
     strategy = FedPepTAO(warmup_rounds=2, variant=variant, personal=personal, server_lr=0.5)
     state = start = strategy.start(adapter())
-    for round, cohort in enumerate([{"a": 1, "b": 7}] * 5 + [{"a": 1, "c": 3}, {"b": 7, "c": 3, "d": 2}], 1):
+    for round, cohort in enumerate([{"a": 1, "b": 7}] * 4 + [{"a": 1, "c": 3}, {"b": 7, "c": 3, "d": 2}], 1):
         plans = [Plan(round=round, client=c, base_version=round - 1) for c in sorted(cohort)]
         assignments = strategy.plan(round, plans, state)
         replies = []

@@ -108,7 +108,7 @@ def test_only_methods_with_factors_are_accepted(method: str) -> None:
         FlexLoRA().check(config)
     else:
         with pytest.raises(
-            ConfigError, match=rf"strategy=flexlora does not work with peft.method={method}: .* take peft=lora or peft=rslora or"
+            ConfigError, match=rf"strategy=flexlora does not work with peft.method={method}: .* take peft=dora or peft=lora or peft=rslora,"
         ):
             FlexLoRA().check(config)
 

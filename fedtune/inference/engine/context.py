@@ -7,6 +7,7 @@ import numpy as np
 
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.prefix import common
+from fedtune.inference.engine.guess import Guesses, Guessing, guess
 
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
@@ -61,14 +62,28 @@ class Context:
             del self.ids[length:]
         return True
 
-    def run(self, tokens: Sequence[int], keep: int = 1) -> np.ndarray:
-        """Append one or more tokens. Returns the logits of the last `keep` of them, (keep, V) float32."""
+    @property
+    def takes_forks(self) -> bool:
+        """Whether `run` takes forks."""
+        return self.cache.in_order and self.engine.decoder.native_step() is not None
+
+    def guess(self, tokens: Sequence[int], how: Guessing) -> Guesses:
+        """Append one or more tokens and draft those after them (see `guess`); all but the last drafted one are appended, too."""
+        made = guess(self.engine.decoder, tokens, self.cache, how, adapter=self.adapter)
+        self.ids += [*tokens, *made.tokens[:-1, 0].tolist()]
+        return made
+
+    def run(self, tokens: Sequence[int], keep: int = 1, forks: Sequence[int] = ()) -> np.ndarray:
+        """Append one or more tokens. Returns the logits of the last `keep` of them, (keep, V) float32.
+
+        The last tokens are `forks` of the others (see `Span`); `crop` must remove them before the next pass.
+        """
         for at in range(0, len(tokens), CHUNK):
             last = at + CHUNK >= len(tokens)
             part = list(tokens[at : at + CHUNK])
             if not last and at + CHUNK > len(tokens) - keep:
                 raise ValueError(f"keep={keep} exceeds the rows of the last pass")
-            span = Span(self.cache, len(part), keep=keep if last else 0, adapter=self.adapter)
+            span = Span(self.cache, len(part), keep=keep if last else 0, adapter=self.adapter, forks=forks)
             logits = self.engine.decoder.forward(part, [span])
             self.ids.extend(part)
         return logits

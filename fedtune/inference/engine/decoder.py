@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.bfloat16 import Array, as_float32
 from fedtune.inference.engine.caches.base import Span
+from fedtune.inference.engine.embedding import Embedding
 from fedtune.inference.engine.layer import Layer
 from fedtune.inference.engine.linear import Linear, Native
 from fedtune.inference.engine.lora import Lora
@@ -28,9 +28,9 @@ Floats = NDArray[np.float32]
 class Decoder:
     """Embedding, layers, final norm and head."""
 
-    def __init__(self, shape: Shape, embed: Array, layers: Sequence[Layer], norm: Floats, head: Linear) -> None:
+    def __init__(self, shape: Shape, embed: Embedding, layers: Sequence[Layer], norm: Floats, head: Linear) -> None:
         self.shape = shape
-        self.embedding = embed  # [V, d], in its stored dtype
+        self.embedding = embed
         self.layers = list(layers)
         self.norm = norm
         self.head = head
@@ -65,7 +65,7 @@ class Decoder:
         ids = np.asarray(ids, np.int64)
         if ((ids < 0) | (ids >= len(self.embedding))).any():
             raise ModelError(f"token id out of range 0..{self.shape.vocab - 1}: the tokenizer does not match this model")
-        found = as_float32(self.embedding[ids])
+        found = self.embedding.rows(ids)
         return found if self.shape.embed_scale == 1 else found * np.float32(self.shape.embed_scale)
 
     def run(self, hidden: Floats, spans: Sequence[Span], *, first: int = 0, last: int | None = None) -> Floats:
@@ -85,7 +85,7 @@ class Decoder:
         last = self.shape.layers if last is None else last
         if not 0 <= first <= last <= self.shape.layers:
             raise ModelError(f"the model has {self.shape.layers} layers: it cannot run {first} to {last}")
-        loras = self._loras(spans)
+        loras = [self.lora_of(span) for span in spans]
         if all(span.cache.most(span.n) == span.n for span in spans):
             return self._pass(hidden, spans, loras, first, last, logits)
         for span in spans:
@@ -147,13 +147,11 @@ class Decoder:
         cap = self.shape.logit_cap
         return out if cap is None else np.tanh(out / np.float32(cap)) * np.float32(cap)
 
-    def _loras(self, spans: Sequence[Span]) -> list[Lora | None]:
-        """Each span's adapter."""
-        for span in spans:
-            if span.adapter is not None and span.adapter not in self.adapters:
-                known = ", ".join(self.adapters) or "none"
-                raise ModelError(f"the model has no adapter named {span.adapter!r}; it has: {known}")
-        return [None if span.adapter is None else self.adapters[span.adapter] for span in spans]
+    def lora_of(self, span: Span) -> Lora | None:
+        """The span's adapter."""
+        if span.adapter is not None and span.adapter not in self.adapters:
+            raise ModelError(f"the model has no adapter named {span.adapter!r}; it has: {', '.join(self.adapters) or 'none'}")
+        return None if span.adapter is None else self.adapters[span.adapter]
 
 
 def rows_of(spans: Sequence[Span], loras: Sequence[Lora | None]) -> list[tuple[slice, Lora]]:

@@ -11,10 +11,10 @@ from fedtune.config.bounds import require
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.decoder import Decoder, linears_of
-from fedtune.inference.engine.sample import Sampler, Sampling, Uniforms, rate
-from fedtune.inference.engine.speculate import Drafter
-from fedtune.inference.engine.speculate.adapt import Adapt
-from fedtune.inference.engine.speculate.verify import verify, verify_greedy
+from fedtune.inference.engine.guess import best_of
+from fedtune.inference.engine.sample import Sampler, Sampling, rate
+from fedtune.inference.engine.speculate import Draft, Drafter
+from fedtune.inference.engine.speculate.adapt import Adapt, Verified
 from fedtune.inference.engine.text import StopStrings, Stream
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Report:
         tokens: Tokens of the answer.
         prefill_seconds, decode_seconds: Time to the first token, and after it.
         passes: Forward passes after the first token.
-        drafted, accepted: Draft tokens that were verified, and accepted.
+        drafted, accepted: Places of the answer for which draft tokens were verified, and those where one was accepted.
         draft_seconds: Part of decode_seconds spent on drafting.
         close: Positions of the answer decided by a verifying pass whose two best scores were closer than ROUNDING of the model's linears:
             only there may a greedy answer differ from plain decoding. Always empty in fp32.
@@ -73,7 +73,7 @@ class Report:
 
     @property
     def acceptance(self) -> float:
-        """Accepted share of the draft tokens; 0 without any."""
+        """The accepted share of the drafted places; 0 without any."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
@@ -145,7 +145,6 @@ class Generation:
         self._clock = clock
         self._ends = engine.text.ends
         self._sampler = Sampler(self._sampling, self._ids, vocabulary)
-        self._accepts = Uniforms(self._sampling.seed, "accept")
         self._stream, self._stops = Stream(engine.text), StopStrings(self._sampling.stop)
         self._rounding = _rounding(engine.decoder)
         self._undo = self.context.cache.undo
@@ -171,59 +170,75 @@ class Generation:
         logits = context.run(self._ids[report.reused :])
         if self._speculation:
             self._speculation.drafter.begin(self._sampling, context)
-        return self._take([self._sampler.next(logits)], logits)
+        return [self._take(logits[0])]
 
     def _step(self) -> list[tuple[int, np.ndarray]]:
         """Run one pass. Returns the new tokens, each with its logits (V,)."""
         begun = self._clock()
         self.report.passes += 1
-        speculation, left = self._speculation, self._length - self._sampler.count
+        unread = self._ids[len(self.context.ids) :]  # one token, or two after another token for a place was right
+        speculation = self._speculation
         grade = speculation.drafter.grade(self._ids) if speculation else None
-        wanted = min(speculation.adapt.count(grade), left - 1, self.context.room - 1) if speculation and grade is not None else 0
-        if self._undo is not None:
-            wanted = min(wanted, self._undo - 1)
-        if speculation and grade is not None and wanted > 0:
-            seen = self._sampler.seen()
-            draft = speculation.drafter.draft(self._ids, wanted, None if seen is None else seen[0], self._sampler.count)
-            if draft.tokens:
+        if speculation and grade is not None:
+            adapt, drafter, chances = speculation.adapt, speculation.drafter, speculation.drafter.gives_chances(grade)
+            count = min(adapt.count(grade, chances), self._length - self._sampler.count - 1, self.context.room - len(unread))
+            if self._undo is not None:
+                count = min(count, self._undo - 1)
+            if count > 0:
+                draft = drafter.draft(self._ids, count, self._sampler.seen, adapt.least(grade) if chances else None)
                 drafted = self._clock()
-                out = self._check(draft.tokens, draft.q)
-                now, guesses = self._clock(), len(draft.tokens)
-                speculation.adapt.verified(guesses, len(out) - 1, drafted - begun, now - drafted, grade)
-                self.report.drafted += guesses
-                self.report.accepted += len(out) - 1
                 self.report.draft_seconds += drafted - begun
-                return out
-        logits = self.context.run(self._ids[-1:])
-        out = self._take([self._sampler.next(logits)], logits)
+                if draft.tokens:
+                    out, seen = self._check(unread, draft)
+                    adapt.verified(seen, drafted - begun, self._clock() - drafted, grade)
+                    return out
+                if not draft.only_read:
+                    adapt.refused(drafted - begun, grade)
+                begun = drafted
+        logits = self.context.run(unread)
+        self._learn([tuple(self._ids[-2:])], logits)
+        out = [self._take(logits[0])]
         if speculation:
-            speculation.adapt.plain(self._clock() - begun)
+            speculation.adapt.plain(self._clock() - begun, len(unread))
         return out
 
-    def _check(self, drafted: list[int], q: np.ndarray | None) -> list[tuple[int, np.ndarray]]:
-        """Verify the draft tokens. Returns the accepted ones and the token after them."""
-        guesses, sampler, at = len(drafted), self._sampler, self._sampler.count
-        logits = self.context.run([self._ids[-1], *drafted], keep=guesses + 1)
-        if self._sampling.greedy:
-            scores = sampler.scores(logits, drafted)
-            kept, token = verify_greedy(scores.argmax(-1).tolist(), drafted)
-            if self._rounding:
-                best = np.partition(scores[: kept + 1], -2)[:, -2:]
-                near = best[:, 1] - best[:, 0] <= self._rounding * np.abs(scores[: kept + 1]).max(-1)
-                self.report.close += (at + np.flatnonzero(near)).tolist()
-        else:
-            p = sampler.probabilities(logits, drafted)
-            accept, draws = self._accepts(at, guesses), sampler.uniforms(at, guesses + 1)
-            one, two = verify(p[None], np.array([drafted]), None if q is None else q[None], accept[None], draws[None])
-            kept, token = int(one[0]), int(two[0])
-        self.context.crop(len(self._ids) + kept)
-        return self._take([*drafted[:kept], token], logits)
+    def _check(self, unread: list[int], draft: Draft) -> tuple[list[tuple[int, np.ndarray]], Verified]:
+        """Verify a draft. Returns the accepted tokens and the one after them, each with its logits (V,), and what happened."""
+        drafted, context, begun = draft.tokens, self.context, len(self._ids)
+        others = draft.others[: context.room - len(unread) - len(drafted)] if context.takes_forks else []
+        tokens, last = [*unread, *drafted, *(token for _, token in others)], len(unread) - 1
+        logits = context.run(tokens, keep=len(tokens) - last, forks=[last + k for k, _ in others])
+        text = [*self._ids[-2:], *drafted]
+        keys = [tuple(text[max(i - 2, 0) : i]) for i in range(len(text) - len(drafted), len(text) + 1)]
+        self._learn([*keys, *((keys[k][-1], token) for k, token in others)], logits)
+        out = list[tuple[int, np.ndarray]]()
+        for row, wanted in zip(logits, [*drafted, None], strict=False):
+            out.append(self._take(row, verifies=True))
+            if out[-1][0] != wanted:
+                break
+        kept = len(out) - 1
+        for other, row in zip(others, logits[len(drafted) + 1 :], strict=True):
+            if other == (kept, out[kept][0]):
+                out.append(self._take(row, verifies=True))
+        context.crop(begun + kept)
+        self.report.drafted += len(drafted)
+        self.report.accepted += len(out) - 1
+        return out, Verified(len(drafted), kept, len(tokens), len(out), draft.chances)
 
-    def _take(self, tokens: list[int], logits: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        for token in tokens:
-            self._sampler.take(token)
-        self._ids += tokens
-        return list(zip(tokens, logits, strict=False))
+    def _learn(self, keys: list[tuple[int, ...]], logits: np.ndarray) -> None:
+        if self._speculation and self._speculation.drafter.learns:
+            self._speculation.drafter.learn(keys, best_of(self.context.engine.decoder, logits, self._sampling.sharpness))
+
+    def _take(self, logits: np.ndarray, verifies: bool = False) -> tuple[int, np.ndarray]:
+        """Choose the next token from logits (V,)."""
+        if verifies and self._rounding and self._sampling.greedy:
+            scores = self._sampler.scores(logits[None])[0]
+            if np.count_nonzero(scores >= scores.max() - self._rounding * np.abs(scores).max()) > 1:
+                self.report.close.append(self._sampler.count)
+        token = self._sampler.next(logits)
+        self._sampler.take(token)
+        self._ids.append(token)
+        return token, logits
 
     def _piece(self, token: int, row: np.ndarray) -> Piece:
         self.report.tokens += 1

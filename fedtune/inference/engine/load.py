@@ -19,19 +19,20 @@ from fedtune.inference.engine.bfloat16 import Array, as_float32
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.budget import Choice
 from fedtune.inference.engine.decoder import Decoder, linears_of
+from fedtune.inference.engine.embedding import Embedding
 from fedtune.inference.engine.gptq_config import Packing, split_config
 from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, linears, norm_sizes
 from fedtune.inference.engine.linear import KINDS, Linear, dequantized, portable
 from fedtune.inference.engine.lora import Lora, make_lora
 from fedtune.inference.engine.make_linear import linear_from_tensors
-from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
+from fedtune.inference.engine.package import EMBEDDING, PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape, Unsupported, canonical, read_shape
-from fedtune.inference.engine.tensor_files import StoredTensor, read_header
 from fedtune.storage.checkpoint_files import weight_files
 from fedtune.storage.parsing import parse_json
 from fedtune.storage.parsing import read_text as text_of
+from fedtune.storage.tensor_files import StoredTensor, read_header
 
 Floats = NDArray[np.float32]
 GROUP = 32  # columns per scale when weights are quantized to int4 here
@@ -198,6 +199,8 @@ class _Source(Protocol):
 
     def linear(self, name: str, size: tuple[int, int], kind: str) -> Stored: ...
 
+    def embedding(self, size: tuple[int, int]) -> Embedding: ...
+
 
 class _Packed:
     """An edge package, whose reader has checked names, shapes and dtypes."""
@@ -223,6 +226,12 @@ class _Packed:
         weight = dequantized(stored.kind, tensors, n_in=size[1], group=stored.group)
         return kind, GROUP, portable(kind, weight, group=GROUP)
 
+    def embedding(self, size: tuple[int, int]) -> Embedding:
+        if EMBEDDING in self._package.linears:
+            stored = self._package.linear(EMBEDDING)
+            return Embedding(stored["packed"], stored["scale"])
+        return Embedding(self.tensor(f"{EMBEDDING}.weight", size))
+
 
 class _Mapped:
     """The safetensors files of a Hugging Face folder. 4-bit weights of GPTQ or AWQ are dequantized."""
@@ -241,7 +250,7 @@ class _Mapped:
     def tensor(self, name: str, size: tuple[int, ...]) -> Array:
         stored = self._find(name)
         if stored.shape != size or stored.dtype not in FLOATS:
-            raise ModelError(f"{stored.path} holds {name} as {stored.dtype} {stored.shape}, but config.json requires floats {size}")
+            raise ModelError(f"{stored.file} holds {name} as {stored.dtype} {stored.shape}, but config.json requires floats {size}")
         return stored.read()
 
     def stored_kind(self, name: str) -> str:
@@ -261,12 +270,15 @@ class _Mapped:
         weight = unpack_weight(self._packing, lambda part: as_tensor(self._stored[f"{name}.{part}"].read()), size, name)
         return kind, GROUP, portable(kind, as_array(weight), group=GROUP)
 
+    def embedding(self, size: tuple[int, int]) -> Embedding:
+        return Embedding(self.tensor(f"{EMBEDDING}.weight", size))
+
     def _packs(self, name: str) -> bool:
         return self._packing is not None and f"{name}.qweight" in self._stored
 
 
 def _decoder(shape: Shape, source: _Source, linear: Callable[[str], Linear]) -> Decoder:
-    embed = source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden))
+    embed = source.embedding((shape.vocab, shape.hidden))
     layers = [_layer(shape, source, linear, i) for i in range(shape.layers)]
     norm = as_float32(source.tensor("model.norm.weight", (shape.hidden,))) + np.float32(shape.norm_offset)
     return Decoder(shape, embed, layers, norm, linear("head"))
@@ -324,7 +336,7 @@ class _Packing:
     def _head(self) -> Linear:
         shape, source, kind = self._shape, self._source, self._kind
         if shape.tied:
-            embed = source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden))
+            embed = source.tensor(f"{EMBEDDING}.weight", (shape.vocab, shape.hidden))
             own = kind or source.stored_kind(f"model.layers.0.{linears(shape)['qkv'].parts[0].module}")
             own = "int8" if own == "int4" else own
             return linear_from_tensors(own, portable(own, embed), n_in=shape.hidden, name="lm_head")

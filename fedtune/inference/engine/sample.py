@@ -56,6 +56,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def sharpness(self) -> float:
+        """What multiplies logits, for estimates: 1 / temperature, but at most 1000, and 1 if greedy."""
+        return 1.0 if self.greedy else min(1 / self.temperature, 1e3)
+
 
 @np.errstate(over="ignore", invalid="ignore")  # logits that are not finite reach `draw`, which refuses them
 def scores(logits: np.ndarray, sampling: Sampling, seen: np.ndarray | None = None) -> np.ndarray:
@@ -211,22 +216,18 @@ class Sampler:
             self._seen = np.zeros(vocabulary, dtype=bool)
             self._seen[list(prompt)] = True
 
-    def seen(self, drafted: Sequence[int] = ()) -> np.ndarray | None:
-        """The tokens before each of the next 1 + len(drafted) rows, (1 + g, V) bool; row i follows drafted[:i]. None without a penalty."""
-        if self._seen is None:
-            return None
-        rows = np.tile(self._seen, (1 + len(drafted), 1))
-        for i, token in enumerate(drafted, 1):
-            rows[i:, token] = True
-        return rows
+    @property
+    def seen(self) -> np.ndarray | None:
+        """The tokens so far, (V,) bool; None without a penalty."""
+        return self._seen
 
-    def probabilities(self, logits: np.ndarray, drafted: Sequence[int] = ()) -> np.ndarray:
-        """The distributions of the next 1 + len(drafted) tokens, where row i follows drafted[:i]: (1 + g, V)."""
-        return probabilities(logits, self.sampling, self.seen(drafted))
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """The distribution of the next token, (1, V)."""
+        return probabilities(logits, self.sampling, self._seen)
 
-    def scores(self, logits: np.ndarray, drafted: Sequence[int] = ()) -> np.ndarray:
+    def scores(self, logits: np.ndarray) -> np.ndarray:
         """`probabilities` before the softmax."""
-        return scores(logits, self.sampling, self.seen(drafted))
+        return scores(logits, self.sampling, self._seen)
 
     def next(self, logits: np.ndarray) -> int:
         """Draw the next token from logits (1, V) or (V,); call `take` to continue with it.

@@ -16,7 +16,7 @@ from fedtune.inference.engine.layer import Layer
 from fedtune.inference.engine.linear import Linear, Native
 from fedtune.inference.engine.lora import Lora
 from fedtune.inference.engine.native.library import Kernels
-from fedtune.inference.engine.native.structures import DecoderStructure, LayerStructure, PassStructure, SpanStructure
+from fedtune.inference.engine.native.structures import DecoderStructure, DraftStructure, LayerStructure, PassStructure, SpanStructure
 from fedtune.inference.engine.rope import Rope
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.engine.threads import threads
@@ -89,17 +89,10 @@ class NativeStep:
         Returns:
             Logits [len(kept), V], or None if none are wanted.
         """
-        places = [span.cache.native_span(span.n) for span in spans]
-        for place, lora in zip(places, loras, strict=True):
-            if lora is not None:
-                place.lora = ctypes.pointer(lora.structure(self._shape))
+        places = [self._place(span, lora) for span, lora in zip(spans, loras, strict=True)]
         turns, rings = self._turns(places), self._places(places)
         logits = np.empty((len(kept), self._head.n_out), np.float32) if kept else None
-        part = PassStructure(
-            rows=len(hidden), first=first, last=last, hidden=hidden.ctypes.data,
-            span_count=len(places), spans=(SpanStructure * len(places))(*places),
-            turns_count=len(turns), turns=(ctypes.c_void_p * len(turns))(*(table.ctypes.data for table in turns)),
-        )  # fmt: skip
+        part = _part(hidden, places, turns, first, last)
         if rings:
             part.place_count = len(rings[0])
             part.places = (ctypes.c_void_p * len(rings))(*(table.ctypes.data for table in rings))
@@ -107,6 +100,34 @@ class NativeStep:
             part.kept_count, part.kept, part.logits = len(kept), (ctypes.c_int64 * len(kept))(*kept), logits.ctypes.data
         self._kernels.run(self._decoder, part, threads())
         return logits
+
+    def draft(self, hidden: Floats, span: Span, lora: Lora | None, draft: DraftStructure, *, last: int) -> None:
+        """Run layers 0..last-1 and draft tokens.
+
+        Args:
+            hidden: [rows, d], contiguous; changed.
+            span: Its cache is in order, and prepared for `draft.most - 1` more tokens than the rows.
+            lora: The span's adapter.
+            draft: What to draft; holds the result.
+            last: Number of layers.
+        """
+        place, n = self._place(span, lora), span.n + draft.most - 1
+        logits = np.empty(self._head.n_out, np.float32)
+        part = _part(hidden, [place], [rope.rows(place.length, n) for rope in self._kinds], 0, last)
+        part.kept_count, part.kept, part.logits = 1, (ctypes.c_int64 * 1)(span.n - 1), logits.ctypes.data
+        self._kernels.draft(self._decoder, part, draft, threads())
+
+    def best(self, logits: Floats, sharpness: float, tokens: Array, chances: Array) -> None:
+        """Find the two most likely tokens [n, 2] of logits [n, V], and their chances."""
+        self._kernels.best(np.ascontiguousarray(logits), sharpness, tokens, chances)
+
+    def _place(self, span: Span, lora: Lora | None) -> SpanStructure:
+        place = span.cache.native_span(span.n)
+        if lora is not None:
+            place.lora = ctypes.pointer(lora.structure(self._shape))
+        if span.forks:
+            place.fork_count, place.forks = len(span.forks), (ctypes.c_int64 * len(span.forks))(*span.forks)
+        return place
 
     def _turns(self, places: Sequence[SpanStructure]) -> list[Array]:
         """For each kind of rotary embedding, [rows, 1, D/2] complex64."""
@@ -119,6 +140,14 @@ class NativeStep:
         """Likewise for the places of the window caches' tokens; [] if there are none."""
         count = max((min(span.length + span.rows, span.sinks + span.window) for span in spans if span.ring), default=0)
         return [rope.rows(0, count) for rope in self._kinds] if count else []
+
+
+def _part(hidden: Floats, places: Sequence[SpanStructure], turns: Sequence[Array], first: int, last: int) -> PassStructure:
+    return PassStructure(
+        rows=len(hidden), first=first, last=last, hidden=hidden.ctypes.data,
+        span_count=len(places), spans=(SpanStructure * len(places))(*places),
+        turns_count=len(turns), turns=(ctypes.c_void_p * len(turns))(*(table.ctypes.data for table in turns)),
+    )  # fmt: skip
 
 
 def _kernels(layer: Layer) -> Kernels:

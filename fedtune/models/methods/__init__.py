@@ -97,8 +97,9 @@ class DecoderShape(Protocol):
 class Method:
     """The names that a method's file defines. Names with a default are optional, but one of `edits` and `why_unmergeable` is required.
 
-    A file whose method supports values of peft.init other than `default` also has the constant `inits`, a tuple of strings, which
-    `fedtune.config.method_files` reads.
+    A file may also have constants that `fedtune.config.method_files` reads: `inits`, a tuple of the supported values of peft.init;
+    `experts`, whether the method adapts stacked experts; `product`, for LoRA's factors `MODULE.lora_A` and `MODULE.lora_B`: "whole" if
+    s·B·A is the whole change of a weight, "part" if it has other terms; `rank_power`, the p of s = alpha / r^p, by default 1.
 
     Args:
         attach: Attaches the method to a model in place: (model, peft, task) → `Attached`. All parameters of the model are frozen before the

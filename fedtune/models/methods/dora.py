@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["attach", "edits", "is_noop", "initial", "targeted"]
 
+product = "part"
+
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:
     """LoRA with a magnitude for each row, initialized to the norm of the backbone's row."""

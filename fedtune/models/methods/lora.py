@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 inits = ("default", "loftq")
 experts = True
+product = "whole"
 targeted = True
 
 _OVER = "quantised.json"  # in the folder of a LoftQ adapter: the quantized weights that it requires

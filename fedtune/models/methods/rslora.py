@@ -16,6 +16,8 @@ __all__ = ["attach", "edits", "factors", "is_noop", "initial", "targeted"]
 
 inits = ("default", "loftq")
 experts = True
+product = "whole"
+rank_power = 0.5
 
 
 def attach(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -> Attached:

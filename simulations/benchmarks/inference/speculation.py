@@ -5,8 +5,12 @@
 The target is a pretrained checkpoint, widened to a shape of the benchmark (`widen`): text and acceptance are those of real weights and real
 prompts, time is that of the large shape. `fedtune draft` distills the draft model from the checkpoint (`pair`). "wide draft" is that model,
 widened to about a twelfth of the target; "small draft" is not widened. "auto" is the default of `fedtune generate`, with a draft model that
-of `--draft`; each answer starts without measurements, like a command. "early exit" exits after the checkpoint's last layer, where the
-result is already exact: an upper bound for a model trained for early exit, not a forecast.
+of `--draft`; each answer starts without measurements, like a command. "auto, kept" goes on with what it has from the answers before, as in
+a chat. "early exit" exits after the checkpoint's last layer, where the result is already exact: an upper bound for a model trained for
+early exit, not a forecast.
+
+With `--llama-server`, llama.cpp's server answers the same prompts before and after ours (Q4_0 beside int4, Q8_0 beside int8), without a
+draft model and with both of them at 3, 5 and 8 draft tokens. Its figures are the tokens per second that it reports, without the prompt.
 
 Each number format has its own process. There all sides answer one prompt before the next prompt, so that changes in machine speed affect
 all of them. Figures are ratios to plain decoding of the same prompt, medians with quartiles. "accepted" is the share of draft tokens kept,
@@ -26,6 +30,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import httpx
 import torch
 
 from fedtune.inference.engine.generate import Generation, Report, Speculation
@@ -37,15 +42,19 @@ from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
 from fedtune.inference.generate import open_speculation
+from fedtune.simulations.benchmarks.delivery import free_port
 from fedtune.simulations.benchmarks.inference.__main__ import without_paths
-from fedtune.simulations.benchmarks.inference.models import SIZES, VOCABULARY, package
+from fedtune.simulations.benchmarks.inference.models import SIZES, VOCABULARY, gguf, package
 from fedtune.simulations.benchmarks.inference.pair import ANSWER, MODELS, acceptance, draft_of, prompts
+from fedtune.simulations.benchmarks.inference.servers import command
+from fedtune.simulations.benchmarks.inference.servers import server as run_server
 from fedtune.simulations.benchmarks.inference.widen import Size, widen
 from fedtune.simulations.studies.real import hardware
 
 PLAIN = "plain"
 WIDE = {"125m": (256, 4, 8, 4, 512), "0.4b": (512, 8, 8, 4, 1536)}  # shapes of the wide draft, as in SIZES
-DRAFT_KINDS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}  # number format of the target → of the wide draft
+PEERS = {"int4": "q4_0", "int8": "q8_0"}  # our number format → llama.cpp's
+DRAFT_KINDS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int4"}  # number format of the target → of the wide draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,7 @@ class SpeculationCase:
     Args:
         size, kind: Shape and number format of the target.
         target, wide, small: Folders of the target and the two drafts.
+        target_hf: The target before it was packaged.
         exit_at: Layers of the early exit.
         rows: Token ids of each prompt.
         new: Maximum tokens of an answer.
@@ -64,6 +74,7 @@ class SpeculationCase:
     size: str
     kind: str
     target: Path
+    target_hf: Path
     wide: Path
     small: Path
     exit_at: int
@@ -100,6 +111,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=ANSWER, help="maximum new tokens (default: %(default)s)")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8], help="0 is greedy (default: 0 0.8)")
     parser.add_argument("--fixed", nargs="*", type=int, default=[], metavar="N", help="also measure a fixed number of N draft tokens")
+    parser.add_argument("--llama-server", metavar="PATH", help="llama.cpp's server, to measure beside int4 and int8")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="folder for the models (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="Markdown file to write, with a .json and a .png beside it")
@@ -116,13 +128,19 @@ def main() -> None:
         f" the draft, one of the checkpoint's layers, is accepted at {100 * acceptance(draft):.0f} % on held-out text at temperature 1.\n"
     )
     seen: dict[str, dict[str, Found]] = {}
+    beside: dict[str, list[str]] = {size: [] for size in args.sizes}
     for size in args.sizes:
         seen[size] = {}
         for case in cases(source, draft, size, data, args):
+            peers = [llama_cpp(args.llama_server, case)] if args.llama_server and case.kind in PEERS else []
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 seen[size][case.kind] = process.submit(measure, case).result()
-            print(table({case.kind: seen[size][case.kind]}), flush=True)
+            peers += [llama_cpp(args.llama_server, case)] if peers else []
+            beside[size] += peer_rows(case.kind, peers)
+            print("\n".join([table({case.kind: seen[size][case.kind]}), *peer_rows(case.kind, peers)]), flush=True)
         lines += [f"\n## {size}\n", table(seen[size])]
+        if beside[size]:
+            lines += ["\n| llama.cpp | tok/s, greedy |", "|---|---|", *beside[size]]
     if args.out:
         lines.append(f"\n![ratios]({args.out.with_suffix('.png').name})")
         args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -138,7 +156,7 @@ def cases(source: Path, draft: Path, size: str, data: Path, args: argparse.Names
     rows = prompts(engine, data, args.prompts, held=True)
     return [
         SpeculationCase(
-            size=size, kind=kind, target=package(target, kind) if kind in ("int8", "int4") else target, wide=wide, small=draft,
+            size=size, kind=kind, target=package(target, kind) if kind in PEERS else target, target_hf=target, wide=wide, small=draft,
             exit_at=engine.shape.layers, rows=rows, new=args.tokens, temperatures=args.temperatures, fixed=args.fixed, threads=args.threads,
         )
         for kind in args.kinds
@@ -156,6 +174,7 @@ def sides(engine: Engine, case: SpeculationCase) -> dict[str, Callable[[], Specu
     found: dict[str, Callable[[], Speculation | None]] = {
         PLAIN: lambda: None,
         "auto": lambda: open_speculation(engine, "auto", None),
+        "auto, kept": partial(lambda kept: kept, open_speculation(engine, "auto", None)),
         "auto, wide draft": lambda: Speculation(DraftModel(wide, engine)),
         "auto, small draft": lambda: Speculation(DraftModel(small, engine)),
     }
@@ -196,6 +215,33 @@ def measure(case: SpeculationCase) -> Found:
 def _answer(engine: Engine, row: list[int], sampling: Sampling, new: int, speculation: Speculation | None) -> tuple[list[int], Report]:
     run = Generation(engine, row, sampling, new, speculation=speculation)
     return [piece.token for piece in run], run.report
+
+
+def llama_cpp(server: str, case: SpeculationCase) -> dict[str, list[float]]:
+    """llama.cpp's tokens a second on each prompt, greedy, by what it drafts with."""
+    target, found = gguf(case.target_hf, PEERS[case.kind]), dict[str, list[float]]()
+    drafts = {"wide draft": gguf(case.wide, "q8_0"), "small draft": gguf(case.small, "q8_0")}
+    ways = {PLAIN: list[str]()}
+    ways |= {f"{name}, {n}": ["-md", str(file), "--spec-draft-n-max", str(n)] for name, file in drafts.items() for n in (3, 5, 8)}
+    for way, more in ways.items():
+        words = command("llama.cpp", target, 1, 512, port := free_port(), case.threads, server) + more
+        with run_server(words, port, case.threads, target.with_suffix(".log")) as url:
+            for row in [case.rows[0], *case.rows]:
+                asked = {"prompt": row, "n_predict": case.new, "temperature": 0.0, "cache_prompt": False}
+                answer = httpx.post(f"{url}/completion", json=asked, timeout=600)
+                answer.raise_for_status()
+                found.setdefault(way, []).append(float(answer.json()["timings"]["predicted_per_second"]))
+        del found[way][0]  # a warm-up
+    return found
+
+
+def peer_rows(kind: str, runs: Sequence[Mapping[str, Sequence[float]]]) -> list[str]:
+    """Table rows: medians over the prompts of both runs, with quartiles."""
+    rows = list[str]()
+    for way in runs[0] if runs else ():
+        low, middle, high = statistics.quantiles([speed for run in runs for speed in run[way]], n=4, method="inclusive")
+        rows.append(f"| {PEERS[kind].upper()}, {way} | {middle:.1f} ({low:.1f}–{high:.1f}) |")
+    return rows
 
 
 def table(seen: Mapping[str, Found]) -> str:

@@ -3,9 +3,8 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,20 +16,22 @@ from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.context import Context, common
 from fedtune.inference.engine.generate import Generation, Speculation, generate
 from fedtune.inference.engine.load import Engine, load_engine
-from fedtune.inference.engine.sample import Sampler, Sampling, draw, softmax
-from fedtune.inference.engine.speculate import Draft, Drafter
+from fedtune.inference.engine.sample import Sampler, Sampling
+from fedtune.inference.engine.speculate import Drafter
 from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
+from fedtune.inference.engine.speculate.lookup_or_recycle import LookupOrRecycle
+from tests.inference.engine.drafters import Oracle, Scribble, Silent, ThirdIsWrong
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(2, VOCAB))]
 
 
-def build(folder: Path, name: str = "llama", *, seed: int = 0, words: Sequence[str] = WORDS) -> tuple[Engine, Any]:
+def build(folder: Path, name: str = "llama", *, seed: int = 0, words: Sequence[str] = WORDS, vocab: int = VOCAB) -> tuple[Engine, Any]:
     """An engine and the same model in transformers; end token </s>."""
-    model = tiny_model(name, folder, seed=seed)
+    model = tiny_model(name, folder, seed=seed, vocab=vocab)
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<s>"))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tok.add_special_tokens(["<s>", "</s>"])
@@ -54,45 +55,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return build(tmp_path_factory.mktemp("draft") / "m", "qwen3", seed=5)[0]
 
 
-class Scribble(Drafter):
-    """Drafts random tokens, from a random distribution if it returns one."""
-
-    name = "random"
-
-    def __init__(self, sure: bool = False) -> None:
-        self._generator, self._sure = np.random.default_rng(3), sure
-
-    def begin(self, sampling: Sampling, context: Context) -> None:
-        self._sure = self._sure or sampling.greedy
-
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
-        q = softmax(3 * self._generator.standard_normal((count, VOCAB), np.float32))
-        tokens = draw(q, self._generator.random(count)).tolist()
-        return Draft(tokens, None if self._sure else q)
-
-
-class Oracle(Drafter):
-    """Drafts the correct answer, except for every fifth token."""
-
-    name = "oracle"
-
-    def __init__(self, answer: list[int], prompt: int) -> None:
-        self._answer, self._prompt = answer, prompt
-
-    def begin(self, sampling: Sampling, context: Context) -> None:
-        pass
-
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
-        rest = self._answer[len(ids) - self._prompt :][:count]
-        return Draft([(t + (len(ids) + i) % 5 // 4) % VOCAB for i, t in enumerate(rest)])
-
-
 def drafter(kind: str, engine: Engine, small: Engine) -> Drafter:
-    makes = {"lookup": Lookup, "draft": lambda: DraftModel(small, engine), "early-exit": EarlyExit, "random": Scribble}
+    makes = {
+        "auto": LookupOrRecycle,
+        "lookup": Lookup,
+        "draft": lambda: DraftModel(small, engine),
+        "early-exit": EarlyExit,
+        "random": Scribble,
+        "silent": Silent,
+    }
     return makes[kind]()
 
 
-KINDS = ["lookup", "draft", "early-exit", "random"]
+KINDS = ["auto", "lookup", "draft", "early-exit", "random"]
 
 
 def prompts(count: int, *, seed: int = 0, longest: int = 12) -> list[list[int]]:
@@ -264,14 +239,16 @@ def test_greedy_answers_of_two_hundred_prompts(engine: Engine, small: Engine, al
     assert drafted > (200 if guesses else 0) and (accepted > 0 or kind == "random" or not guesses)
 
 
-def test_deterministic_drafts_keep_the_text_of_the_seed(engine: Engine, small: Engine, alone: Alone) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_keep_the_text_of_the_seed(engine: Engine, small: Engine, alone: Alone, kind: str) -> None:
     for seed in range(4):
         sampling = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=seed)
-        compare(engine, small, alone, "lookup", 4, sampling, Adapt(fixed=1 + seed))
-        ids = [5, 6]
-        plain = tokens(Generation(engine, ids, sampling, 12))
-        scribbled = Generation(engine, ids, sampling, 12, speculation=Speculation(Scribble(sure=True), Adapt(fixed=3)))
-        assert tokens(scribbled) == plain
+        compare(engine, small, alone, kind, 4, sampling, Adapt(fixed=1 + seed))
+
+
+@pytest.mark.parametrize("fixed", [None, 3])
+def test_a_drafter_without_a_draft_changes_nothing(engine: Engine, small: Engine, alone: Alone, fixed: int | None) -> None:
+    assert compare(engine, small, alone, "silent", 3, Sampling(), Adapt(fixed=fixed), 30) == (0, 0)
 
 
 def test_the_repetition_penalty_counts_drafted_tokens_for_later_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,9 +259,19 @@ def test_the_repetition_penalty_counts_drafted_tokens_for_later_rows(engine: Eng
         return tokens(Generation(engine, [5, 6], sampling, 40, speculation=Speculation(Oracle(answer, 2), Adapt(fixed=6))))
 
     assert speculative() == answer
-    own = Sampler.seen
-    monkeypatch.setattr(Sampler, "seen", lambda self, drafted=(): cast(np.ndarray, own(self)).repeat(1 + len(drafted), 0))
+    monkeypatch.setattr(Sampler, "take", lambda self, token: setattr(self, "count", self.count + 1))
     assert speculative() != answer
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, repetition_penalty=1.3)], ids=["greedy", "sampled"])
+def test_another_token_for_a_place_saves_a_pass_if_it_is_right(engine: Engine, sampling: Sampling) -> None:
+    answer = tokens(Generation(engine, [5, 6], sampling, 41))
+    drafter, passes = ThirdIsWrong(answer, 2), list[int]()
+    for drafter.others in (False, True):
+        run = Generation(engine, [5, 6], sampling, 41, speculation=Speculation(drafter, Adapt(fixed=6)))
+        assert tokens(run) == answer and run.report.tokens == 1 + run.report.passes + run.report.accepted
+        passes.append(run.report.passes)
+    assert passes == [14, 10]  # of three tokens each, and of four
 
 
 def test_good_drafts_save_passes_and_keep_the_text(engine: Engine) -> None:
@@ -336,18 +323,9 @@ def test_a_draft_model_must_have_the_same_tokenizer(tmp_path: Path, engine: Engi
 
 
 @pytest.mark.parametrize("width", [97, 110])
-def test_a_draft_model_may_have_a_narrower_or_wider_table(
-    engine: Engine, small: Engine, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = type(small.decoder).forward
-
-    def resized(self: Any, *args: Any, **more: Any) -> Any:
-        out = np.asarray(forward(self, *args, **more))
-        if self is not small.decoder:
-            return out
-        return out[:, :width] if width < VOCAB else np.pad(out, ((0, 0), (0, width - VOCAB)), constant_values=99)
-
-    monkeypatch.setattr(type(small.decoder), "forward", resized)
+def test_a_draft_model_may_have_a_narrower_or_wider_table(engine: Engine, width: int, tmp_path: Path) -> None:
+    small, _ = build(tmp_path / "m", "qwen3", seed=5, vocab=width)
+    assert small.shape.vocab == width
     assert compare(engine, small, {}, "draft", 3, Sampling(), Adapt(fixed=3))[0] > 0
     sampled = Generation(engine, [5], Sampling(temperature=1.0), 10, speculation=Speculation(DraftModel(small, engine), Adapt(fixed=3)))
     assert max(tokens(sampled)) < VOCAB
@@ -364,9 +342,13 @@ def test_a_draft_model_drafts_its_own_continuation(engine: Engine, small: Engine
         guessed = list[int]()
         for _ in range(count):
             guessed.append(said([*ids, *guessed]))
-        assert drafter.draft(ids, count, None, 0).tokens == guessed
-    ids += [7, 2]  # the guesses were wrong
-    assert drafter.draft(ids, 1, None, 2).tokens == [said(ids)]
+        assert drafter.draft(ids, count).tokens == guessed
+    guessed = drafter.draft(ids, 3).tokens
+    assert drafter._own.cache.length == len(drafter._own.ids)
+    ids += [*guessed, said([*ids, *guessed])]  # all were right
+    assert drafter.draft(ids, 1).tokens == [said(ids)]
+    ids += [7, 2]  # the guess was wrong
+    assert drafter.draft(ids, 1).tokens == [said(ids)]
 
 
 @pytest.mark.parametrize("layers", [0, 3])
@@ -385,5 +367,5 @@ def test_an_early_exit_drafts_the_continuation_of_its_layers(engine: Engine, ask
         text, cache = [*ids, *guessed], engine.cache()
         # the first layers alone, over the whole text
         guessed.append(int(engine.decoder.forward(text, [Span(cache, len(text))], layers=layers).argmax()))
-    assert drafter.draft(ids, 3, None, 0).tokens == guessed
+    assert drafter.draft(ids, 3).tokens == guessed
     assert context.cache.length == 3  # as it was: the guesses are taken back

@@ -190,17 +190,6 @@ def test_uniforms_depend_on_the_position_and_not_on_the_calls() -> None:
     assert whole.dtype == np.float64 and whole.min() >= 0 and whole.max() < 1
 
 
-def test_a_row_after_draft_tokens_counts_them_as_seen() -> None:
-    sampler = Sampler(Sampling(repetition_penalty=1.5), [0, 3], 6)
-    sampler.take(5)
-    rows = sampler.seen([1, 2, 1])
-    assert rows is not None
-    assert [np.flatnonzero(row).tolist() for row in rows] == [[0, 3, 5], [0, 1, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5]]
-    again = sampler.seen()
-    assert again is not None and np.flatnonzero(again[0]).tolist() == [0, 3, 5]  # guesses are not remembered
-    assert Sampler(Sampling(), [0], 6).seen([1]) is None
-
-
 def test_the_seed_determines_draws_and_the_global_generators_are_unchanged() -> None:
     logits = np.zeros(50, np.float32)
 

@@ -1,23 +1,26 @@
 """The mathematics of speculation, without a model."""
 
 import itertools
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.inference.engine.sample import Uniforms, draw, softmax
-from fedtune.inference.engine.speculate import verify as verify_module
-from fedtune.inference.engine.speculate.adapt import Adapt, Costs
+from fedtune.inference.engine.guess import Guesses
+from fedtune.inference.engine.sample import Sampling
+from fedtune.inference.engine.speculate import Draft, Least, chosen
+from fedtune.inference.engine.speculate.adapt import Adapt, Costs, Verified
 from fedtune.inference.engine.speculate.lookup import Lookup
-from fedtune.inference.engine.speculate.verify import residual, verify, verify_greedy
+from fedtune.inference.engine.speculate.lookup_or_recycle import LookupOrRecycle
+from fedtune.inference.engine.speculate.recycle import Recycle
 
 # -- prompt lookup ------------------------------------------------------------------------------------------------------------------------
 
 
 def guess(text: str, count: int = 10) -> str:
-    return "".join(map(chr, Lookup().draft([ord(c) for c in text], count, None, 0).tokens))
+    return "".join(map(chr, Lookup().draft([ord(c) for c in text], count).tokens))
 
 
 def test_lookup_copies_from_the_last_matching_position() -> None:
@@ -27,8 +30,8 @@ def test_lookup_copies_from_the_last_matching_position() -> None:
     assert [Lookup().grade([ord(c) for c in text]) for text in ("abcd", "abxb", "xabyab", "abcyabc", "")] == [None, 1, 2, 3, None]
     assert guess("abcd") == "" and guess("") == "" and guess("a") == ""
     assert guess("xaxbxcx", 1) == "c"
-    four = [ord(c) for c in "wabc1xabc2wabc"]  # three tokens by default: after the later "abc", though a "wabc" came earlier
-    assert [Lookup(*longest).draft(four, 1, None, 0).tokens for longest in ((), (4,))] == [[ord("2")], [ord("1")]]
+    text = [ord(c) for c in "wabc1xabc2wabc"]  # the longest ending decides, though an "abc" came later
+    assert [Lookup(*sizes).draft(text, 1).tokens for sizes in ((), ((3, 2, 1),))] == [[ord("1")], [ord("2")]]
 
 
 def test_a_repetition_continues_beyond_the_end_of_the_text() -> None:
@@ -36,175 +39,107 @@ def test_a_repetition_continues_beyond_the_end_of_the_text() -> None:
     assert guess("aa", 4) == "aaaa"
 
 
-@pytest.mark.slow
-@given(st.lists(st.integers(0, 3), max_size=40), st.data())
-@settings(max_examples=100, deadline=None)
-def test_an_incremental_index_equals_a_new_one(ids: list[int], data: st.DataObject) -> None:
-    growing = Lookup()
-    for end in sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=8))):
-        assert growing.draft(ids[:end], 7, None, 0).tokens == Lookup().draft(ids[:end], 7, None, 0).tokens
-        assert growing.grade(ids[:end]) == Lookup().grade(ids[:end])
+SIZES = (8, 4, 3, 1)
 
 
-# -- verification -------------------------------------------------------------------------------------------------------------------------
+def by_search(texts: list[list[int]], count: int) -> tuple[int | None, list[int]]:
+    """What a lookup finds for the last text."""
+    *before, text = texts
+    for size in (size for size in SIZES if size <= len(text)):
+        for at in range(len(text) - 1, size - 1, -1):
+            if text[at - size : at] == text[len(text) - size :]:
+                period = len(text) - at
+                return size, [text[at + i % period] for i in range(count)]
+        for other in reversed(before):
+            for at in range(len(other) - 1, size - 1, -1):
+                if other[at - size : at] == text[len(text) - size :]:
+                    return size, other[at : at + count]
+    return None, []
 
 
-def test_verify_by_hand() -> None:
-    p = np.array([[[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [0.5, 0.5, 0.0]]], np.float32)
-    q = np.array([[[0.2, 0.8, 0.0], [0.5, 0.5, 0.0]]], np.float32)
-    draws = np.array([[0.7, 0.0, 0.2]])
-
-    def run(drafted: list[int], accept: list[float]) -> list[int]:
-        kept, token = verify(p, np.array([drafted]), q, np.array([accept]), draws)
-        return [*kept.tolist(), *token.tolist()]
-
-    # p/q = .2/.8 at the first guess: kept below .25; the residual is (.3, 0, .3), whose quantile .7 is token 2
-    assert run([1, 0], [0.26, 0.0]) == [0, 2]
-    # then .1/.5: kept below .2; the residual (0, 0, .8) leaves only token 2
-    assert run([1, 0], [0.24, 0.3]) == [1, 2]
-    assert run([1, 0], [0.24, 0.1]) == [2, 0]  # all kept: one more from p, by its own draw
-    assert run([0, 0], [0.999, 0.1]) == [2, 0]  # p/q = .5/.2 > 1: always kept
+few = st.lists(st.integers(0, 2), max_size=30)
 
 
-def test_a_token_that_the_model_excludes_is_never_accepted() -> None:
-    p, q = np.array([[[0.0, 1.0], [0.0, 1.0]]], np.float32), np.array([[[1.0, 0.0]]], np.float32)
-    kept, token = verify(p, np.array([[0]]), q, np.array([[0.0]]), np.array([[0.0, 0.0]]))
-    assert (kept.tolist(), token.tolist()) == ([0], [1])
+@given(st.lists(few, min_size=1, max_size=4), st.data())
+@settings(max_examples=60, deadline=None)
+def test_lookups_in_growing_texts_equal_a_search(texts: list[list[int]], data: st.DataObject) -> None:
+    lookup, before = Lookup(SIZES), list[list[int]]()
+    for text in texts:
+        lookup.begin(Sampling(), cast(Any, None))
+        for end in sorted(data.draw(st.sets(st.integers(0, len(text)), min_size=1, max_size=4))):
+            now = text[:end]
+            if before and now[: len(before[-1])] == before[-1]:  # the text before goes on
+                before.pop()
+            assert (lookup.grade(now), lookup.draft(now, 7).tokens) == by_search([*before, now], 7)
+        before.append(now)
 
 
-def test_an_empty_residual_gives_the_models_own_distribution() -> None:
-    p = np.array([0.25, 0.75], np.float32)
-    assert residual(p, p).tolist() == [0.25, 0.75]
-    assert residual(p, np.array([0.5, 0.5], np.float32)).tolist() == [0.0, 0.25]
+def test_texts_before_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.inference.engine.speculate.lookup._MOST", 10)
+    lookup, found = Lookup(), list[int | None]()
+    for text in ([1, 2, 3, 4, 5, 6], [7, 2, 3], [8, 2, 3], [9, 2]):
+        lookup.begin(Sampling(), cast(Any, None))
+        found.append(lookup.grade(text))
+    assert found == [None, 2, 2, None]  # the fourth begins after thirteen
 
 
-def test_greedy_verification_keeps_the_models_own_tokens() -> None:
-    assert verify_greedy([4, 5, 6], [4, 5]) == (2, 6)
-    assert verify_greedy([4, 5, 6], [4, 9]) == (1, 5)
-    assert verify_greedy([4, 5, 6], [9, 5]) == (0, 4)
+# -- what the model found before -----------------------------------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 10**6), guesses=st.integers(1, 4))
-@settings(max_examples=50, deadline=None)
-def test_deterministic_drafts_leave_the_text_of_the_seed_unchanged(seed: int, guesses: int) -> None:
-    rng = np.random.default_rng(seed)
-    p = softmax(2 * rng.standard_normal((1, guesses + 1, 5), np.float32))
-    u = rng.random((1, guesses + 1))
-    plain = draw(p[0], u[0]).tolist()
-    drafted = rng.integers(0, 5, (1, guesses))
-    kept, token = verify(p, drafted, None, rng.random((1, guesses)), u)
-    assert [*drafted[0, : kept[0]].tolist(), *token.tolist()] == plain[: kept[0] + 1]
+def best(*rows: tuple[int, int, float, float]) -> Guesses:
+    return Guesses(np.array([r[:2] for r in rows]), np.array([r[2:] for r in rows], np.float32))
 
 
-V, GUESSES, TRIALS = 4, 2, 100_000
+def test_a_table_of_choices_drafts_by_two_tokens_else_by_one() -> None:
+    recycle = Recycle()
+    assert recycle.grade([1, 2]) is None and recycle.draft([1, 2], 3).tokens == []
+    recycle.learn([(1, 2), (5, 2), (2, 7)], best((7, 8, 0.6, 0.3), (9, 4, 0.5, 0.2), (3, 6, 0.8, 0.1)))
+    assert recycle.draft([0, 1, 2], 1).tokens == [7] and recycle.draft([5, 2], 1).tokens == [9]
+    assert recycle.draft([6, 2], 1).tokens == [9] and recycle.draft([2], 1).tokens == [9]  # the latest after this token
+    assert recycle.draft([1, 2], 4).tokens == [7, 3]  # nothing is known after a 3
+    assert recycle.grade([1, 2]) == 0 and recycle.grade([3]) is None
+    recycle.learn([(1, 2)], best((4, 8, float("nan"), 0.3)))
+    assert recycle.draft([1, 2], 1).tokens == [7]
 
 
-def stub_model() -> np.ndarray:
-    """p(next | text) of a model over four tokens for every text of at most two: rows by `row`."""
-    return softmax(1.5 * np.random.default_rng(1).standard_normal((1 + V + V * V, V), np.float32))
+def test_chances_are_what_was_found_times_what_such_promises_were_worth() -> None:
+    recycle, same, other = Recycle(), best((7, 8, 0.5, 0.25)), best((9, 8, 0.5, 0.25))
+    recycle.learn([(1, 2)], same)
+    assert recycle.draft([1, 2], 1).chances == [0.5]
+    for _ in range(400):
+        recycle.learn([(1, 2)], same)
+    assert recycle.draft([1, 2], 1).chances == [pytest.approx(0.5, rel=0.01)]  # it was what it promised
+    for _ in range(200):
+        recycle.learn([(1, 2)], other)
+        recycle.learn([(1, 2)], same)
+    assert recycle.draft([1, 2], 1).chances[0] < 0.1  # each time another token
+    trusted = Least(0.0, recycle.draft([1, 2], 1).chances[0] / 2 * 0.99)
+    assert recycle.draft([1, 2], 1, None, trusted).others == [(0, 8)]
+    assert recycle.draft([1, 2], 1, None, Least(0.0, 0.9)).tokens == []
 
 
-def row(texts: np.ndarray) -> np.ndarray:
-    """(B, n) texts → (B,) rows of the stub's table."""
-    out = np.zeros(len(texts), np.int64)
-    for i in range(texts.shape[1]):
-        out = out * V + texts[:, i]
-    return out + sum(V**i for i in range(texts.shape[1]))
+def test_a_long_ending_goes_before_the_table() -> None:
+    drafter = LookupOrRecycle()
+    drafter.begin(Sampling(), cast(Any, None))
+    drafter.learn([(4, 5)], best((9, 8, 0.5, 0.25)))
+    text = [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5]
+    assert (drafter.grade(text[:5]), drafter.draft(text[:5], 2).tokens, drafter.gives_chances(0)) == (0, [9], True)
+    assert (drafter.grade(text), drafter.draft(text, 2).tokens, drafter.gives_chances(5)) == (5, [6, 7], False)
 
 
-def speculate(p: np.ndarray, q: np.ndarray | None, seed: int) -> np.ndarray:
-    """(TRIALS, 3) texts written by speculation from the stub's table p; the guesses come from the table q, or are always (1, 2)."""
-    accept, draws, guess_draws = (np.random.default_rng(seed + i).random((TRIALS, 3)) for i in range(3))
-    drafted = np.empty((TRIALS, 0), np.int64)
-    rows: list[np.ndarray] = []
-    for i in range(GUESSES):
-        rows.append(np.zeros((TRIALS, V), np.float32) if q is None else q[row(drafted)])
-        guess = np.full(TRIALS, 1 + i) if q is None else draw(rows[-1], guess_draws[:, i])
-        drafted = np.column_stack([drafted, guess])
-    target = np.stack([p[row(drafted[:, :i])] for i in range(GUESSES + 1)], 1)
-    kept, token = verify_module.verify(target, drafted, None if q is None else np.stack(rows, 1), accept[:, :GUESSES], draws)
-    # what a step leaves open is drawn plainly: the text must be as the model's, wherever the step ended
-    out = np.zeros((TRIALS, 3), np.int64)
-    for i in range(3):
-        text = out[:, :i]
-        fresh = draw(p[row(text)], np.random.default_rng(seed + 100 + i).random(TRIALS))
-        own = drafted[:, i] if i < GUESSES else token
-        out[:, i] = np.where(kept > i, own, np.where(kept == i, token, fresh))
-    return out
-
-
-def chi_square(texts: np.ndarray, p: np.ndarray) -> tuple[float, int]:
-    """Statistic and degrees of freedom of (n, 3) texts against the exact probabilities of all of them."""
-    whole = np.array(list(itertools.product(range(V), repeat=3)))
-    exact = np.ones(len(whole))
-    for i in range(3):
-        exact *= p[row(whole[:, :i]), whole[:, i]]
-    exact *= len(texts) / exact.sum()
-    counts = np.bincount((texts[:, 0] * V + texts[:, 1]) * V + texts[:, 2], minlength=V**3)
-    rare = exact < 5  # pooled, as the test asks
-    observed = np.append(counts[~rare], counts[rare].sum())
-    wanted = np.append(exact[~rare], exact[rare].sum())
-    keep = wanted > 0
-    return float(((observed - wanted)[keep] ** 2 / wanted[keep]).sum()), int(keep.sum()) - 1
+def test_what_is_worth_verifying() -> None:
+    made = best((1, 2, 0.8, 0.1), (3, 4, 0.5, 0.4), (5, 6, 0.5, 0.3))
+    assert chosen(made, None) == Draft([1, 3, 5], [], [0.800000011920929, 0.5, 0.5])
+    draft = chosen(made, Least(0.0, 0.3))
+    assert draft.tokens == [1, 3] and draft.others == [(1, 4)]  # .8, .4, not .2; .32 for the 4, not .1 for the 2
+    assert chosen(made, Least(0.0, 0.09)).others == [(0, 2), (1, 4), (2, 6)]
+    assert chosen(best((1, 2, float("nan"), 0.1)), Least(0.0, 0.0)).tokens == []
+    assert chosen(made, Least(0.0, 0.99, trust=2.0)).tokens == [1, 3, 5]  # all are certain
 
 
 def critical(freedom: int) -> float:
     """Quantile .9999 of chi-square, by Wilson and Hilferty."""
     return freedom * (1 - 2 / (9 * freedom) + 3.719 * (2 / (9 * freedom)) ** 0.5) ** 3
-
-
-def drafts() -> dict[str, np.ndarray | None]:
-    p = stub_model()
-    noise = np.random.default_rng(9).standard_normal(p.shape, np.float32)
-    return {
-        "good": softmax(np.log(p) + 0.3 * noise),
-        "random": softmax(2 * noise),
-        "same": p,
-        "sharp": softmax(3 * np.log(p)),
-        "disjoint": np.eye(V, dtype=np.float32)[p.argmin(-1)],
-        "lookup": None,
-    }
-
-
-@pytest.mark.parametrize("kind", drafts())
-def test_texts_follow_the_models_distribution(kind: str) -> None:
-    p, q = stub_model(), drafts()[kind]
-    statistic, freedom = chi_square(speculate(p, q, 11), p)
-    assert freedom > 40 and statistic < critical(freedom)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda p, q: p,  # the model's distribution in place of the residual
-        lambda p, q: np.maximum(q - p, 0) + 1e-12,
-        lambda p, q: np.abs(p - q),
-        lambda p, q: np.maximum(p - 0.8 * q, 0),
-    ],
-)
-def test_a_wrong_residual_is_caught(wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    p, q = stub_model(), drafts()["good"]
-    monkeypatch.setattr(verify_module, "residual", wrong)
-    statistic, freedom = chi_square(speculate(p, q, 11), p)
-    assert statistic > 1.5 * critical(freedom)
-
-
-def test_a_wrong_acceptance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    p, q = stub_model(), drafts()["good"]
-    assert q is not None
-    texts = speculate(p, np.minimum(q * 1.3, 1), 11)  # kept less often than p/q
-    statistic, freedom = chi_square(texts, p)
-    assert statistic > 1.5 * critical(freedom)
-
-
-def test_acceptance_is_one_minus_the_total_variation() -> None:
-    # sum over x of q(x) min(1, p(x)/q(x)) = sum of min(p, q)
-    p, q = np.array([0.6, 0.3, 0.1], np.float32), np.array([0.2, 0.3, 0.5], np.float32)
-    n = 100_000
-    drafted = draw(np.broadcast_to(q, (n, 3)), Uniforms(1, "a")(0, n))[:, None]
-    accept, draws = Uniforms(2, "b")(0, n)[:, None], Uniforms(3, "c")(0, 2 * n).reshape(n, 2)
-    kept, _ = verify(np.broadcast_to(p, (n, 2, 3)), drafted, np.broadcast_to(q, (n, 1, 3)), accept, draws)
-    assert abs(kept.mean() - 0.6) < 0.006  # four standard deviations
 
 
 # -- how many guesses ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +186,7 @@ def run_steps(adapt: Adapt, steps: int, cost: dict[int, float], acceptance: floa
                 owed -= 1
                 break
             kept += 1
-        adapt.verified(n, kept, n * draft, cost[n + 1])
+        adapt.verified(Verified(n, kept, n + 1, kept + 1), n * draft, cost[n + 1])
     return out
 
 
@@ -336,7 +271,8 @@ def test_each_grade_has_its_own_acceptance_and_pauses() -> None:
     for _ in range(100):
         for grade in tried:
             if n := adapt.count(grade):
-                adapt.verified(n, n if grade == 3 else 0, 0.0, cost[n + 1], grade)
+                kept = n if grade == 3 else 0
+                adapt.verified(Verified(n, kept, n + 1, kept + 1), 0.0, cost[n + 1], grade)
                 tried[grade] += 1
             else:
                 adapt.plain(cost[1])
@@ -367,6 +303,35 @@ def test_an_attempt_has_three_verifications() -> None:
     counts = run_steps(Adapt(), 40, cost, 0.0)
     # the first step measures c(1); after the three no guess stayed, and the pause is 16 steps
     assert [bool(n) for n in counts[:24]] == [False, *[True] * 3, *[False] * 17, *[True] * 3]
+
+
+def test_with_chances_a_token_is_drafted_while_it_is_worth_its_seconds() -> None:
+    adapt = Adapt(4)
+    for rows in range(1, 6):
+        adapt.costs.add(rows, 0.9 + 0.1 * rows)
+    for _ in range(50):  # 2 tokens in 1.6 seconds
+        adapt.verified(Verified(3, 1, 4, 2, [0.5, 0.5, 0.5]), 0.3, 1.3)
+    least = adapt.least()
+    assert least is not None
+    rate = 2 / 1.6
+    assert least.verify == pytest.approx(0.1 * rate, rel=0.05)
+    assert least.draft == pytest.approx((0.1 + 0.1) * rate / adapt.acceptance(), rel=0.05)
+    for _ in range(200):
+        adapt.verified(Verified(3, 3, 4, 4, [0.5, 0.8, 0.8]), 0.3, 1.3)
+    least = adapt.least()
+    assert least is not None and least.trust == pytest.approx(3 / 2.1, rel=0.05)  # tokens after a wrong one say nothing
+    assert Adapt(fixed=3).least() is None
+
+
+def test_drafts_that_are_never_worth_it_end_an_attempt() -> None:
+    adapt, counts = Adapt(), list[int]()
+    adapt.plain(1.0)
+    for _ in range(60):
+        counts.append(adapt.count(0, True))
+        if counts[-1]:
+            adapt.refused(0.5)
+        adapt.plain(1.0)
+    assert counts[0] > 0 and sum(map(bool, counts)) == 9  # three attempts, with pauses of 16 and 32 steps
 
 
 def test_a_table_grows_on_demand() -> None:

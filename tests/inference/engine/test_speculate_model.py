@@ -12,16 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-import fedtune.inference.engine.generate as generate_module
 import fedtune.inference.engine.sample as sample_module
-import fedtune.inference.engine.speculate as speculate_module
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.generate import Generation, Speculation
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.sample import Sampling, probabilities
-from fedtune.inference.engine.speculate import Drafter
-from fedtune.inference.engine.speculate import verify as verify_module
+from fedtune.inference.engine.speculate import Draft, Drafter
 from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
@@ -101,7 +98,6 @@ def known_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
         return known[key]
 
     monkeypatch.setattr(sample_module, "probabilities", remember)
-    monkeypatch.setattr(speculate_module, "probabilities", remember)
 
 
 def drafters(stubs: tuple[Any, Any]) -> dict[str, Callable[[], Drafter]]:
@@ -150,28 +146,6 @@ def test_answers_follow_the_models_distribution(stubs: tuple[Any, Any], kind: st
     assert value < critical(freedom)
 
 
-@pytest.mark.parametrize("kind", ["draft", "early-exit"])
-def test_drafts_acceptance_and_residual_use_separate_draws(stubs: tuple[Any, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers: dict[str, set[float]] = {"guess": set(), "accept": set(), "draws": set()}
-    right, drawn = generate_module.verify, speculate_module.draw
-
-    def watched(p: Any, drafted: Any, q: Any, accept: Any, draws: Any) -> Any:
-        numbers["accept"] |= set(accept.flatten().tolist())
-        numbers["draws"] |= set(draws.flatten().tolist())
-        return right(p, drafted, q, accept, draws)
-
-    def guessed(p: Any, u: Any) -> Any:
-        numbers["guess"] |= set(u.flatten().tolist())
-        return drawn(p, u)
-
-    monkeypatch.setattr(generate_module, "verify", watched)
-    monkeypatch.setattr(speculate_module, "draw", guessed)
-    statistic(stubs[0], drafters(stubs)[kind], SHAPED, 20)
-    assert all(len(found) > 20 for found in numbers.values())
-    # a number that decides twice makes what follows a refusal depend on it: algorithm 1 draws each on its own
-    assert len(set.union(*numbers.values())) == sum(map(len, numbers.values()))
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("known_distributions")
 @pytest.mark.parametrize("kind", ["lookup", "draft", "early-exit"])
@@ -184,8 +158,15 @@ def test_a_hundred_thousand_answers_follow_the_models_distribution(stubs: tuple[
 
 
 @pytest.mark.slow
-def test_a_wrong_residual_in_the_loop_is_caught(stubs: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "residual", lambda p, q: p)
+def test_a_wrong_acceptance_in_the_loop_is_caught(stubs: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Generation._take
+
+    def wrong(self: Generation, logits: np.ndarray, verifies: bool = False) -> tuple[int, np.ndarray]:
+        if verifies:  # with the random number of another position
+            self._sampler.count -= 1
+        return right(self, logits, verifies)
+
+    monkeypatch.setattr(Generation, "_take", wrong)
     value, freedom, _ = statistic(stubs[0], drafters(stubs)["draft"], SHAPED, 1500)
     assert value > critical(freedom)
 
@@ -195,15 +176,13 @@ def test_a_draft_model_reads_a_long_text_before_it_drafts(tmp_path: Path) -> Non
     ids = [2 + i % 7 for i in range(40)]
     drafter = DraftModel(draft, target)
     drafter.begin(Sampling(), Context(target))
-    assert drafter.draft(ids, 3, None, 0).tokens == []  # what the text takes to read is no cost of a guess
-    late = drafter.draft([*ids, 5], 3, None, 1).tokens
+    assert drafter.draft(ids, 3) == Draft([], only_read=True)  # what the text takes to read is no cost of a guess
+    late = drafter.draft([*ids, 5], 3).tokens
     fresh = DraftModel(draft, target)
     fresh.begin(Sampling(), Context(target))
     own = [p.token for p in Generation(draft, [*ids, 5], Sampling(), 3)]
     assert late == own and len(late) == 3
-    assert fresh.draft(ids[:20], 2, None, 0).tokens == [
-        p.token for p in Generation(draft, ids[:20], Sampling(), 2)
-    ]  # a short one is no matter
+    assert fresh.draft(ids[:20], 2).tokens == [p.token for p in Generation(draft, ids[:20], Sampling(), 2)]  # a short one is no matter
     passes = []
     for speculation in (None, Speculation(DraftModel(draft, target), Adapt(fixed=2))):
         run = Generation(target, ids, max_new_tokens=12, speculation=speculation)

@@ -146,10 +146,12 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def tiny_model(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def tiny_model(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = VOCAB) -> Any:
     """A random model of a shape, saved in the folder and given back for comparison; biases and norms are not left at 0 and 1."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(SHAPES[name](), attn_implementation="eager").to(dtype).eval()
+    config = SHAPES[name]()
+    config.vocab_size = vocab
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:

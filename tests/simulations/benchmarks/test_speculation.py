@@ -71,12 +71,21 @@ def test_the_pair_is_created_and_measured(data: Path, tmp_path: Path) -> None:
     engine = load_engine(NANO, "fp32")
     rows = pair.prompts(engine, data, 2, held=True, length=16)
     case = SpeculationCase(
-        size="tiny", kind="fp32", target=target, wide=wide, small=draft, exit_at=4, rows=rows, new=12, temperatures=[0.0, 0.8], fixed=[2],
-        threads=1,
+        size="tiny", kind="fp32", target=target, target_hf=target, wide=wide, small=draft, exit_at=4, rows=rows, new=12,
+        temperatures=[0.0, 0.8], fixed=[2], threads=1,
     )  # fmt: skip
     measurement = measure(case)
     assert list(measurement) == ["0", "0.8"]
-    ways = ["plain", "auto", "auto, wide draft", "auto, small draft", "early exit", "lookup, always 2", "wide draft, always 2"]
+    ways = [
+        "plain",
+        "auto",
+        "auto, kept",
+        "auto, wide draft",
+        "auto, small draft",
+        "early exit",
+        "lookup, always 2",
+        "wide draft, always 2",
+    ]
     for answers in measurement.values():
         assert list(answers) == ways and all(len(row) == 2 for row in answers.values())
         assert all(a.ratio == 1 and a.drafted == 0 for a in answers["plain"])

@@ -207,7 +207,7 @@ def test_turns_without_a_batched_form_run_sequentially(space: Workspace, monkeyp
 
     flower.identify_process(run_id=1)
     turns, alone_, at_once = ["fedpeptao", "slora", "plain", "plain", "slora"], [], []
-    params = {"fedpeptao": {"stage": "layers"}, "slora": {"stage": "sparse"}, "plain": {}}
+    params = {"fedpeptao": {"share": False}, "slora": {"stage": "sparse"}, "plain": {}}
     todo = zip([*turn_inputs(space), turn_inputs(space)[0]], turns, strict=True)
     waiting = [prepare(space, turn_input, turn=turn, params=params[turn]) for turn_input, turn in todo]
     monkeypatch.setattr(module, "prepare", lambda host, message, context: waiting[message])

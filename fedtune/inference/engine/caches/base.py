@@ -29,12 +29,15 @@ class Span:
         n: Its tokens in this pass; rows are in the order of the spans.
         keep: Number of last rows whose logits are returned; None returns all.
         adapter: Name of a separate LoRA adapter for these rows; None is the model itself.
+        forks: The last rows are other tokens for places in the text: for each of them, the row that it follows. Such a row sees the rows up
+            to that one, and itself. Needs native code and a cache that is `in_order`.
     """
 
     cache: "Cache"
     n: int
     keep: int | None = 1
     adapter: str | None = None
+    forks: Sequence[int] = ()
 
 
 class Cache(ABC):
@@ -48,8 +51,10 @@ class Cache(ABC):
         limit: Maximum number of tokens.
         undo: Number of tokens that `crop` can always remove; None: all.
         dtype: Dtype of entries that are not quantized: float32 or bfloat16.
+        in_order: Whether token t always lies in slot t: then native code can draft several tokens in one call, and verify forks.
     """
 
+    in_order = False
     undo: int | None = None
 
     def __init__(self, shape: Shape, limit: int, dtype: str = "float32") -> None:

@@ -27,6 +27,8 @@ class FullCache(Cache):
         keys, values: Per layer: [Hkv, room, D].
     """
 
+    in_order = True
+
     def __init__(self, shape: Shape, limit: int, dtype: str = "float32") -> None:
         super().__init__(shape, limit, dtype)
         self.keys: list[Array] = []

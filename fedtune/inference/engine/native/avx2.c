@@ -1,8 +1,7 @@
 /* The kernels with AVX2 and FMA: 8 rows of a block at a time. Every function has its own target, so that nothing here runs elsewhere. */
+#include "kernels.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
 
 #define AVX2_CODE __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) AVX2_CODE

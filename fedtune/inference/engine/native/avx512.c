@@ -1,8 +1,7 @@
 /* The kernels with AVX-512 and its integer dot product (VNNI), and with its bfloat16 dot product: all 16 rows of a block at a time. */
+#include "kernels.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
 
 #define VNNI_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 

@@ -19,7 +19,9 @@ FOLDER = Path(__file__).resolve().parent
 LIBRARY = FOLDER / "kernels.so"
 COMMAND = "python -m fedtune.inference.engine.native.build"
 SYSTEMS = ("Linux", "Darwin")  # the thread pool needs pthreads
-FLAGS = ("-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra")
+GLIBC = "2.17"  # the oldest that the kernels run with where Zig compiled them: that of a wheel manylinux_2_17
+ZIG_CPUS = {"x86_64": "x86_64", "aarch64": "generic"}  # the architectures that Zig compiles for, with the least of their CPUs
+FLAGS = ("-std=c11", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra")
 
 
 class BuildError(RuntimeError):
@@ -37,34 +39,44 @@ def digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else ""
 
 
-def compiler() -> list[str] | None:
-    """The command of a C compiler with the flags for its target, or None."""
+def compiler(machine: str = "") -> list[str] | None:
+    """The command of a C compiler with the flags for its target, or None.
+
+    Args:
+        machine: Linux on this architecture of `ZIG_CPUS`, for which Zig compiles anywhere; "" is this system.
+    """
+    if machine:
+        return _zig(machine)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     named = shlex.split(os.environ.get("CC", ""))
     for command in (named, ["cc"], ["gcc"], ["clang"]):
         if command and shutil.which(command[0]):
             return [*command, *(["-march=x86-64"] if x86 else [])]
-    if importlib.util.find_spec("ziglang") and platform.system() == "Linux":  # its default target is this very CPU
-        target = ["-target", "x86_64-linux-gnu.2.17", "-mcpu=x86_64"] if x86 else ["-target", f"{platform.machine()}-linux-gnu.2.17"]
-        return [sys.executable, "-m", "ziglang", "cc", *target]
-    return None
+    return _zig("x86_64" if x86 else platform.machine()) if platform.system() == "Linux" else None
 
 
-def build(out: Path = LIBRARY, extra: Sequence[str] = ()) -> None:
+def _zig(machine: str) -> list[str] | None:
+    if machine not in ZIG_CPUS or not importlib.util.find_spec("ziglang"):
+        return None
+    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu.{GLIBC}", f"-mcpu={ZIG_CPUS[machine]}"]
+
+
+def build(out: Path = LIBRARY, extra: Sequence[str] = (), machine: str = "") -> None:
     """Compile the library.
 
     Args:
         out: The file to write; after a failure there is none.
         extra: More flags.
+        machine: See `compiler`.
 
     Raises:
         BuildError: The system is not supported, or there is no compiler that works.
     """
-    if platform.system() not in SYSTEMS:
-        raise BuildError(f"{platform.system()} is not supported")
-    command = compiler()
+    if machine not in ("", *ZIG_CPUS) or not machine and platform.system() not in SYSTEMS:
+        raise BuildError(f"{machine or platform.system()} is not supported")
+    command = compiler(machine)
     if command is None:
-        raise BuildError("there is no C compiler, and no package ziglang")
+        raise BuildError(f"{machine} needs the package ziglang" if machine else "there is no C compiler, and no package ziglang")
     out.unlink(missing_ok=True)  # a process that runs the old library keeps it
     whole = [*command, *FLAGS, *extra, "-shared", f'-DSOURCES="{digest()}"', *map(str, sources()), "-o", str(out), "-lm"]
     try:

@@ -25,7 +25,7 @@ def why_torch(kind: str) -> str | None:
     if "amx_tile" in cpu_features():
         return f"this CPU has AMX, which torch uses in {kind} and the native kernels do not"
     if kind == "bf16" and "avx512_bf16" not in cpu_features():
-        return "this CPU has no bfloat16 instructions, and torch decodes faster"
+        return "this CPU has no bfloat16 instructions that the native kernels use, and torch decodes faster"
     return None
 
 

@@ -19,12 +19,15 @@
 #include <stdint.h>
 #include <string.h>
 
+#define EXPORTED __attribute__((visibility("default")))
+
 enum { BLOCK = 16, GROUP = 32, TILE = 8 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* of a layer */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
-enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, SETS = 4 };
+enum { FLOATS = 0, BFLOAT16S = 1, FLOAT16S = 2, BYTES = 3 };
+enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, DOTPROD = 4, I8MM = 5, SETS = 6 };
 
 /* A packed linear. Sizes in bytes are those of the buffers; a pointer may be null if its size is 0. */
 struct fedtune_weights {
@@ -80,6 +83,8 @@ struct attention {
     int shared; /* query heads that share the head, side by side */
     int64_t width, length, window; /* channels of a head; position of row 0; newest tokens that a row sees, with itself, or 0 for all */
     float cap;                     /* soft cap of the scores, or 0 */
+    int64_t chain;         /* rows that follow each other; each later one is a fork (see struct fedtune_span) */
+    const int64_t *forks;  /* of the later rows: the row that each follows */
     const float *q;                /* rotated and scaled */
     float *out;
     int64_t q_stride, out_stride; /* floats from row to row */
@@ -96,6 +101,7 @@ struct operations {
     void (*shrink)(const float *x, int64_t x_stride, int64_t rows, const float *a, int64_t n_in, int64_t ranks, float *out, int64_t out_stride);
     void (*expand)(const float *x, int64_t x_stride, int64_t rows, const float *b, int64_t b_stride, int64_t ranks, float *y, int64_t y_stride,
                    int64_t n);
+    void (*two_best)(const float *x, int64_t n, float sharpness, int64_t *tokens, float *chances);
 };
 
 struct kernels {
@@ -112,6 +118,11 @@ extern const struct kernels fedtune_portable;
 #endif
 #endif
 extern const struct kernels fedtune_avx2, fedtune_avxvnni, fedtune_avx512, fedtune_avx512_bf16;
+#elif defined(__aarch64__) && defined(__linux__)
+#if defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10 /* older compilers do not know the instructions by function */
+#define HAS_NEON
+extern const struct kernels fedtune_dotprod, fedtune_i8mm;
+#endif
 #endif
 
 /* A float's nearest bfloat16, ties to even; NaN stays NaN. */
@@ -184,6 +195,8 @@ struct fedtune_span {
     void *const *codes; /* null, or [layers][6]: the buffers of struct codes, in its order */
     int64_t bits, group, values_together, residual, groups; /* groups: tokens of the buffers, in groups */
     const struct fedtune_lora *lora; /* or null */
+    int64_t fork_count;   /* the last rows are forks: other tokens for a place in the text */
+    const int64_t *forks; /* [fork_count]: the row that each follows. It sees the rows up to that one, and itself */
 };
 
 /* Rows of hidden states [rows, hidden] that layers first..last-1 change in place; then, with `logits`, those of the rows in `kept`. */
@@ -201,7 +214,30 @@ struct fedtune_pass {
     float *logits; /* [kept_count, vocabulary] */
 };
 
+/* Draft tokens after a pass: the most likely token, then the most likely one after it, and so on. */
+struct fedtune_draft {
+    const void *embedding; /* [vocabulary or more, hidden] */
+    const float *scales;   /* of the rows of a table of bytes */
+    int64_t kind;          /* of the table: FLOATS .. BYTES */
+    int64_t vocabulary;    /* only the first tokens of the head are drafted */
+    int64_t most;          /* tokens to draft */
+    float embed_scale;
+    float least;     /* stop once the product of the tokens' chances, each times `trust` but at most 1, is below this */
+    float trust;
+    float sharpness; /* chances are the softmax of the logits times this */
+    float penalty;   /* divides the logits of tokens seen if they are positive, and multiplies them if not */
+    uint8_t *seen;   /* [vocabulary] or null; drafted tokens are added */
+    int64_t *tokens; /* [most][2]: the most likely token and the next to it */
+    float *chances;  /* [most][2] */
+    int64_t made;    /* result: tokens drafted */
+};
+
 int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, const struct kernels *kernels, int threads);
+
+/* The pass has one span, without ring and codes; it keeps its last row. Keys and values have room for draft->most - 1 more tokens, and so
+ * have the tables of rotations. */
+int fedtune_draft_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, struct fedtune_draft *draft,
+                      const struct kernels *kernels, int threads);
 
 /* y = x Wᵀ + b, where rows of x lie x_stride floats apart. `space` holds space_for(w, rows) bytes, aligned to 64; sizes are checked before. */
 void fedtune_product(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, const float *x, int64_t x_stride,

@@ -9,14 +9,15 @@ from typing import Any
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.native import build
-from fedtune.inference.engine.native.structures import DecoderStructure, PassStructure, Weights
+from fedtune.inference.engine.native.structures import DecoderStructure, DraftStructure, PassStructure, Weights
 
 __all__ = ["KINDS", "SETS", "Kernels", "has_torch", "is_forced", "kernels", "why_not"]
 
 VARIABLE = "FEDTUNE_NATIVE"
-SETS = ("portable", "avx2", "avxvnni", "avx512")  # in the order of the numbers in kernels.h
+SETS = ("portable", "avx2", "avxvnni", "avx512", "dotprod", "i8mm")  # in the order of the numbers in kernels.h
 KINDS = ("int4", "int4 wide", "int8", "bf16", "fp32")  # likewise
-_FASTER_THAN_TORCH = ("avx512", "avxvnni", "avx2")  # best first; the portable kernels run on request, and where torch is not installed
+# the best of a CPU first; the portable kernels run on request, and where torch is not installed
+_FASTER_THAN_TORCH = ("avx512", "avxvnni", "avx2", "i8mm", "dotprod")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,21 @@ class Kernels:
         Raises:
             ModelError: There is no memory, or sizes do not match.
         """
-        failed = self.library.fedtune_run(ctypes.byref(decoder), ctypes.byref(part), SETS.index(self.instructions), threads)
+        self._check(self.library.fedtune_run(ctypes.byref(decoder), ctypes.byref(part), SETS.index(self.instructions), threads), part)
+
+    def draft(self, decoder: DecoderStructure, part: PassStructure, draft: DraftStructure, threads: int) -> None:
+        """As `run`, then draft tokens."""
+        instructions = SETS.index(self.instructions)
+        self._check(self.library.fedtune_guess(ctypes.byref(decoder), ctypes.byref(part), ctypes.byref(draft), instructions, threads), part)
+
+    def best(self, logits: Any, sharpness: float, tokens: Any, chances: Any) -> None:
+        """Write the two most likely tokens of contiguous logits [n, V >= 2], [n, 2] int64, and their chances, [n, 2] float32."""
+        rows, width = logits.shape
+        out = tokens.ctypes.data, chances.ctypes.data
+        self.library.fedtune_best(SETS.index(self.instructions), logits.ctypes.data, rows, width, sharpness, *out)
+
+    @staticmethod
+    def _check(failed: int, part: PassStructure) -> None:
         if failed == 2:
             raise ModelError(f"there is no memory for a pass of {part.rows} tokens: use a shorter prompt")
         if failed:
@@ -114,7 +129,7 @@ def _chosen(wanted: str) -> Kernels | str:
             f"{VARIABLE}={wanted} needs a CPU with {wanted}, and this one has {', '.join(here)}: set one of these or leave it out"
         )
     best = wanted or next((name for name in _FASTER_THAN_TORCH if name in here), None if has_torch() else "portable")
-    return Kernels(library, best) if best else "this CPU has neither AVX2 nor AVX-512"
+    return Kernels(library, best) if best else "this CPU has neither AVX2 nor NEON's dot product"
 
 
 @cache
@@ -130,6 +145,10 @@ def _opened() -> Any:
             ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
         ]  # fmt: skip
         library.fedtune_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        library.fedtune_guess.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        library.fedtune_best.argtypes = [
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p
+        ]  # fmt: skip
         made_from = library.fedtune_sources().decode()
     except (OSError, AttributeError):
         return f"{build.LIBRARY} is not for this system: {advice}"

@@ -1,16 +1,16 @@
 /* A pass of several sequences through a decoder's layers, and its logits: the native form of Decoder.forward in engine/decoder.py.
  *
  * Rows of all sequences go through the products together; attention goes sequence by sequence. A row's result does not depend on the other
- * rows. Everything is checked first, so that a pass that is refused changes nothing.
+ * rows. fits.c checks everything first.
  */
 #include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "fits.h"
 
-enum { MOST_ROWS = 1 << 20, MOST_SIZE = 1 << 24, MOST_LAYERS = 4096, FEW = 4, PIECE = 8 };
+enum { FEW = 4, PIECE = 8 };
 enum { SOME_RANKS = 8, SOME_COLUMNS = 256 }; /* of an adapter, done at once */
 
 struct work {
@@ -33,151 +33,6 @@ struct work {
     void *space;
     int threads;
 };
-
-static int all_present(void *const *pointers, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
-        if (!pointers[i])
-            return 0;
-    return 1;
-}
-
-static const struct fedtune_weights *linear_of(const struct fedtune_layer *l, int64_t linear) {
-    const struct fedtune_weights *all[LINEARS] = {&l->qkv, &l->o, &l->gate_up, &l->down};
-    return all[linear];
-}
-
-static int lora_fits(const struct fedtune_decoder *d, const struct fedtune_lora *lora) {
-    if (lora->layers != d->layers || lora->count < 0 || !lora->starts || lora->starts[0] != 0 || lora->starts[d->layers] != lora->count ||
-        (lora->count && !lora->pieces))
-        return 0;
-    for (int64_t i = 0; i < d->layers; i++) {
-        if (lora->starts[i] > lora->starts[i + 1] || lora->starts[i + 1] > lora->count)
-            return 0;
-        int64_t ranks = 0;
-        for (const struct fedtune_lora_piece *p = lora->pieces + lora->starts[i]; p < lora->pieces + lora->starts[i + 1]; p++) {
-            if (p->linear < 0 || p->linear >= LINEARS || p->rank < 1 || p->rank > MOST_SIZE || !p->a || !p->b)
-                return 0;
-            const struct fedtune_weights *w = linear_of(d->layer + i, p->linear);
-            if (p->n_in != w->n_in || p->n < 1 || p->n > w->n_out || p->first < 0 || p->first > w->n_out - p->n)
-                return 0;
-            if ((ranks += p->rank) > MOST_SIZE)
-                return 0;
-        }
-    }
-    return 1;
-}
-
-/* The ranks of a linear's pieces together. */
-static int64_t ranks_of(const struct fedtune_lora *lora, int64_t layer, int64_t linear) {
-    int64_t ranks = 0;
-    for (int64_t i = lora->starts[layer]; i < lora->starts[layer + 1]; i++)
-        ranks += lora->pieces[i].linear == linear ? lora->pieces[i].rank : 0;
-    return ranks;
-}
-
-/* Whether token 0 .. rows + length - 1 of every head lies within the entries. */
-static int span_fits(const struct fedtune_decoder *d, const struct fedtune_span *s) {
-    if (s->rows < 1 || s->rows > MOST_ROWS || s->length < 0 || s->length > INT32_MAX || s->token_stride < d->head_dim ||
-        s->token_stride > INT32_MAX || s->head_stride < 0 || s->entries < 0 || !s->keys || !s->values)
-        return 0;
-    if (!all_present(s->keys, d->layers) || !all_present(s->values, d->layers))
-        return 0;
-    int64_t tokens = s->length + s->rows, last = tokens - 1, heads;
-    if (s->codes) {
-        int64_t least = tokens - s->residual, seen = s->length + 1 - s->residual;
-        if ((s->bits != 2 && s->bits != 4 && s->bits != 8) || s->group < 1 || s->group > MOST_SIZE || s->group * s->bits % 8 ||
-            s->values_together < 1 || s->residual < 1 || s->residual > MOST_SIZE || s->blocks || s->ring || s->first < 0 ||
-            s->groups < (least > 0 ? least / s->group : 0) || s->first > (seen > 0 ? seen / s->group * s->group : 0) ||
-            (s->groups && !all_present(s->codes, 6 * d->layers)))
-            return 0;
-        last -= s->first;
-    } else if (s->ring) {
-        if (s->ring < 1 || s->ring > MOST_SIZE || s->sinks < 0 || s->sinks > MOST_SIZE || s->window < 1 || s->window > MOST_SIZE || s->blocks ||
-            (s->ring < s->window - 1 + s->rows && tokens > s->sinks + s->ring)) /* then a row would lose what it sees */
-            return 0;
-        last = s->sinks + s->ring - 1 < last ? s->sinks + s->ring - 1 : last;
-    } else if (s->blocks) {
-        if (s->block < 1 || s->block > MOST_ROWS || s->block_count < (tokens + s->block - 1) / s->block)
-            return 0;
-        last = 0;
-        for (int64_t i = 0; i < (tokens + s->block - 1) / s->block; i++) {
-            if (s->blocks[i] < 0)
-                return 0;
-            int64_t slot = s->blocks[i] * s->block + s->block - 1;
-            last = slot > last ? slot : last;
-        }
-    }
-    return !__builtin_mul_overflow(d->kv_heads - 1, s->head_stride, &heads) && last <= INT64_MAX / 4 / s->token_stride &&
-           heads <= INT64_MAX / 4 && last * s->token_stride + heads + d->head_dim <= s->entries;
-}
-
-static int is_linear(const struct fedtune_weights *w, int64_t n_in, int64_t n_out) {
-    return fedtune_weights_fit(w) && w->n_in == n_in && w->n_out == n_out;
-}
-
-static int decoder_fits(const struct fedtune_decoder *d) {
-    const int64_t sizes[] = {d->hidden, d->heads, d->kv_heads, d->head_dim, d->intermediate};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i] < 1 || sizes[i] > MOST_SIZE)
-            return 0;
-    if (d->layers < 1 || d->layers > MOST_LAYERS || !d->layer || d->heads % d->kv_heads || d->heads / d->kv_heads > MOST_SHARED ||
-        d->head_dim % 2 || d->head_dim > MOST_WIDTH)
-        return 0;
-    int64_t queries = d->heads * d->head_dim, keys = d->kv_heads * d->head_dim;
-    if (queries > MOST_SIZE || keys > MOST_SIZE)
-        return 0;
-    for (int64_t i = 0; i < d->layers; i++) {
-        const struct fedtune_layer *l = d->layer + i;
-        if (!is_linear(&l->qkv, d->hidden, queries + 2 * keys) || !is_linear(&l->o, queries, d->hidden) ||
-            !is_linear(&l->gate_up, d->hidden, 2 * d->intermediate) || !is_linear(&l->down, d->intermediate, d->hidden) || l->window < 0 ||
-            !l->q_norm != !l->k_norm)
-            return 0;
-    }
-    return 1;
-}
-
-/* The newest tokens that a row sees in a layer; 0: all. A ring's sinks count among those of the layer's own window. */
-static int64_t window_of(const struct fedtune_span *s, const struct fedtune_layer *l) {
-    int64_t own = s->ring && l->window ? l->window - s->sinks : l->window;
-    return !s->ring || (l->window && own < s->window) ? own : s->window;
-}
-
-/* Whether there is a rotation for each place of a ring, and each layer's window has room for the sinks. */
-static int ring_fits(const struct fedtune_decoder *d, const struct fedtune_pass *p, const struct fedtune_span *s) {
-    int64_t last = s->sinks + s->window - 1, end = s->length + s->rows - 1;
-    if (!p->places || !all_present((void *const *)p->places, p->turns_count) || p->place_count <= (end < last ? end : last))
-        return 0;
-    for (int64_t i = 0; i < d->layers; i++)
-        if (window_of(s, d->layer + i) < 1)
-            return 0;
-    return 1;
-}
-
-static int pass_fits(const struct fedtune_decoder *d, const struct fedtune_pass *p) {
-    if (p->rows < 1 || p->rows > MOST_ROWS || p->first < 0 || p->first > p->last || p->last > d->layers || !p->hidden || p->span_count < 1 ||
-        p->span_count > p->rows || !p->spans || p->turns_count < 1 || !p->turns || !all_present((void *const *)p->turns, p->turns_count))
-        return 0;
-    int64_t rows = 0;
-    for (int64_t i = 0; i < p->span_count; i++) {
-        if (!span_fits(d, p->spans + i) || (p->spans[i].lora && !lora_fits(d, p->spans[i].lora)))
-            return 0;
-        rows += p->spans[i].rows;
-    }
-    for (int64_t i = 0; i < d->layers; i++)
-        if (d->layer[i].turns < 0 || d->layer[i].turns >= p->turns_count)
-            return 0;
-    for (int64_t i = 0; i < p->span_count; i++)
-        if (p->spans[i].ring && !ring_fits(d, p, p->spans + i))
-            return 0;
-    if (p->logits) {
-        if (p->kept_count < 1 || p->kept_count > p->rows || !p->kept || !d->norm || !fedtune_weights_fit(&d->head) || d->head.n_in != d->hidden)
-            return 0;
-        for (int64_t i = 0; i < p->kept_count; i++)
-            if (p->kept[i] < 0 || p->kept[i] >= p->rows)
-                return 0;
-    }
-    return rows == p->rows;
-}
 
 static void for_rows(struct work *w, int64_t rows, void (*run)(void *, int64_t, int64_t)) {
     fedtune_pool_run(rows > FEW ? w->threads : 1, rows, rows > FEW * PIECE ? PIECE : FEW, run, w);
@@ -213,8 +68,9 @@ static void prepare(void *argument, int64_t first, int64_t end) {
     for (int64_t i = first; i < end; i++) {
         const struct fedtune_span *s = w->p->spans + w->owners[i];
         float *q = w->qkv + i * w->qkv_width, *k = q + d->heads * width, *v = k + d->kv_heads * width;
-        const float *turns = w->p->turns[w->layer->turns] + i * width;
-        int64_t at = w->positions[i], slot = slot_of(at, s->first, s->blocks, s->block, s->sinks, s->ring);
+        const int64_t at = w->positions[i], start = w->starts[w->owners[i]];
+        const float *turns = w->p->turns[w->layer->turns] + (start + at - s->length) * width;
+        const int64_t slot = slot_of(s->length + i - start, s->first, s->blocks, s->block, s->sinks, s->ring);
         if (s->ring) { /* keys are rotated when they are read */
             int64_t last = s->sinks + window_of(s, w->layer) - 1;
             turns = w->p->places[w->layer->turns] + (at < last ? at : last) * width;
@@ -264,6 +120,7 @@ static void attend(void *argument, int64_t first, int64_t end) {
                 .places = s->ring ? w->p->places[w->layer->turns] : NULL, .residual = s->residual, .halves = (int)s->halves,
                 .shared = (int)shared, .width = d->head_dim, .length = s->length, .window = window_of(s, w->layer), .cap = d->attention_cap,
                 .q = w->qkv + start * w->qkv_width + head * shared * d->head_dim, .q_stride = w->qkv_width,
+                .chain = s->rows - s->fork_count, .forks = s->forks,
                 .out = w->attended + (start * d->heads + head * shared) * d->head_dim, .out_stride = d->heads * d->head_dim,
             };
             if (s->codes) {
@@ -443,7 +300,7 @@ static int64_t lay_out(struct work *w, char *memory) {
 }
 
 int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, const struct kernels *kernels, int threads) {
-    if (threads < 1 || !decoder_fits(decoder) || !pass_fits(decoder, pass))
+    if (threads < 1 || !fedtune_decoder_fits(decoder) || !fedtune_pass_fits(decoder, pass))
         return BAD_SIZE;
     struct work w = {.d = decoder, .p = pass, .kernels = kernels, .op = kernels->operations, .threads = threads,
                      .qkv_width = (decoder->heads + 2 * decoder->kv_heads) * decoder->head_dim};
@@ -454,7 +311,9 @@ int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune
     for (int64_t i = 0, row = 0; i < pass->span_count; i++) {
         w.starts[i] = row;
         for (int64_t k = 0; k < pass->spans[i].rows; k++, row++) {
-            w.positions[row] = pass->spans[i].length + k;
+            const struct fedtune_span *s = pass->spans + i;
+            int64_t chain = s->rows - s->fork_count;
+            w.positions[row] = s->length + (k < chain ? k : s->forks[k - chain] + 1);
             w.owners[row] = i;
         }
     }

@@ -6,21 +6,29 @@ static void copy_row(const float *x, int64_t n_in, void *codes, struct columns *
     memcpy(codes, x, (size_t)n_in * sizeof *x);
 }
 
-SMALL void plain_sums(const float *w, int64_t n_in, int outputs, const float *x, int64_t stride, int rows, float *out) {
+/* Adds n <= LANES columns; n is a constant but for the last ones. */
+SMALL void plain_columns(vec sums[ROWS_TOGETHER][OUTPUTS], const float *w, int64_t n_in, const int outputs, const float *x, int64_t stride,
+                         const int rows, int64_t n) {
+    vec own[OUTPUTS];
+    for (int k = 0; k < outputs; k++)
+        own[k] = load_upto(w + k * n_in, n);
+    for (int i = 0; i < rows; i++) {
+        vec v = load_upto(x + i * stride, n);
+        for (int k = 0; k < outputs; k++)
+            sums[i][k] = fused(own[k], v, sums[i][k]);
+    }
+}
+
+SMALL void plain_sums(const float *w, int64_t n_in, const int outputs, const float *x, int64_t stride, const int rows, float *out) {
     vec sums[ROWS_TOGETHER][OUTPUTS];
     for (int i = 0; i < rows; i++)
         for (int k = 0; k < outputs; k++)
             sums[i][k] = (vec){0};
-    for (int64_t c = 0; c < n_in; c += LANES) {
-        vec own[OUTPUTS];
-        for (int k = 0; k < outputs; k++)
-            own[k] = load_upto(w + k * n_in + c, n_in - c);
-        for (int i = 0; i < rows; i++) {
-            vec v = load_upto(x + i * stride + c, n_in - c);
-            for (int k = 0; k < outputs; k++)
-                sums[i][k] = fused(own[k], v, sums[i][k]);
-        }
-    }
+    int64_t c = 0;
+    for (; c + LANES <= n_in; c += LANES)
+        plain_columns(sums, w + c, n_in, outputs, x + c, stride, rows, LANES);
+    if (c < n_in)
+        plain_columns(sums, w + c, n_in, outputs, x + c, stride, rows, n_in - c);
     for (int i = 0; i < rows; i++)
         for (int k = 0; k < outputs; k++)
             out[i * BLOCK + k] = sum_of_lanes(sums[i][k]);

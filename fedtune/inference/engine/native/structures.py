@@ -2,7 +2,16 @@
 
 import ctypes
 
-__all__ = ["DecoderStructure", "LayerStructure", "LoraPiece", "LoraStructure", "PassStructure", "SpanStructure", "Weights"]
+__all__ = [
+    "DecoderStructure",
+    "DraftStructure",
+    "LayerStructure",
+    "LoraPiece",
+    "LoraStructure",
+    "PassStructure",
+    "SpanStructure",
+    "Weights",
+]
 
 _INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -72,6 +81,7 @@ class SpanStructure(ctypes.Structure):
         ("first", _INT), ("window", _INT), ("sinks", _INT), ("ring", _INT),
         ("codes", _POINTER), ("bits", _INT), ("group", _INT), ("values_together", _INT), ("residual", _INT), ("groups", _INT),
         ("lora", ctypes.POINTER(LoraStructure)),
+        ("fork_count", _INT), ("forks", ctypes.POINTER(_INT)),
     ]  # fmt: skip
 
 
@@ -86,4 +96,14 @@ class PassStructure(ctypes.Structure):
         ("place_count", _INT), ("places", ctypes.POINTER(_POINTER)),
         ("kept_count", _INT), ("kept", ctypes.POINTER(_INT)),
         ("logits", _POINTER),
+    ]  # fmt: skip
+
+
+class DraftStructure(ctypes.Structure):
+    """`struct fedtune_draft`."""
+
+    _fields_ = [
+        ("embedding", _POINTER), ("scales", _POINTER), ("kind", _INT), ("vocabulary", _INT), ("most", _INT),
+        ("embed_scale", _FLOAT), ("least", _FLOAT), ("trust", _FLOAT), ("sharpness", _FLOAT), ("penalty", _FLOAT),
+        ("seen", _POINTER), ("tokens", _POINTER), ("chances", _POINTER), ("made", _INT),
     ]  # fmt: skip

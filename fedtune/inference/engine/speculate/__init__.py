@@ -1,20 +1,23 @@
 """Speculative decoding: drafts tokens cheaply, verifies them in one pass, and keeps those that the model would have generated.
 
-A drafter proposes tokens (`lookup`, `draft`, `early_exit`), `verify` accepts them so that the model's distribution is preserved, and
-`adapt` chooses the number of draft tokens.
+A drafter proposes tokens (`lookup`, `draft`, `early_exit`), and `adapt` chooses how many. The pass that verifies them gives the model's
+next token at each place, drawn with the random number of that position. Draft tokens count as long as they are these tokens. So the text is
+that of plain decoding with the same seed, token for token, whatever is drafted. A draft may name another token for a place, too (a tree of
+depth one beside the chain): if that is right, the pass gives the token after it as well.
 
-Source: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192; Chen et al. 2023,
-arXiv:2302.01318.
+Source: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, for drafts that are certain;
+Miao et al. 2024, SpecInfer, arXiv:2305.09781, for trees.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedtune.inference.engine.context import Context
-from fedtune.inference.engine.sample import Sampling, Uniforms, draw, probabilities, scores
+from fedtune.inference.engine.guess import Guesses, Guessing
+from fedtune.inference.engine.sample import Sampling
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,37 @@ class Draft:
 
     Args:
         tokens: g token ids.
-        q: (g, V): the distribution of each token; None if the drafter has none, or the answer is greedy.
+        others: (k, token) at most once for each k: another token for the place of tokens[k].
+        chances: The drafter's probability that each token is right if those before it are; empty if it has none.
+        only_read: There is no token because the drafter had to read the text first.
     """
 
     tokens: list[int]
-    q: np.ndarray | None = None
+    others: list[tuple[int, int]] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    only_read: bool = False
+
+
+@dataclass(frozen=True)
+class Least:
+    """The probability from which a token is worth its cost.
+
+    Args:
+        draft: Of all tokens so far, to draft one more.
+        verify: Of a token and those before it, to verify it.
+        trust: Factor from a drafter's chances to probabilities.
+    """
+
+    draft: float = 0.0
+    verify: float = 0.0
+    trust: float = 1.0
 
 
 class Drafter(ABC):
     """Proposes continuations of a text."""
 
     name: str
+    learns = False  # whether to call `learn` after each pass
 
     @abstractmethod
     def begin(self, sampling: Sampling, context: Context) -> None:
@@ -48,46 +71,51 @@ class Drafter(ABC):
         """The confidence of a draft for this text, higher is better; None if there is no draft. Must be cheap."""
         return 0
 
+    def gives_chances(self, grade: int) -> bool:
+        """Whether drafts of this grade have chances."""
+        return False
+
+    def learn(self, keys: Sequence[tuple[int, ...]], best: Guesses) -> None:
+        """Learn from a pass.
+
+        Args:
+            keys: For each of its places, the last two tokens before it, or the only one.
+            best: The model's most likely tokens there.
+        """
+        raise NotImplementedError
+
     @abstractmethod
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
         """Propose at most `count` next tokens.
 
         Args:
             ids: The prompt and the answer so far.
             count: At least 1.
             seen: (V,) bool, for the repetition penalty.
-            position: Position of the next token in the answer, for the random draws.
+            least: Draft no more than what is worth it; None: exactly `count` tokens as far as possible, and no others.
         """
 
 
-class Guesser:
-    """Generates a draft token by token with a cheaper model, and the sampling settings of the answer.
+def guessing(sampling: Sampling, vocabulary: int, count: int, seen: np.ndarray | None, least: Least | None) -> Guessing:
+    """The settings of a model that drafts (see `Drafter.draft`) from this vocabulary."""
+    least = least or Least()
+    return Guessing(
+        most=count, vocabulary=vocabulary, least=least.draft, trust=least.trust, sharpness=sampling.sharpness,
+        penalty=sampling.repetition_penalty, seen=seen,
+    )  # fmt: skip
 
-    Args:
-        sampling: Sampling settings of the answer.
-        vocabulary: V of the target model; the cheaper model's logits are cut or padded to it.
-    """
 
-    def __init__(self, sampling: Sampling, vocabulary: int) -> None:
-        self._sampling = sampling
-        self._vocabulary = vocabulary
-        self._uniforms = Uniforms(sampling.seed, "draft")
-
-    def write(self, step: Callable[[int | None], np.ndarray], count: int, seen: np.ndarray | None, position: int) -> Draft:
-        """Generate a draft; `step` maps the previous token (None at first) to the next logits (1, V')."""
-        tokens: list[int] = []
-        rows: list[np.ndarray] = []
-        seen = None if seen is None else seen.copy()
-        for i in range(count):
-            logits = step(tokens[-1] if tokens else None)[:, : self._vocabulary]
-            if (missing := self._vocabulary - logits.shape[1]) > 0:
-                logits = np.pad(logits, ((0, 0), (0, missing)), constant_values=-np.inf)
-            if self._sampling.greedy:
-                token = int(scores(logits, self._sampling, seen).argmax())
-            else:
-                rows.append(probabilities(logits, self._sampling, seen))
-                token = int(draw(rows[-1], self._uniforms(position + i, 1))[0])
-            tokens.append(token)
-            if seen is not None:
-                seen[token] = True
-        return Draft(tokens, np.concatenate(rows) if rows else None)
+def chosen(made: Guesses, least: Least | None) -> Draft:
+    """What is worth verifying of the guesses."""
+    tokens, chances = made.tokens[:, 0].tolist(), made.chances[:, 0].tolist()
+    if least is None:
+        return Draft(tokens, chances=chances)
+    before, others = 1.0, list[tuple[int, int]]()
+    for k, chance in enumerate(chances):
+        chance = min(chance * least.trust, 1.0)
+        if not before * chance >= least.verify:
+            return Draft(tokens[:k], [other for other in others if other[0] < k], chances[:k])
+        if before * min(float(made.chances[k, 1]), 1 - chance) >= least.verify:
+            others.append((k, int(made.tokens[k, 1])))
+        before *= chance
+    return Draft(tokens, others, chances)

@@ -3,10 +3,17 @@
 With acceptance a, g draft tokens give (1 - a^(g+1)) / (1 - a) tokens on average at a cost of d(g) + c(g + 1), where d(g) is the cost of
 drafting and c(n) that of a pass of n tokens. Plain decoding gives 1 token at a cost of c(1).
 
+A drafter that knows its tokens' chances stops earlier: a token that costs s seconds is worth it if its chance exceeds s times the tokens
+per second that speculation gives now.
+
 Source: Leviathan et al. 2023, arXiv:2211.17192, section 3.5, with measured c(n) and d(g) instead of c(n) = c(1) and d(g) = g d(1).
 """
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedtune.inference.engine.speculate import Least
 
 _KEEP = 4  # measurements per size; the minimum counts, because noise only adds time
 _DECAY = 0.9  # of the acceptance statistics, per verification
@@ -15,6 +22,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 16, 1024  # steps until the next attempt
 _REFRESH = 32  # verifications until a plain step measures c(1) again
 WORTH = 1.05  # expected gain below which speculation pauses: measurements are not exact
 _HOPE, _WEIGHT = 0.7, 0.5  # prior acceptance at the start of an attempt, and its weight in draft tokens
+_TRUST, _SLOW = 5.0, 0.98  # prior of the trust in chances, in draft tokens; decay of what is known of it
 _GROW = 3  # a pass has at most this many times the tokens of the largest measured one: beyond it, costs are unknown
 
 
@@ -77,6 +85,24 @@ class Costs:
         return high + max(high - low, 0.0) * (n - right) / (right - left)
 
 
+@dataclass(frozen=True)
+class Verified:
+    """A pass that verified draft tokens.
+
+    Args:
+        guesses, kept: Draft tokens one after the other, and how many of them were right.
+        rows: Tokens of the pass.
+        tokens: Tokens that it gave.
+        chances: The drafter's probability of each draft token; empty if it has none.
+    """
+
+    guesses: int
+    kept: int
+    rows: int
+    tokens: int
+    chances: Sequence[float] = ()
+
+
 class Adapt:
     """Chooses the number of draft tokens before each step.
 
@@ -115,8 +141,8 @@ class Adapt:
             found = max(found, (tokens * costs[1] / time if time else 1.0, guesses), key=lambda f: f[0])
         return found
 
-    def count(self, grade: int = 0) -> int:
-        """Number of draft tokens for the next step; 0: decode without speculation."""
+    def count(self, grade: int = 0, gives_chances: bool = False) -> int:
+        """Number of draft tokens for the next step; 0: decode without speculation. With chances, the most of which `least` may use less."""
         if self.fixed is not None:
             return self.fixed
         state = self._of(grade)
@@ -128,6 +154,9 @@ class Adapt:
         if not self.costs.known(1) or self._since_plain >= _REFRESH:
             return 0
         gain, guesses = self.best(grade)
+        if gives_chances:
+            guesses = min(self.most, _GROW * self.costs.largest - 1)
+            gain = gain if state.left > 0 else state.rate * self.costs.table(1)[1]
         if state.left == _TRIALS or (state.left > 0 and self.best(grade, _HOPE)[0] > WORTH):
             return guesses
         if gain > WORTH:
@@ -137,17 +166,38 @@ class Adapt:
         state.pause = state.interval
         return 0
 
-    def plain(self, seconds: float) -> None:
-        """Record the duration of a step without speculation."""
-        self.costs.add(1, seconds)
-        self._since_plain = 0
+    def least(self, grade: int = 0) -> Least | None:
+        """From which chance on tokens are worth their cost; None: draft a fixed number."""
+        if self.fixed is not None:
+            return None
+        state, most = self._of(grade), self.most
+        costs, drafts = self.costs.table(most + 1), self._drafts.table(most)
+        rate = state.rate or self.best(grade)[0] / costs[1] if costs[1] else 0.0
+        verifying = (costs[most + 1] - costs[1]) / most * rate
+        drafting = (drafts[most] - drafts[1]) / max(most - 1, 1) * rate
+        return Least((drafting + verifying) / state.acceptance, verifying, state.trust)
 
-    def verified(self, guesses: int, kept: int, draft_seconds: float, pass_seconds: float, grade: int = 0) -> None:
-        """Record a step with speculation: draft tokens, accepted ones, and the seconds of drafting and of the pass."""
-        self.costs.add(guesses + 1, pass_seconds)
-        self._drafts.add(guesses, draft_seconds)
-        self._of(grade).saw(guesses, kept)
+    def plain(self, seconds: float, rows: int = 1) -> None:
+        """Record the duration of a step without speculation, a pass of this many tokens."""
+        self.costs.add(rows, seconds)
+        self._since_plain = 0 if rows == 1 else self._since_plain
+
+    def verified(self, seen: Verified, draft_seconds: float, pass_seconds: float, grade: int = 0) -> None:
+        """Record a step with speculation, and the seconds of drafting and of the pass."""
+        self.costs.add(seen.rows, pass_seconds)
+        self._drafts.add(seen.guesses, draft_seconds)
+        self._of(grade).saw(seen, self._seconds(seen.guesses, seen.rows))
         self._since_plain += 1
+
+    def refused(self, seconds: float, grade: int = 0) -> None:
+        """Record the seconds of a draft none of whose tokens was worth it; a step without speculation follows."""
+        if self.fixed is None:
+            self._drafts.add(1, seconds)
+            self._of(grade).took(1, self._seconds(1, 1))
+
+    def _seconds(self, guesses: int, rows: int) -> float:
+        """Of a step, without what noise added to it."""
+        return self._drafts.table(guesses)[guesses] + self.costs.table(rows)[rows]
 
 
 class Acceptance:
@@ -176,7 +226,11 @@ class Acceptance:
 
 
 class _Grade:
-    """Acceptance and pauses of one grade."""
+    """Acceptance, tokens per second and pauses of one grade.
+
+    Attributes:
+        trust: Accepted draft tokens over those that the chances promised, where the tokens before were right.
+    """
 
     def __init__(self) -> None:
         self.pause = self.interval = 0  # remaining steps of the pause; length of the last pause
@@ -185,11 +239,29 @@ class _Grade:
     def begin(self) -> None:
         self.of = Acceptance()
         self.left = _TRIALS
+        self._tokens = self._seconds = 0.0
+        self._promised = self._kept = _TRUST
 
     @property
     def acceptance(self) -> float:
         return self.of.share()
 
-    def saw(self, guesses: int, kept: int) -> None:
-        self.of.saw(guesses, kept)
+    @property
+    def rate(self) -> float:
+        """Tokens per second of the recent steps; 0 if there were none."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    @property
+    def trust(self) -> float:
+        return self._kept / self._promised
+
+    def saw(self, seen: Verified, seconds: float) -> None:
+        self.of.saw(seen.guesses, seen.kept)
+        self.took(seen.tokens, seconds)
+        tried = seen.chances[: seen.kept + 1]  # those whose predecessors were right
+        if tried:
+            self._promised, self._kept = self._promised * _SLOW + sum(tried), self._kept * _SLOW + seen.kept
+
+    def took(self, tokens: int, seconds: float) -> None:
         self.left -= 1
+        self._tokens, self._seconds = self._tokens * _DECAY + tokens, self._seconds * _DECAY + seconds

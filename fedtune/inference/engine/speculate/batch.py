@@ -42,7 +42,7 @@ class SequenceDrafts:
 
     def draft(self, ids: Sequence[int], count: int) -> list[int]:
         """`count` draft tokens after the same tokens."""
-        return self._lookup.draft(ids, count, None, 0).tokens
+        return self._lookup.draft(ids, count).tokens
 
     def saw(self, guesses: int, kept: int) -> None:
         """Record that a pass verified this many draft tokens, and accepted this many."""

@@ -11,7 +11,7 @@ import numpy as np
 from fedtune.errors import ModelError
 from fedtune.inference.engine.context import Context
 from fedtune.inference.engine.sample import Sampling
-from fedtune.inference.engine.speculate import Draft, Drafter, Guesser
+from fedtune.inference.engine.speculate import Draft, Drafter, Least, chosen, guessing
 
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
@@ -39,22 +39,24 @@ class DraftModel(Drafter):
                 f"{engine.folder} cannot draft for {target.folder}: their tokenizers differ; distill a draft model with `fedtune draft`"
             )
         self._own = Context(engine)
-        self._vocabulary = target.shape.vocab
+        self._vocabulary = min(engine.shape.vocab, target.shape.vocab)
 
     def begin(self, sampling: Sampling, context: Context) -> None:
-        self._guesser = Guesser(sampling, self._vocabulary)
+        self._sampling = sampling
 
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
-        self._own.rewind(ids)
-        missing = list(ids[len(self._own.ids) :])
-        if len(missing) > _BEHIND and max(missing) < self._own.engine.shape.vocab and len(missing) <= self._own.room:
-            self._own.run(missing)
+    def gives_chances(self, grade: int) -> bool:
+        return True
+
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
+        own = self._own
+        own.rewind(ids)
+        missing = list(ids[len(own.ids) :])
+        if max(missing) >= own.engine.shape.vocab:
+            return Draft([])  # a token that only the target model has
+        if len(missing) > _BEHIND and len(missing) <= own.room:
+            own.run(missing)
+            return Draft([], only_read=True)
+        count = min(count, own.room - len(missing) + 1)  # the last draft token is not run
+        if count < 1:
             return Draft([])
-        count = min(count, self._own.room - len(missing) + 1)  # the last draft token is not run
-        if count < 1 or max(missing) >= self._own.engine.shape.vocab:
-            return Draft([])  # its context is full, or the text has a token that only the target model has
-
-        def step(token: int | None) -> np.ndarray:
-            return self._own.run(missing if token is None else [token])
-
-        return self._guesser.write(step, count, seen, position)
+        return chosen(own.guess(missing, guessing(self._sampling, self._vocabulary, count, seen, least)), least)

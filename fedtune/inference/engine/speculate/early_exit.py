@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedtune.errors import ConfigError
-from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.context import Context
+from fedtune.inference.engine.guess import guess
 from fedtune.inference.engine.sample import Sampling
-from fedtune.inference.engine.speculate import Draft, Drafter, Guesser
+from fedtune.inference.engine.speculate import Draft, Drafter, Least, chosen, guessing
 
 
 class EarlyExit(Drafter):
@@ -35,17 +35,18 @@ class EarlyExit(Drafter):
         if not 0 < self._layers < depth:
             raise ConfigError(f"an early exit after layer {self._layers} of {depth} saves nothing: leave before the last one")
         self._context = context
-        self._guesser = Guesser(sampling, context.engine.shape.vocab)
+        self._sampling = sampling
 
-    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None, position: int) -> Draft:
-        cache, decoder = self._context.cache, self._context.engine.decoder
-        span = Span(cache, 1, adapter=self._context.adapter)
+    def gives_chances(self, grade: int) -> bool:
+        return True
+
+    def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
+        context = self._context
+        cache, decoder = context.cache, context.engine.decoder
         begun = cache.length
-
-        def step(token: int | None) -> np.ndarray:
-            return decoder.forward([ids[-1] if token is None else token], [span], layers=self._layers)
-
+        how = guessing(self._sampling, context.engine.shape.vocab, count, seen, least)
         try:
-            return self._guesser.write(step, count, seen, position)
+            made = guess(decoder, ids[len(context.ids) :], cache, how, adapter=context.adapter, layers=self._layers)
+            return chosen(made, least)
         finally:
             cache.crop(begun)

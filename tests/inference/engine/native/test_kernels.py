@@ -1,6 +1,7 @@
 """Every kernel of each instruction set of this CPU against the float64 product of its weights with the rounded activations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fedtune.inference.engine.native.library import SETS, Kernels, why_not
 from fedtune.inference.engine.native.pack import PACKED, pack, weights_of
 from fedtune.inference.engine.reference.tensors import as_array, as_tensor
 
-SHAPES = [(1, 1), (1, 33), (16, 32), (17, 64), (37, 45), (33, 96), (50, 160), (129, 290)]
+SHAPES = [(1, 1), (1, 33), (5, 63), (16, 32), (17, 64), (37, 45), (33, 96), (50, 160), (129, 290)]
 MANY = 137  # rows: more than a tile of 8, more than the 128 that pass together, and no multiple
 pytestmark = pytest.mark.skipif(isinstance(library._opened(), str), reason=f"run `{build.COMMAND}`: {why_not()}")
 
@@ -86,28 +87,52 @@ def activations(rows: int, n_in: int) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize("kind", PACKED)
-def test_products_equal_those_in_float64(kind: str, instructions: str) -> None:
-    run = of(instructions)
+@dataclass(frozen=True)
+class Case:
+    """A product of awkward sizes.
+
+    Attributes:
+        kind: One of `PACKED`.
+        parts: Packed weights [N, K] with a bias.
+        x: [rows, K].
+    """
+
+    kind: str
+    parts: dict[str, Array]
+    n_out: int
+    x: Tensor
+
+    def assert_close(self, y: Tensor) -> None:
+        """y [rows, N] is the float64 product of the same rounded numbers, but for sums in float32."""
+        n_in, bias = self.x.shape[1], as_tensor(self.parts["bias"])
+        w, sizes = unpacked(self.parts, self.kind, n_in, self.n_out)
+        near = rounded(self.x, self.kind)
+        # in any order such sums are off by at most 2^-24 of the sum of magnitudes for each addition
+        steps = n_in if self.kind in ("bf16", "fp32") else n_in / 32
+        limit = (steps + 8) * 2**-23 * (near.abs() @ sizes.T + bias.abs()) + n_in * 2**-120
+        off = (y.double() - (near @ w.T + bias)).abs()
+        assert bool((off <= limit).all()), (self.kind, self.n_out, self.x.shape, float((off / limit).max()))
+
+
+def cases(kind: str) -> Iterator[Case]:
     torch.manual_seed(0)
     for n_out, n_in in SHAPES:
-        bias = torch.randn(n_out)
         for wide in (False, True) if kind == "int4" else (False,):
-            tensors = {**portable(kind, torch.randn(n_out, n_in) + 0.1), "bias": as_array(bias)}
+            tensors = {**portable(kind, torch.randn(n_out, n_in) + 0.1), "bias": as_array(torch.randn(n_out))}
             if wide:
                 tensors["scale"] = to_bfloat16(-as_float32(tensors["scale"]))  # of which 8 bits without a sign hold none
             parts = pack(kind, tensors, n_in, 32)
             assert kind != "int4" or n_in == 1 or (parts["scales"].shape[-1] == 64) == wide
-            w, sizes = unpacked(parts, kind, n_in, n_out)
             for rows in (1, 2, 3, 5, 8, 11, MANY):
-                x = activations(rows, n_in)
-                near = rounded(x, kind)
-                y, want = product(run, parts, kind, x, n_out).double(), near @ w.T + bias
-                # sums in float32, in any order, are off by at most 2^-24 of the sum of magnitudes for each addition
-                steps = n_in if kind in ("bf16", "fp32") else n_in / 32
-                limit = (steps + 8) * 2**-23 * (near.abs() @ sizes.T + bias.abs()) + n_in * 2**-120
-                assert bool(((y - want).abs() <= limit).all()), (n_out, n_in, rows, float(((y - want).abs() / limit).max()))
+                yield Case(kind, parts, n_out, activations(rows, n_in))
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("kind", PACKED)
+def test_products_equal_those_in_float64(kind: str, instructions: str) -> None:
+    run = of(instructions)
+    for case in cases(kind):
+        case.assert_close(product(run, case.parts, kind, case.x, case.n_out))
 
 
 @pytest.mark.parametrize("instructions", SETS)

@@ -46,7 +46,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_NATIVE", "sse9")
     with pytest.raises(
-        ConfigError, match="FEDTUNE_NATIVE=sse9 is unknown: set it to off, portable, avx2, avxvnni, avx512, or leave it out"
+        ConfigError, match="FEDTUNE_NATIVE=sse9 is unknown: set it to off, portable, avx2, avxvnni, avx512, dotprod, i8mm, or leave it out"
     ):
         linear_from_tensors("int4", portable("int4", np.ones((1, 32), np.float32)), n_in=32)
 
@@ -71,14 +71,15 @@ def test_the_best_set_of_the_cpu_is_chosen_but_never_the_portable_one(monkeypatc
         def __init__(self, *sets: str) -> None:
             self.fedtune_supports = lambda number: SETS[number] in sets
 
-    for sets, chosen in ((SETS, "avx512"), (SETS[:3], "avxvnni"), (SETS[:2], "avx2")):
+    arm = ("portable", "dotprod", "i8mm")
+    for sets, chosen in ((SETS[:4], "avx512"), (SETS[:3], "avxvnni"), (SETS[:2], "avx2"), (arm, "i8mm"), (arm[:2], "dotprod")):
         monkeypatch.setattr(library, "_opened", lambda sets=sets: Cpu(*sets))
         library._chosen.cache_clear()
         run = kernels()
         assert run is not None and run.instructions == chosen
     monkeypatch.setattr(library, "_opened", lambda: Cpu("portable"))
     library._chosen.cache_clear()
-    assert kernels() is None and why_not() == "this CPU has neither AVX2 nor AVX-512"
+    assert kernels() is None and why_not() == "this CPU has neither AVX2 nor NEON's dot product"
     with monkeypatch.context() as without:
         without.setattr(library, "has_torch", lambda: False)
         library._chosen.cache_clear()

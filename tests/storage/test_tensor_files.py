@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from fedtune.errors import ModelError
 from fedtune.inference.engine.reference.tensors import as_tensor
-from fedtune.inference.engine.tensor_files import DTYPES, StoredTensor, read_header
+from fedtune.storage.tensor_files import DTYPES, StoredTensor, read_header
 
 NUMBERS = bytes(range(16))
 
@@ -86,7 +86,7 @@ def test_lengths_that_do_not_match_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="not a valid safetensors file"):
             read_header(path)
     for length in (0, 1, 1 << 20, (1 << 25) + 1, 1 << 62, (1 << 64) - 1):
-        with pytest.raises(ModelError, match="not a valid safetensors file|declares a header"):
+        with pytest.raises(ModelError, match="not a valid safetensors file"):
             read_header(write(path, {"a": tensor()}, length=length))
     with pytest.raises(ModelError, match="not a valid safetensors file"):
         read_header(write(path, {"a": tensor()}, NUMBERS + b"0"))
@@ -117,7 +117,7 @@ def test_numbers_of_another_header_are_refused(shape: tuple[int, ...], begin: in
     path = tmp_path / "x.safetensors"
     path.write_bytes(bytes(16384))
     with pytest.raises(ModelError, match="cannot be read"):
-        StoredTensor(path, "F32", shape, begin).read()
+        StoredTensor("a", "F32", shape, path, begin, 16).read()
 
 
 def test_a_huge_header_that_is_allowed_is_parsed(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Reads safetensors files as memory-mapped arrays. The safetensors library checks them, but has no bfloat16 for numpy."""
+"""Reads the headers of safetensors files, and maps their tensors into memory as numpy arrays.
+
+The safetensors library checks a header, but says neither where a tensor's bytes are nor, for numpy, what a bfloat16 is.
+"""
 
 import math
 import mmap
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.bfloat16 import Array
-from fedtune.storage.parsing import parse_json
+from fedtune.storage.parsing import parse_json, regular
 
 __all__ = ["DTYPES", "StoredTensor", "read_header"]
 
@@ -24,56 +25,59 @@ _HEADER = 1 << 25  # limit in bytes, far above real headers: parsing takes sever
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a file: its dtype as the file names it, its shape, and where it begins."""
+    """One tensor of a file: `dtype` as the file names it, `start` and `size` of its bytes."""
 
-    path: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
-    begin: int
+    file: Path
+    start: int
+    size: int
 
-    def read(self) -> Array:
+    def read(self) -> np.ndarray[Any, Any]:
         """Map the tensor; its pages are freed with the array, which may be changed without an effect on the file.
 
         Raises:
             ModelError: The file has shrunk, numpy has no such shape, or the engine no such dtype.
         """
         if self.dtype not in DTYPES:
-            raise ModelError(f"{self.path} holds {self.dtype} numbers, which the engine cannot read: export the model again")
+            raise ModelError(f"{self.file} holds {self.dtype} numbers, which the engine cannot read: export the model again")
         dtype = DTYPES[self.dtype]
-        start = self.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        page = self.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
             if not (count := math.prod(self.shape)):
                 return np.empty(self.shape, dtype)
-            with open(self.path, "rb") as file:
-                memory = mmap.mmap(file.fileno(), dtype.itemsize * count + self.begin - start, access=mmap.ACCESS_COPY, offset=start)
-            return np.frombuffer(memory, dtype, count, self.begin - start).reshape(self.shape)
+            with open(self.file, "rb") as file:
+                memory = mmap.mmap(file.fileno(), dtype.itemsize * count + self.start - page, access=mmap.ACCESS_COPY, offset=page)
+            return np.frombuffer(memory, dtype, count, self.start - page).reshape(self.shape)
         except (OSError, ValueError, OverflowError) as bad:  # numpy refuses shapes that the format allows
-            raise ModelError(f"{self.path} cannot be read ({str(bad)[:80]}): it is damaged") from None
+            raise ModelError(f"{self.file} cannot be read ({str(bad)[:80]}): it is damaged") from None
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a file by name, and its metadata.
 
     Raises:
-        ModelError: The file is missing or damaged.
+        ModelError: The file is missing, truncated or damaged.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("it is no regular file")
+        size = regular(path).st_size
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > _HEADER:
-                raise ModelError(f"{path} declares a header of {length} bytes: it is damaged")
+            if length > min(size, _HEADER):
+                raise ValueError(f"it declares a header of {length} bytes")
             header: dict[str, Any] = parse_json(file.read(length).decode())
-        with safe_open(path, "np") as checked:  # sizes, offsets and the file's length
-            names = set(checked.keys())
         metadata = header.pop("__metadata__", None) or {}
         found = {
-            name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            name: StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + length + begin, end - begin)
             for name, entry in header.items()
-            if name in names
+            for begin, end in [entry["data_offsets"]]
         }
+        if size != (end := max((t.start + t.size for t in found.values()), default=8 + length)):
+            raise ValueError(f"it has {size} bytes, its header describes {end}")
+        with safe_open(path, "np"):  # it checks sizes, shapes and dtypes
+            pass
     except (SafetensorError, OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as bad:
         reason = getattr(bad, "strerror", None) or str(bad).splitlines()[0][:80] if str(bad) else "too large"
-        raise ModelError(f"{path} is not a valid safetensors file ({reason}): export the model again") from None
+        raise ModelError(f"{path} is not a valid safetensors file ({reason}): download or export it again") from None
     return found, {str(k): str(v) for k, v in metadata.items()}
