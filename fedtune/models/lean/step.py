@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.config import TaskConfig
+from fedtune.config.method_files import factored
 from fedtune.contracts.task import task_of
 from fedtune.models.adapter import LiveAdapter
 from fedtune.models.backbone import dropout_rates
@@ -116,7 +117,7 @@ def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
         parameters: Canonical name → trainable parameter.
     """
     text, layers = model.config.get_text_config(), getattr(_stack(model), "layers", None)
-    if method not in ("lora", "rslora"):
+    if method not in factored(exactly=True):
         return f"peft.method={method} has no lean form"
     if not isinstance(layers, nn.ModuleList) or any(type(m).__name__ not in LAYERS for m in layers):
         return f"the architecture '{model.config.model_type}' has no lean form"
