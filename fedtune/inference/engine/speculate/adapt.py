@@ -170,11 +170,12 @@ class Adapt:
         """From which chance on tokens are worth their cost; None: draft a fixed number."""
         if self.fixed is not None:
             return None
-        state, most = self._of(grade), self.most
-        costs, drafts = self.costs.table(most + 1), self._drafts.table(most)
+        state = self._of(grade)
+        most, drafted = max(self.costs.largest - 1, 1), max(self._drafts.largest, 2)
+        costs, drafts = self.costs.table(most + 1), self._drafts.table(drafted)
         rate = state.rate or self.best(grade)[0] / costs[1] if costs[1] else 0.0
         verifying = (costs[most + 1] - costs[1]) / most * rate
-        drafting = (drafts[most] - drafts[1]) / max(most - 1, 1) * rate
+        drafting = (drafts[drafted] - drafts[1]) / (drafted - 1) * rate
         return Least((drafting + verifying) / state.acceptance, verifying, state.trust)
 
     def plain(self, seconds: float, rows: int = 1) -> None:
