@@ -3,10 +3,10 @@
 The draft has a subset of the target's layers. Training minimizes the Kullback-Leibler divergence KL(p || q) of every next token, where p
 are the target's and q the draft's probabilities (white-box: full distributions, not samples). The training texts are given or sampled from
 the target, and for a share of the steps (on-policy) sampled from the draft, as in drafting. The result is measured by the acceptance rate
-of speculative sampling, the expectation of sum_x min(p(x), q(x)).
+of the draft's most likely tokens, the expectation of p(argmax q).
 
 Sources: Zhou et al. 2023, DistillSpec, arXiv:2310.08461; Agarwal et al. 2023, GKD, arXiv:2306.13649; acceptance: Leviathan et al. 2022,
-Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, corollary 3.6.
+Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, corollary 3.6, with certain drafts.
 """
 
 import copy
@@ -222,11 +222,11 @@ def train(
 
 @torch.no_grad()
 def acceptance(model: Any, draft: Any, texts: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Mean over all tokens of sum_x min(p(x), q(x)), the acceptance rate of speculative sampling at temperature 1."""
+    """Mean over all tokens of p(argmax q): how often the target, sampled at temperature 1, gives the draft's most likely token."""
     total, tokens = 0.0, 0
     for ids, counted in texts:
         p, q = (m(input_ids=ids, attention_mask=counted.long()).logits[:, :-1].float().softmax(-1) for m in (model, draft))
-        both = torch.minimum(p, q).sum(-1)[counted[:, 1:]]
+        both = p.gather(-1, q.argmax(-1, keepdim=True))[..., 0][counted[:, 1:]]
         total, tokens = total + both.sum().item(), tokens + both.numel()
     return total / tokens
 

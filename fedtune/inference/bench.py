@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.make_linear import describe_path
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate import Drafter
+from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
@@ -124,10 +126,10 @@ def bench(
             prefill.append(prompt_tokens / took)
             first.append(1000 * took)
             decode.append(new_tokens / rest)
-    ways: dict[str, Drafter] = {"lookup": Lookup(), "early exit": EarlyExit()} if speculate else {}
+    ways: dict[str, Callable[[], Drafter]] = {"lookup": Lookup, "early exit": EarlyExit} if speculate else {}
     memory = peak_mb()  # without the draft model
     if draft:
-        ways["draft"] = DraftModel(load_engine(draft, kind), engine)
+        ways["draft"] = partial(DraftModel, load_engine(draft, kind), engine)
     seen = speculation(engine, ways, prompts(engine, text, repeats, prompt_tokens, seed), new_tokens, tell) if ways else {}
     tell("bandwidth")
     weights, speed = bytes_read(engine), bandwidth()
@@ -189,14 +191,18 @@ def prompts(engine: Engine, text: Path | None, count: int, length: int, seed: in
 
 
 def speculation(
-    engine: Engine, ways: Mapping[str, Drafter], rows: Sequence[list[int]], new: int, tell: Callable[[str], None]
+    engine: Engine, ways: Mapping[str, Callable[[], Drafter]], rows: Sequence[list[int]], new: int, tell: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """Measure greedy answers to the same prompts without speculation and with each drafter, in turn."""
-    drafters: dict[str, Speculation | None] = {"none": None, **{way: Speculation(drafter) for way, drafter in ways.items()}}
-    reports: dict[str, list[Report]] = {way: [] for way in drafters}
+    """Measure greedy answers to the same prompts without speculation and with each drafter, in turn.
+
+    A drafter knows no earlier answer, because prompts may come twice; what it costs is kept.
+    """
+    adapts = {way: Adapt() for way in ways}
+    reports: dict[str, list[Report]] = {way: [] for way in ("none", *ways)}
     for i, row in enumerate(rows, 1):
-        for way, how in drafters.items():
+        for way in reports:
             tell(f"speculation, {way}: answer {i} of {len(rows)}")
+            how = Speculation(ways[way](), adapts[way]) if way in ways else None
             answer = Generation(engine, row, Sampling(), new, speculation=how)
             for _ in answer:
                 pass

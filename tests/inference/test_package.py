@@ -145,6 +145,11 @@ def kept_as(folder: Path, name: str = "model.layers.0.mlp.up_proj", **entry: Any
     edit(folder / "package.json", linears=card["linears"])
 
 
+def tie(folder: Path) -> None:
+    edit(folder / "config.json", tie_word_embeddings=True)
+    kept_as(folder, "model.embed_tokens", kind="int8", group=0, shape=[101, 48])
+
+
 def foreign_adapter(folder: Path, **tensors: Tensor) -> None:
     save_file(tensors, folder / "adapters" / "x.safetensors", {"fedtune": json.dumps({"base": CARD["base"]})})
 
@@ -165,6 +170,7 @@ BAD = {
     "int8 in groups": (lambda p: kept_as(p, kind="int8", group=32), "'group': 32, .*which does not fit"),
     "table": (lambda p: kept_as(p, "model.embed_tokens", kind="bf16", group=0, shape=[101, 48]), "'model.embed_tokens' as .* does not fit"),
     "no table": (lambda p: kept_as(p, "model.embed_tokens", kind="int8", group=0, shape=[101, 48]), "lacks the tensor 'model.embed_tokens"),
+    "tied": (tie, "does not list the linears"),
     "another kind": (lambda p: kept_as(p, kind="bf16", group=0), "lacks the tensor 'model.layers.0.mlp.up_proj.weight'"),
     "missing": (lambda p: change(p, "f32", **{NORM: None}), f"lacks the tensor '{NORM}'"),
     "surplus": (lambda p: change(p, "f32", extra=torch.ones(1)), "holds 'extra', which its config does not have"),

@@ -21,6 +21,7 @@ from fedtune.models.lean import functions, loss
 from fedtune.models.lean.functions import ACTIVATIONS, Linears, Norm, attend, attend_backward, rotate
 from fedtune.models.lean.loss import cross_entropy_sum
 from fedtune.models.lean.step import LeanStep, step_of
+from fedtune.models.shift import FrozenWeights
 from tests.architectures import ROWS, checkpoint
 from tests.quick import quick
 from tests.tiny import tiny_config
@@ -256,7 +257,7 @@ def test_frozen_factors_have_no_gradient(frozen: str, tmp_path: Path) -> None:
 
 
 def test_attention_by_the_kernel_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "_fused", lambda q, cap: cap is None)
+    monkeypatch.setattr(functions, "_fused", lambda q, k, cap: cap is None)
     compared(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16), collate(rows()[:1], 0)])
 
 
@@ -367,3 +368,45 @@ def test_a_run_ends_with_the_adapter_of_pefts_modules(layers: float, tmp_path: P
         assert bool(used) == (choice == "auto")
     for name, tensor in ends[0].tensors.items():
         assert (ends[1][name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+
+
+def test_a_hook_on_a_frozen_layer_counts(tmp_path: Path) -> None:
+    """As shifts of quantized weights add it."""
+    live = live_model(tmp_path)
+    lean.enable(live)
+    assert step_of(live.model) is not None
+    base = next(m for m in live.model.modules() if hasattr(m, "lora_A")).base_layer
+    hook = cast(Any, base).register_forward_hook(lambda module, given, out: out + 1)
+    assert step_of(live.model) is None
+    hook.remove()
+    assert step_of(live.model) is not None
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_shifts_of_quantized_weights_count(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(ROWS, "wide", dataclasses.replace(ROWS["Qwen2, 2.5"], config=wide_config))
+    live = live_model(tmp_path, "wide", model={"precision": precision, "compute": "fp32"})
+    lean.enable(live)
+    state = live.read(version=1)
+    shift = state.replace({n: t + 0.1 for n, t in state.tensors.items()})
+    batch, before = collate(rows(), 0), float(loss_sum(live.model, collate(rows(), 0), LM)[0])
+    FrozenWeights(live.backbone.model).add(shift)
+    found = float(loss_sum(live.model, batch, LM)[0])
+    with torch.no_grad():
+        assert found == pytest.approx(float(loss_sum(live.model, batch, LM)[0]), rel=1e-5)
+    assert abs(found - before) > 1e-3
+
+
+def test_code_of_a_checkpoint_and_other_attention_have_no_lean_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = live_model(tmp_path)
+    monkeypatch.setattr(type(cast(Any, live.backbone.model).model.layers[0]), "__module__", "transformers_modules.other")
+    assert "has no lean form" in lean.enable(live)
+    monkeypatch.undo()
+    live.backbone.model.config._attn_implementation = "flex_attention"
+    assert lean.enable(live) == "attn_implementation=flex_attention has no lean form"
+
+
+def test_long_rows_take_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "_SCORES", 10)
+    compared(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16)])

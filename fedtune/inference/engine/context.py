@@ -69,9 +69,13 @@ class Context:
 
     def guess(self, tokens: Sequence[int], how: Guessing) -> Guesses:
         """Append one or more tokens and draft those after them (see `guess`); all but the last drafted one are appended, too."""
-        made = guess(self.engine.decoder, tokens, self.cache, how, adapter=self.adapter)
-        self.ids += [*tokens, *made.tokens[:-1, 0].tolist()]
-        return made
+        try:
+            made = guess(self.engine.decoder, tokens, self.cache, how, adapter=self.adapter)
+            self.ids += [*tokens, *made.tokens[:-1, 0].tolist()]
+            return made
+        finally:  # after an error, the cache holds no more than the ids
+            if self.cache.length > self.virtual + len(self.ids):
+                self.cache.crop(self.virtual + len(self.ids))
 
     def run(self, tokens: Sequence[int], keep: int = 1, forks: Sequence[int] = ()) -> np.ndarray:
         """Append one or more tokens. Returns the logits of the last `keep` of them, (keep, V) float32.

@@ -86,7 +86,10 @@ class Decoder:
         if not 0 <= first <= last <= self.shape.layers:
             raise ModelError(f"the model has {self.shape.layers} layers: it cannot run {first} to {last}")
         loras = [self.lora_of(span) for span in spans]
-        if all(span.cache.most(span.n) == span.n for span in spans):
+        whole = all(span.cache.most(span.n) == span.n for span in spans)
+        if any(span.forks for span in spans) and not (whole and self.native_step()):
+            raise ModelError("forks need native code, and a cache that takes all rows in one pass")
+        if whole:
             return self._pass(hidden, spans, loras, first, last, logits)
         for span in spans:
             span.cache.room(span.n)

@@ -189,12 +189,12 @@ class Generation:
                 drafted = self._clock()
                 self.report.draft_seconds += drafted - begun
                 if draft.tokens:
-                    out, seen = self._check(unread, draft)
+                    out, seen = self._check(unread, draft, adapt.most_rows)
                     adapt.verified(seen, drafted - begun, self._clock() - drafted, grade)
                     return out
                 if not draft.only_read:
                     adapt.refused(drafted - begun, grade)
-                begun = drafted
+        begun = self._clock()
         logits = self.context.run(unread)
         self._learn([tuple(self._ids[-2:])], logits)
         out = [self._take(logits[0])]
@@ -202,25 +202,29 @@ class Generation:
             speculation.adapt.plain(self._clock() - begun, len(unread))
         return out
 
-    def _check(self, unread: list[int], draft: Draft) -> tuple[list[tuple[int, np.ndarray]], Verified]:
-        """Verify a draft. Returns the accepted tokens and the one after them, each with its logits (V,), and what happened."""
-        drafted, context, begun = draft.tokens, self.context, len(self._ids)
-        others = draft.others[: context.room - len(unread) - len(drafted)] if context.takes_forks else []
+    def _check(self, unread: list[int], draft: Draft, most: int) -> tuple[list[tuple[int, np.ndarray]], Verified]:
+        """Verify a draft in a pass of at most `most` tokens. Returns the accepted tokens and the one after them, each with its logits (V,),
+        and what happened."""
+        drafted, context, begun, kept = draft.tokens, self.context, len(self._ids), 0
+        room = max(min(context.room, most) - len(unread) - len(drafted), 0)
+        others = draft.others[:room] if context.takes_forks else []
         tokens, last = [*unread, *drafted, *(token for _, token in others)], len(unread) - 1
-        logits = context.run(tokens, keep=len(tokens) - last, forks=[last + k for k, _ in others])
-        text = [*self._ids[-2:], *drafted]
+        text, out = [*self._ids[-2:], *drafted], list[tuple[int, np.ndarray]]()
         keys = [tuple(text[max(i - 2, 0) : i]) for i in range(len(text) - len(drafted), len(text) + 1)]
-        self._learn([*keys, *((keys[k][-1], token) for k, token in others)], logits)
-        out = list[tuple[int, np.ndarray]]()
-        for row, wanted in zip(logits, [*drafted, None], strict=False):
-            out.append(self._take(row, verifies=True))
-            if out[-1][0] != wanted:
-                break
-        kept = len(out) - 1
-        for other, row in zip(others, logits[len(drafted) + 1 :], strict=True):
-            if other == (kept, out[kept][0]):
+        try:
+            logits = context.run(tokens, keep=len(tokens) - last, forks=[last + k for k, _ in others])
+            self._learn([*keys, *((keys[k][-1], token) for k, token in others)], logits)
+            for row, wanted in zip(logits, [*drafted, None], strict=False):
                 out.append(self._take(row, verifies=True))
-        context.crop(begun + kept)
+                if out[-1][0] != wanted:
+                    break
+            kept = len(out) - 1
+            for other, row in zip(others, logits[len(drafted) + 1 :], strict=True):
+                if other == (kept, out[kept][0]):
+                    out.append(self._take(row, verifies=True))
+        finally:  # after an error too, the context holds no token that is not in the text
+            if len(context.ids) > begun + kept:
+                context.crop(begun + kept)
         self.report.drafted += len(drafted)
         self.report.accepted += len(out) - 1
         return out, Verified(len(drafted), kept, len(tokens), len(out), draft.chances)

@@ -251,7 +251,7 @@ def _check_card(card: dict[str, Any], path: Path) -> None:
 def _linears(entries: Any, shape: Shape, path: Path) -> dict[str, StoredLinear]:
     """Parse the decoder's linears from package.json; a tied head has no entry."""
     sizes = {n.removesuffix(".weight"): s for n, s in tensor_shapes(shape) if is_linear(n)}
-    if isinstance(entries, dict) and EMBEDDING in entries:
+    if isinstance(entries, dict) and EMBEDDING in entries and not shape.tied:  # a tied head needs the table itself
         sizes[EMBEDDING] = shape.vocab, shape.hidden
     if not isinstance(entries, dict) or entries.keys() != sizes.keys():
         raise ModelError(f"{path} does not list the linears that config.json requires: export the model again")

@@ -218,7 +218,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
         mask: (B or 1, 1, T, T), added to scores; None is causal.
         scale, cap: As in the formula.
     """
-    if _fused(q, cap):
+    if _fused(q, k, cap):
         return _kernel(q, k, v, mask, scale)
     out = torch.empty_like(q)
     for (y, a, b, c), m in _pieces((out, q, k, v), mask):
@@ -230,7 +230,7 @@ def attend_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None
 ) -> tuple[Tensor, ...]:
     """dq, dk and dv of `attend`, which recomputes the probabilities."""
-    if _fused(q, cap):
+    if _fused(q, k, cap):
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
             return torch.autograd.grad(_kernel(q, k, v, mask, scale), (q, k, v), dy)
@@ -246,13 +246,21 @@ def attend_backward(
     return dq.mul_(scale), dk.mul_(scale), dv
 
 
-def _fused(q: Tensor, cap: float | None) -> bool:
-    """Whether torch's attention kernel is used. On a CPU, products and softmax are as fast in float32, and far faster in bf16."""
-    return q.device.type == "cuda" and cap is None
+def _fused(q: Tensor, k: Tensor, cap: float | None) -> bool:
+    """Whether torch's attention kernel is used.
+
+    On a CPU, products and softmax are as fast in float32, and far faster in bf16, but a long row has too many scores for them.
+    """
+    length = q.shape[-2]
+    return cap is None and (q.device.type == "cuda" or q.shape[1] // k.shape[1] * length * length > _SCORES)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and (mask is not None or q.device.type != "cuda"):  # with a mask, grouped queries leave torch's fast kernels
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        groups = 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1)
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -268,7 +276,7 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float 
 
 
 def _pieces(tensors: Sequence[Tensor], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Rows and heads that together have at most `_SCORES` scores: views (b, k, g·T, D), and the mask's rows."""
+    """Rows and heads that together have at most `_SCORES` scores, or one head of keys: views (b, k, g·T, D), and the mask's rows."""
     rows, heads, length, _ = tensors[1].shape
     kv = tensors[2].shape[1]
     if mask is None:

@@ -61,11 +61,15 @@ class LeanStep:
         self._frozen = [p for layer in self._layers for p in layer.frozen]
         if isinstance(self._head, nn.Linear):
             self._frozen += self._head.parameters()
+        self._bases = [linear.base for layer in self._layers for linear in layer.linears]
         self._adapted = [linear.module for layer in self._layers for linear in layer.linears if linear.adapted]
 
     def is_ready(self) -> bool:
-        """Whether the frozen weights need no gradient and the adapter is in use."""
-        return not any(p.requires_grad for p in self._frozen) and not any(m.disable_adapters or m.merged_adapters for m in self._adapted)
+        """Whether the frozen weights need no gradient, no hook adds to their products (shifts of quantized weights do), and the adapter is
+        in use."""
+        if any(p.requires_grad for p in self._frozen) or any(b._forward_hooks or b._forward_pre_hooks for b in self._bases):
+            return False
+        return not any(m.disable_adapters or m.merged_adapters for m in self._adapted)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -104,6 +108,11 @@ def _stack(model: Any) -> Any:
     return getattr(model, model.base_model_prefix, None)
 
 
+def _is_known(layer: type) -> bool:
+    """Whether a class of a layer is one of transformers' own; code that comes with a checkpoint may have the same names."""
+    return layer.__name__ in LAYERS and layer.__module__.startswith("transformers.models.")
+
+
 def _activation(text: Any) -> str:
     return str(getattr(text, "hidden_activation", None) or text.hidden_act)
 
@@ -119,8 +128,10 @@ def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
     text, layers = model.config.get_text_config(), getattr(_stack(model), "layers", None)
     if method not in factored(exactly=True):
         return f"peft.method={method} has no lean form"
-    if not isinstance(layers, nn.ModuleList) or any(type(m).__name__ not in LAYERS for m in layers):
+    if not isinstance(layers, nn.ModuleList) or any(not _is_known(type(m)) for m in layers):
         return f"the architecture '{model.config.model_type}' has no lean form"
+    if (how := text._attn_implementation) not in ("sdpa", "eager"):
+        return f"attn_implementation={how} has no lean form"
     if drawn := dropout_rates(model.config):
         return f"the backbone draws dropout ({', '.join(drawn)})"
     if _activation(text) not in ACTIVATIONS:

@@ -190,11 +190,11 @@ def measure(case: SpeculationCase) -> Found:
     """Run all sides on each prompt, after a short warm-up."""
     torch.set_num_threads(case.threads)
     engine = load_engine(case.target, None if case.kind in ("int8", "int4") else case.kind)
-    ways = sides(engine, case)
-    for begin in ways.values():
-        _answer(engine, case.rows[0], Sampling(), 16, begin())
     found: Found = {}
     for temperature in case.temperatures:
+        ways = sides(engine, case)  # what is kept between answers begins anew: the prompts are the same at every temperature
+        for begin in ways.values():
+            _answer(engine, case.rows[0][::-1], Sampling(), 16, begin())
         seen = found[f"{temperature:g}"] = {way: list[Answer]() for way in ways}
         for i, row in enumerate(case.rows):
             print(f"{case.size} {case.kind}, temperature {temperature:g}: prompt {i + 1} of {len(case.rows)}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from fedtune.inference.engine.generate import Generation, Speculation, generate
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.sample import Sampler, Sampling
 from fedtune.inference.engine.speculate import Drafter
-from fedtune.inference.engine.speculate.adapt import Adapt
+from fedtune.inference.engine.speculate.adapt import Adapt, Verified
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
@@ -272,6 +272,40 @@ def test_another_token_for_a_place_saves_a_pass_if_it_is_right(engine: Engine, s
         assert tokens(run) == answer and run.report.tokens == 1 + run.report.passes + run.report.accepted
         passes.append(run.report.passes)
     assert passes == [14, 10]  # of three tokens each, and of four
+
+
+def test_after_an_error_in_a_verifying_pass_the_context_holds_no_draft(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, context = tokens(Generation(engine, [5, 6], max_new_tokens=20)), Context(engine)
+    drafter = ThirdIsWrong(answer, 2)
+    drafter.others = True
+    right = Sampler.next
+
+    def fails(self: Sampler, logits: Any) -> int:
+        if self.count == 6:
+            raise ModelError("the logits are not finite")
+        return right(self, logits)
+
+    with monkeypatch.context() as patched, pytest.raises(ModelError):
+        patched.setattr(Sampler, "next", fails)
+        tokens(Generation(engine, [5, 6], max_new_tokens=20, context=context, speculation=Speculation(drafter, Adapt(fixed=6))))
+    assert context.ids == [5, 6, *answer][: len(context.ids)] and context.cache.length == len(context.ids)
+    assert tokens(Generation(engine, [5, 6], max_new_tokens=20, context=context)) == answer
+
+
+def test_passes_grow_with_what_was_measured(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, rows = tokens(Generation(engine, [5, 6], max_new_tokens=30)), list[int]()
+    drafter, adapt = ThirdIsWrong(answer, 2), Adapt()
+    drafter.others = True
+    verified = adapt.verified
+
+    def watched(seen: Verified, *more: Any) -> None:
+        rows.append(seen.rows)
+        assert seen.rows <= adapt.most_rows
+        verified(seen, *more)
+
+    monkeypatch.setattr(adapt, "verified", watched)
+    assert tokens(Generation(engine, [5, 6], max_new_tokens=30, speculation=Speculation(drafter, adapt))) == answer
+    assert rows and rows[0] <= 3
 
 
 def test_good_drafts_save_passes_and_keep_the_text(engine: Engine) -> None:

@@ -97,6 +97,7 @@ def test_a_table_of_choices_drafts_by_two_tokens_else_by_one() -> None:
     assert recycle.draft([0, 1, 2], 1).tokens == [7] and recycle.draft([5, 2], 1).tokens == [9]
     assert recycle.draft([6, 2], 1).tokens == [9] and recycle.draft([2], 1).tokens == [9]  # the latest after this token
     assert recycle.draft([1, 2], 4).tokens == [7, 3]  # nothing is known after a 3
+    assert recycle.draft([1, 2], 4).others == [] and recycle.draft([1, 2], 4, None, Least()).others == [(0, 8), (1, 6)]
     assert recycle.grade([1, 2]) == 0 and recycle.grade([3]) is None
     recycle.learn([(1, 2)], best((4, 8, float("nan"), 0.3)))
     assert recycle.draft([1, 2], 1).tokens == [7]

@@ -16,21 +16,22 @@ static float float_of(uint32_t bits) {
     return value;
 }
 
+static float half_of(const char *at, int64_t kind) { /* a table may lie at any address */
+    uint16_t bits;
+    memcpy(&bits, at, sizeof bits);
+    if (kind == BFLOAT16S)
+        return float_of((uint32_t)bits << 16);
+    return float_of((uint32_t)(bits & 0x7fff) << 13) * 0x1p112f * (bits & 0x8000 ? -1 : 1); /* the exponents' offsets differ by 112 */
+}
+
 static void embed(const struct fedtune_draft *draft, int64_t token, float *out, int64_t n) {
-    const float *floats = draft->embedding;
-    const uint16_t *halves = draft->embedding;
-    const int8_t *bytes = draft->embedding;
+    const char *table = draft->embedding;
     for (int64_t i = 0, at = token * n; i < n; i++, at++) {
-        float value;
         if (draft->kind == FLOATS)
-            value = floats[at];
-        else if (draft->kind == BFLOAT16S)
-            value = float_of((uint32_t)halves[at] << 16);
-        else if (draft->kind == FLOAT16S) /* the exponents' offsets differ by 112 */
-            value = float_of((uint32_t)(halves[at] & 0x7fff) << 13) * 0x1p112f * (halves[at] & 0x8000 ? -1 : 1);
+            memcpy(out + i, table + 4 * at, sizeof *out);
         else
-            value = (float)bytes[at] * draft->scales[token];
-        out[i] = value * draft->embed_scale;
+            out[i] = draft->kind == BYTES ? (float)(signed char)table[at] * draft->scales[token] : half_of(table + 2 * at, draft->kind);
+        out[i] *= draft->embed_scale;
     }
 }
 

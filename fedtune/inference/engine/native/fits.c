@@ -65,6 +65,8 @@ static int span_fits(const struct fedtune_decoder *d, const struct fedtune_span 
             last = slot > last ? slot : last;
         }
     }
+    if (!s->codes && s->first)
+        return 0;
     if (s->fork_count) {
         if (s->fork_count < 0 || s->fork_count > s->rows - 2 || !s->forks || s->codes || s->ring)
             return 0;

@@ -72,7 +72,8 @@ class Kernels:
         """Write the two most likely tokens of contiguous logits [n, V >= 2], [n, 2] int64, and their chances, [n, 2] float32."""
         rows, width = logits.shape
         out = tokens.ctypes.data, chances.ctypes.data
-        self.library.fedtune_best(SETS.index(self.instructions), logits.ctypes.data, rows, width, sharpness, *out)
+        if self.library.fedtune_best(SETS.index(self.instructions), logits.ctypes.data, rows, width, sharpness, *out):
+            raise ModelError(f"a vocabulary of {width} leaves no choice, and speculation needs two tokens")
 
     @staticmethod
     def _check(failed: int, part: PassStructure) -> None:

@@ -9,6 +9,7 @@ per second that speculation gives now.
 Source: Leviathan et al. 2023, arXiv:2211.17192, section 3.5, with measured c(n) and d(g) instead of c(n) = c(1) and d(g) = g d(1).
 """
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,6 +123,11 @@ class Adapt:
         self._grades: dict[int, _Grade] = {}
         self._since_plain = 0
 
+    @property
+    def most_rows(self) -> int:
+        """Tokens that the next pass may have: the costs of more are unknown."""
+        return _GROW * self.costs.largest if self.fixed is None else sys.maxsize
+
     def acceptance(self, grade: int = 0) -> float:
         """Acceptance of a draft token whose predecessors were accepted."""
         return self._of(grade).acceptance
@@ -134,7 +140,7 @@ class Adapt:
         acceptance = max(self._of(grade).acceptance, hoped)
         costs, drafts = self.costs.table(self.most + 1), self._drafts.table(self.most)
         tokens, last, found = 1.0, 1.0, (0.0, 1)
-        for guesses in range(1, min(self.most, _GROW * self.costs.largest - 1) + 1):
+        for guesses in range(1, min(self.most, self.most_rows - 1) + 1):
             last *= acceptance
             tokens += last
             time = drafts[guesses] + costs[guesses + 1]

@@ -76,6 +76,8 @@ class BatchAdapt:
         if not 0 < n < most:  # nothing is measured, or there is no room for a draft token
             return out
         costs = self._costs.table(most)
+        if not costs[n]:
+            return out
         worth = sorted(((a**k, i) for i, a in enumerate(acceptances) if a for k in range(1, _MOST + 1)), reverse=True)
         tokens, best, chosen = float(n), WORTH * n / costs[n], 0
         for rows, (gain, _) in enumerate(worth[: most - n], 1):

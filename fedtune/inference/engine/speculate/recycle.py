@@ -53,14 +53,14 @@ class Recycle(Drafter):
     def draft(self, ids: Sequence[int], count: int, seen: np.ndarray | None = None, least: Least | None = None) -> Draft:
         text, tokens, chances = list(ids[-2:]), list[tuple[int, int]](), list[tuple[float, float]]()
         before = 1.0
-        least = least or Least()
-        while len(tokens) < count and (found := self._find(text)) and before >= least.draft:
+        limit = least or Least()
+        while len(tokens) < count and (found := self._find(text)) and before >= limit.draft:
             size, (first, second, one, two) = found
             trust = min(self._kept[size - 1] / self._promised[size - 1], 1 / max(one, 1e-9))
             tokens.append((first, second))
             chances.append((one * trust, two * trust))
             text.append(first)
-            before *= min(one * trust * least.trust, 1.0)
+            before *= min(one * trust * limit.trust, 1.0)
         return chosen(Guesses(np.array(tokens), np.array(chances, np.float32)), least) if tokens else Draft([])
 
     def learn(self, keys: Sequence[tuple[int, ...]], best: Guesses) -> None:
