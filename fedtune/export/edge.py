@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,16 @@ from fedtune.export.huggingface import check_out, export_folder, write_tokenizer
 from fedtune.export.measured import streamed_score
 from fedtune.export.merged import Merged, MergedTensor, read_merged
 from fedtune.export.provenance import provenance
-from fedtune.inference.engine.embedding import Embedding
 from fedtune.inference.engine.linear import portable
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.make_linear import linear_from_tensors
-from fedtune.inference.engine.package import CARD, EMBEDDING, Kind, StoredLinear, is_linear, read_object
+from fedtune.inference.engine.package import CARD, Kind, StoredLinear, is_linear, read_object
 from fedtune.inference.engine.package_writer import PackageWriter
 from fedtune.inference.engine.reference.tensors import as_array
 from fedtune.inference.engine.shape import text_config
 from fedtune.inference.engine.text import Text, read_text
 from fedtune.inference.quantize.heap import give_back
-from fedtune.inference.quantize.model import FOLDING, QuantizeSettings, quantize_model, quantize_rows
+from fedtune.inference.quantize.model import FOLDING, QuantizeSettings, quantize_model
 from fedtune.inference.quantize.perplexity import Piece, answers, engine_score, windows
 from fedtune.inference.quantize.rtn import GROUP, QuantizedLinear
 from fedtune.models.tokens import load_tokenizer
@@ -36,7 +34,6 @@ from fedtune.models.tokens import load_tokenizer
 __all__ = ["describe_package", "export_edge", "texts"]
 
 _HELD = 8192  # tokens of a run's test data for the perplexity
-_OF_TABLE = QuantizeSettings(kind="int8", group=0)  # of the embedding table in a quantized package
 
 
 def export_edge(
@@ -62,8 +59,8 @@ def export_edge(
         calibrate: Calibration text: a file, a folder of files, or a run (its training rows).
         separate: Store a LoRA adapter unmerged, to be selected per request.
         replace: Overwrite `out` if it is an export of fedtune.
-        head: Format of a quantized model's output head, int8 or int4; None means int8. The embedding table is int8. If `head` is given, the
-            card also has the perplexity with both in bfloat16.
+        head: Format of a quantized model's output head, int8 or int4; None means int8. If it is given, the card also has the perplexity
+            with the head in bfloat16.
 
     Returns:
         `out`.
@@ -131,12 +128,11 @@ def _write_quantized(
     """Write everything but the tokenizer, quantized. Returns the card's figures."""
     writer, _ = _begin(folder, merged, recipe)
     errors = dict[str, float]()
+    table = "model.embed_tokens.weight"
+    writer.put(table, merged.tensors[table].read(_plain(merged, table, recipe)))
 
     def read(name: str, first: int, last: int) -> Tensor:
         return merged.tensors[name].rows(first, last, torch.float32)
-
-    table = f"{EMBEDDING}.weight"
-    writer.put_linear(EMBEDDING, quantize_rows(partial(read, table), (merged.shape.vocab, merged.shape.hidden), _OF_TABLE).tensors)
 
     for name, made in quantize_model(merged.shape, read, recipe, seen, merged.virtual_tokens, folder):
         if isinstance(made, QuantizedLinear):
@@ -149,11 +145,9 @@ def _write_quantized(
 
 
 def _with_whole_head(engine: Engine, merged: Merged) -> Engine:
-    """The engine with the embedding table, the head and the norm before it as they were, the matrices in bfloat16."""
+    """The engine with the head and the norm before it as they were, the head in bfloat16."""
     shape, decoder = merged.shape, engine.decoder
-    embed = merged.tensors[f"{EMBEDDING}.weight"]
-    table = embed if shape.tied else merged.tensors["lm_head.weight"]
-    decoder.embedding = Embedding(as_array(embed.read(torch.bfloat16)))
+    table = merged.tensors["model.embed_tokens.weight" if shape.tied else "lm_head.weight"]
     decoder.norm = as_array(merged.tensors["model.norm.weight"].read(torch.float32)) + np.float32(shape.norm_offset)
     decoder.head = linear_from_tensors("bf16", portable("bf16", as_array(table.read(torch.bfloat16))), n_in=shape.hidden, name="lm_head")
     return engine
@@ -239,9 +233,7 @@ def describe_package(out: Path) -> str:
             of = " of the calibration text, requests included" if p["text"] == "calibrate" else ""
             sentences.append(f"perplexity on {p['tokens']} held-out tokens{of}: {p['before']:.4g} before, {p['after']:.4g} after")
             if "whole_head" in p:
-                sentences.append(
-                    f"with output head and embedding in bfloat16 instead of {f['head']} and int8, it would be {p['whole_head']:.4g}"
-                )
+                sentences.append(f"with the output head in bfloat16 instead of {f['head']}, it would be {p['whole_head']:.4g}")
         else:
             sentences.append("there is no test data here to measure the perplexity: give text with --calibrate")
     return "; ".join(sentences)
@@ -250,9 +242,7 @@ def describe_package(out: Path) -> str:
 def _begin(folder: Path, merged: Merged, recipe: QuantizeSettings | None) -> tuple[PackageWriter, dict[str, StoredLinear]]:
     tensors = _tensors(merged, recipe)
     linears = {n.removesuffix(".weight"): _how(n, t, merged, recipe) for n, t in tensors.items() if is_linear(n)}
-    if recipe:
-        linears[EMBEDDING] = StoredLinear(kind="int8", group=0, shape=(merged.shape.vocab, merged.shape.hidden))
-    specs = {n: (_plain(merged, n, recipe), t.shape) for n, t in tensors.items() if n.removesuffix(".weight") not in linears}
+    specs = {n: (_plain(merged, n, recipe), t.shape) for n, t in tensors.items() if not is_linear(n)}
     specs |= {n: (torch.float32, tuple(t.shape)) for n, t in merged.virtual_tokens.items()}
     return PackageWriter(folder, specs, linears), linears
 

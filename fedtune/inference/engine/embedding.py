@@ -10,7 +10,7 @@ from fedtune.inference.engine.bfloat16 import Array, as_float32
 
 __all__ = ["Embedding"]
 
-_KINDS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.float16): 2, np.dtype(np.int8): 3}  # of struct fedtune_draft
+_KINDS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.float16): 2}  # of struct fedtune_draft
 
 
 @dataclass(frozen=True)
@@ -18,24 +18,21 @@ class Embedding:
     """A table.
 
     Args:
-        table: [V, d] float32, bfloat16, float16 or int8.
-        scale: [V] float32, the factor of each row; int8 only.
+        table: [V, d] float32, bfloat16 or float16.
     """
 
     table: Array
-    scale: NDArray[np.float32] | None = None
 
     def rows(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """[n] token ids → [n, d], a new array."""
-        found = self.table[ids]
-        return as_float32(found) if self.scale is None else found.astype(np.float32) * self.scale[ids][:, None]
+        return as_float32(self.table[ids])
 
     def __len__(self) -> int:
         return len(self.table)
 
     @property
     def nbytes(self) -> int:
-        return self.table.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        return self.table.nbytes
 
     @property
     def kind(self) -> int:

@@ -70,8 +70,7 @@ def guess(
     if cache.in_order and (native := decoder.native_step()) and native.has_head:
         table = decoder.embedding
         draft = DraftStructure(
-            embedding=table.table.ctypes.data, kind=table.kind, scales=None if table.scale is None else table.scale.ctypes.data,
-            embed_scale=decoder.shape.embed_scale,
+            embedding=table.table.ctypes.data, kind=table.kind, embed_scale=decoder.shape.embed_scale,
             vocabulary=how.vocabulary, most=how.most, least=how.least, trust=how.trust, sharpness=how.sharpness, penalty=how.penalty,
             seen=None if seen is None else seen.ctypes.data, tokens=made.tokens.ctypes.data, chances=made.chances.ctypes.data,
         )  # fmt: skip

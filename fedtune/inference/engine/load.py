@@ -26,7 +26,7 @@ from fedtune.inference.engine.layout import Fused, linears, norm_sizes
 from fedtune.inference.engine.linear import KINDS, Linear, dequantized, portable
 from fedtune.inference.engine.lora import Lora, make_lora
 from fedtune.inference.engine.make_linear import linear_from_tensors
-from fedtune.inference.engine.package import EMBEDDING, PACKAGE, Package, is_package, read_package
+from fedtune.inference.engine.package import PACKAGE, Package, is_package, read_package
 from fedtune.inference.engine.rope import pairs
 from fedtune.inference.engine.shape import Shape, Unsupported, canonical, read_shape
 from fedtune.storage.checkpoint_files import weight_files
@@ -199,8 +199,6 @@ class _Source(Protocol):
 
     def linear(self, name: str, size: tuple[int, int], kind: str) -> Stored: ...
 
-    def embedding(self, size: tuple[int, int]) -> Embedding: ...
-
 
 class _Packed:
     """An edge package, whose reader has checked names, shapes and dtypes."""
@@ -225,12 +223,6 @@ class _Packed:
             )
         weight = dequantized(stored.kind, tensors, n_in=size[1], group=stored.group)
         return kind, GROUP, portable(kind, weight, group=GROUP)
-
-    def embedding(self, size: tuple[int, int]) -> Embedding:
-        if EMBEDDING in self._package.linears:
-            stored = self._package.linear(EMBEDDING)
-            return Embedding(stored["packed"], stored["scale"])
-        return Embedding(self.tensor(f"{EMBEDDING}.weight", size))
 
 
 class _Mapped:
@@ -270,15 +262,12 @@ class _Mapped:
         weight = unpack_weight(self._packing, lambda part: as_tensor(self._stored[f"{name}.{part}"].read()), size, name)
         return kind, GROUP, portable(kind, as_array(weight), group=GROUP)
 
-    def embedding(self, size: tuple[int, int]) -> Embedding:
-        return Embedding(self.tensor(f"{EMBEDDING}.weight", size))
-
     def _packs(self, name: str) -> bool:
         return self._packing is not None and f"{name}.qweight" in self._stored
 
 
 def _decoder(shape: Shape, source: _Source, linear: Callable[[str], Linear]) -> Decoder:
-    embed = source.embedding((shape.vocab, shape.hidden))
+    embed = Embedding(source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden)))
     layers = [_layer(shape, source, linear, i) for i in range(shape.layers)]
     norm = as_float32(source.tensor("model.norm.weight", (shape.hidden,))) + np.float32(shape.norm_offset)
     return Decoder(shape, embed, layers, norm, linear("head"))
@@ -336,7 +325,7 @@ class _Packing:
     def _head(self) -> Linear:
         shape, source, kind = self._shape, self._source, self._kind
         if shape.tied:
-            embed = source.tensor(f"{EMBEDDING}.weight", (shape.vocab, shape.hidden))
+            embed = source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden))
             own = kind or source.stored_kind(f"model.layers.0.{linears(shape)['qkv'].parts[0].module}")
             own = "int8" if own == "int4" else own
             return linear_from_tensors(own, portable(own, embed), n_in=shape.hidden, name="lm_head")

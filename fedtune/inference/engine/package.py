@@ -31,7 +31,6 @@ from fedtune.storage.tensor_files import StoredTensor, read_header
 
 __all__ = [
     "ADAPTERS",
-    "EMBEDDING",
     "FORMAT",
     "PACKAGE",
     "Package",
@@ -45,7 +44,6 @@ __all__ = [
 ]
 
 FORMAT = 2
-EMBEDDING = "model.embed_tokens"
 PACKAGE, CARD, ADAPTERS = "package.json", "fedtune.json", "adapters"
 FILES = {"F32": "weights-f32", "BF16": "weights-bf16", "I8": "weights-int8", "U8": "weights-int4"}  # dtype → file
 Floats = NDArray[np.float32]
@@ -81,7 +79,7 @@ class Package:
         config: config.json.
         shape: Parsed from `config`.
         card: fedtune.json.
-        linears: Name without `.weight` → storage format. The embedding table is among them if it is quantized, too.
+        linears: Name without `.weight` → storage format.
         tensors: Name → tensor, mapped on each request: its pages are freed with the tensor. Do not change them.
         adapters: Name → module → A [r, K] and B [N, r], float32; y += x Aᵀ Bᵀ, with the scaling in B.
     """
@@ -251,8 +249,6 @@ def _check_card(card: dict[str, Any], path: Path) -> None:
 def _linears(entries: Any, shape: Shape, path: Path) -> dict[str, StoredLinear]:
     """Parse the decoder's linears from package.json; a tied head has no entry."""
     sizes = {n.removesuffix(".weight"): s for n, s in tensor_shapes(shape) if is_linear(n)}
-    if isinstance(entries, dict) and EMBEDDING in entries and not shape.tied:  # a tied head needs the table itself
-        sizes[EMBEDDING] = shape.vocab, shape.hidden
     if not isinstance(entries, dict) or entries.keys() != sizes.keys():
         raise ModelError(f"{path} does not list the linears that config.json requires: export the model again")
     out = {}
@@ -260,8 +256,6 @@ def _linears(entries: Any, shape: Shape, path: Path) -> dict[str, StoredLinear]:
         try:
             stored = StoredLinear(**read_fields(StoredLinear, entries[name], ValueError, "linear"))
         except ValueError:
-            stored = None
-        if stored and name == EMBEDDING and stored.kind != "int8":
             stored = None
         if stored is None or stored.group not in ((32, 64, 128, 256) if stored.kind == "int4" else (0,)) or stored.shape != size:
             raise ModelError(f"{path} lists '{name}' as {entries[name]!s:.80}, which does not fit {size}: export the model again")
@@ -288,8 +282,8 @@ def _check_seal(folder: Path, digests: Any, seen: bool) -> None:
 def _check(folder: Path, shape: Shape, linears: Mapping[str, StoredLinear], tensors: StoredTensors, seen: bool) -> None:
     wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
     for name, size in tensor_shapes(shape):
-        if (module := name.removesuffix(".weight")) in linears:
-            for part, (dtype, own) in linear_tensors(module, linears[module]).items():
+        if is_linear(name):
+            for part, (dtype, own) in linear_tensors(name.removesuffix(".weight"), linears[name.removesuffix(".weight")]).items():
                 wanted[part] = (dtype,), own
         else:
             wanted[name] = ("F32", "BF16") if len(size) == 2 else ("F32",), size

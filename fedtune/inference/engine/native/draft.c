@@ -7,7 +7,7 @@ static int draft_fits(const struct fedtune_decoder *d, const struct fedtune_pass
     return p->span_count == 1 && p->spans && !p->spans->ring && !p->spans->codes && !p->spans->fork_count && p->turns_count > 0 && p->turns &&
            p->hidden && p->logits && p->kept_count == 1 && p->kept && *p->kept == p->rows - 1 && draft->embedding && draft->tokens &&
            draft->chances && draft->most > 0 && draft->vocabulary > 1 && draft->vocabulary <= d->head.n_out && draft->penalty > 0 &&
-           draft->kind >= FLOATS && draft->kind <= BYTES && (draft->kind != BYTES || draft->scales);
+           draft->kind >= FLOATS && draft->kind <= FLOAT16S;
 }
 
 static float float_of(uint32_t bits) {
@@ -30,7 +30,7 @@ static void embed(const struct fedtune_draft *draft, int64_t token, float *out, 
         if (draft->kind == FLOATS)
             memcpy(out + i, table + 4 * at, sizeof *out);
         else
-            out[i] = draft->kind == BYTES ? (float)(signed char)table[at] * draft->scales[token] : half_of(table + 2 * at, draft->kind);
+            out[i] = half_of(table + 2 * at, draft->kind);
         out[i] *= draft->embed_scale;
     }
 }

@@ -26,7 +26,7 @@ enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* of a layer */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
-enum { FLOATS = 0, BFLOAT16S = 1, FLOAT16S = 2, BYTES = 3 };
+enum { FLOATS = 0, BFLOAT16S = 1, FLOAT16S = 2 };
 enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, DOTPROD = 4, I8MM = 5, SETS = 6 };
 
 /* A packed linear. Sizes in bytes are those of the buffers; a pointer may be null if its size is 0. */
@@ -217,8 +217,7 @@ struct fedtune_pass {
 /* Draft tokens after a pass: the most likely token, then the most likely one after it, and so on. */
 struct fedtune_draft {
     const void *embedding; /* [vocabulary or more, hidden] */
-    const float *scales;   /* of the rows of a table of bytes */
-    int64_t kind;          /* of the table: FLOATS .. BYTES */
+    int64_t kind;          /* of the table: FLOATS .. FLOAT16S */
     int64_t vocabulary;    /* only the first tokens of the head are drafted */
     int64_t most;          /* tokens to draft */
     float embed_scale;

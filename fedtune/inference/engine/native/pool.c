@@ -138,7 +138,7 @@ static void wait_for_workers(void) {
             continue;
         }
         pthread_mutex_lock(&pool.lock);
-        atomic_store(&pool.awaited, 1);
+        atomic_exchange(&pool.awaited, 1); /* not a store, which QEMU's aarch64 lets the next load overtake */
         while (atomic_load(&pool.state) & WORKING)
             pthread_cond_wait(&pool.finished, &pool.lock);
         atomic_store(&pool.awaited, 0);
@@ -159,7 +159,7 @@ void fedtune_pool_run(int threads, int64_t count, int64_t step, void (*run)(void
     start_workers(others);
     pool.run = run, pool.argument = argument, pool.count = count, pool.step = step, pool.crowded = threads > pool.cores;
     atomic_store(&pool.next, 0);
-    atomic_store(&pool.state, (uint64_t)++pool.number << 32 | OPEN | (uint64_t)others * SEAT);
+    atomic_exchange(&pool.state, (uint64_t)++pool.number << 32 | OPEN | (uint64_t)others * SEAT); /* likewise */
     if (atomic_load(&pool.sleeping)) {
         pthread_mutex_lock(&pool.lock);
         for (int i = 0; i < others; i++)

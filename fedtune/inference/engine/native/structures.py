@@ -103,7 +103,7 @@ class DraftStructure(ctypes.Structure):
     """`struct fedtune_draft`."""
 
     _fields_ = [
-        ("embedding", _POINTER), ("scales", _POINTER), ("kind", _INT), ("vocabulary", _INT), ("most", _INT),
+        ("embedding", _POINTER), ("kind", _INT), ("vocabulary", _INT), ("most", _INT),
         ("embed_scale", _FLOAT), ("least", _FLOAT), ("trust", _FLOAT), ("sharpness", _FLOAT), ("penalty", _FLOAT),
         ("seen", _POINTER), ("tokens", _POINTER), ("chances", _POINTER), ("made", _INT),
     ]  # fmt: skip

@@ -74,7 +74,7 @@ static int guess(const struct fedtune_decoder *d, struct fedtune_pass p, struct 
     float chances[10], *logits = filled(VOCABULARY * 4);
     s.rows -= most - 1, s.fork_count = 0;
     p.spans = &s, p.span_count = 1, p.rows = s.rows, p.hidden = filled(s.rows * HIDDEN * 4), p.kept = &kept, p.kept_count = 1, p.logits = logits;
-    struct fedtune_draft draft = {.embedding = filled(VOCABULARY * HIDDEN * 4), .scales = filled(VOCABULARY * 4), .kind = rand() % 4, .vocabulary = 2 + rand() % (VOCABULARY - 1),
+    struct fedtune_draft draft = {.embedding = filled(VOCABULARY * HIDDEN * 4), .kind = rand() % 3, .vocabulary = 2 + rand() % (VOCABULARY - 1),
                                   .most = most, .embed_scale = 1, .trust = 1, .sharpness = 1, .penalty = 2, .tokens = tokens, .chances = chances};
     draft.seen = rand() % 2 ? filled(draft.vocabulary) : NULL;
     int failed = fedtune_guess(d, &p, &draft, set, threads);
