@@ -27,6 +27,7 @@ EXPERIMENT = [
     "task=chat", "task.max_length=64", "task.max_new_tokens=12", "data=local", "devices=none", "strategy=fedavg", "peft.rank=16",
     "client.steps=40", "client.epochs=null", "client.batch_size=8", "client.lr=1e-2", "clients_per_round=3", "min_clients=3",
     f"rounds={ROUNDS}", "inference=none", "eval.where=none", "eval.clients=0", "engine.threads=1", "deliver.every=6",
+    "client.lean=none",  # six capitals are hardly learned: with the rounding of another step one is still wrong
 ]  # fmt: skip
 pytestmark = pytest.mark.slow
 
