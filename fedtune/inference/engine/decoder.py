@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import ModelError
+from fedtune.inference.engine.bfloat16 import Array, as_float32
 from fedtune.inference.engine.caches.base import Span
-from fedtune.inference.engine.embedding import Embedding
 from fedtune.inference.engine.layer import Layer
 from fedtune.inference.engine.linear import Linear, Native
 from fedtune.inference.engine.lora import Lora
@@ -28,9 +28,9 @@ Floats = NDArray[np.float32]
 class Decoder:
     """Embedding, layers, final norm and head."""
 
-    def __init__(self, shape: Shape, embed: Embedding, layers: Sequence[Layer], norm: Floats, head: Linear) -> None:
+    def __init__(self, shape: Shape, embed: Array, layers: Sequence[Layer], norm: Floats, head: Linear) -> None:
         self.shape = shape
-        self.embedding = embed
+        self.embedding = embed  # [V, d], in its stored dtype
         self.layers = list(layers)
         self.norm = norm
         self.head = head
@@ -65,7 +65,7 @@ class Decoder:
         ids = np.asarray(ids, np.int64)
         if ((ids < 0) | (ids >= len(self.embedding))).any():
             raise ModelError(f"token id out of range 0..{self.shape.vocab - 1}: the tokenizer does not match this model")
-        found = self.embedding.rows(ids)
+        found = as_float32(self.embedding[ids])
         return found if self.shape.embed_scale == 1 else found * np.float32(self.shape.embed_scale)
 
     def run(self, hidden: Floats, spans: Sequence[Span], *, first: int = 0, last: int | None = None) -> Floats:

@@ -15,6 +15,8 @@ from fedtune.inference.engine.native.structures import DraftStructure
 
 __all__ = ["Guesses", "Guessing", "best_of", "guess"]
 
+_TABLES = (np.float32, np.uint16, np.float16)  # dtypes of embedding tables, in the order of kernels.h
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guessing:
@@ -68,9 +70,8 @@ def guess(
     seen = None if how.seen is None else how.seen[: how.vocabulary].copy()
     span = Span(cache, len(ids), adapter=adapter)
     if cache.in_order and (native := decoder.native_step()) and native.has_head:
-        table = decoder.embedding
         draft = DraftStructure(
-            embedding=table.table.ctypes.data, kind=table.kind, embed_scale=decoder.shape.embed_scale,
+            embedding=decoder.embedding.ctypes.data, kind=_TABLES.index(decoder.embedding.dtype), embed_scale=decoder.shape.embed_scale,
             vocabulary=how.vocabulary, most=how.most, least=how.least, trust=how.trust, sharpness=how.sharpness, penalty=how.penalty,
             seen=None if seen is None else seen.ctypes.data, tokens=made.tokens.ctypes.data, chances=made.chances.ctypes.data,
         )  # fmt: skip

@@ -19,7 +19,6 @@ from fedtune.inference.engine.bfloat16 import Array, as_float32
 from fedtune.inference.engine.caches.base import Cache, Span
 from fedtune.inference.engine.caches.budget import Choice
 from fedtune.inference.engine.decoder import Decoder, linears_of
-from fedtune.inference.engine.embedding import Embedding
 from fedtune.inference.engine.gptq_config import Packing, split_config
 from fedtune.inference.engine.layer import Layer, make_layer
 from fedtune.inference.engine.layout import Fused, linears, norm_sizes
@@ -267,7 +266,7 @@ class _Mapped:
 
 
 def _decoder(shape: Shape, source: _Source, linear: Callable[[str], Linear]) -> Decoder:
-    embed = Embedding(source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden)))
+    embed = source.tensor("model.embed_tokens.weight", (shape.vocab, shape.hidden))
     layers = [_layer(shape, source, linear, i) for i in range(shape.layers)]
     norm = as_float32(source.tensor("model.norm.weight", (shape.hidden,))) + np.float32(shape.norm_offset)
     return Decoder(shape, embed, layers, norm, linear("head"))

@@ -192,7 +192,7 @@ def measure(case: SpeculationCase) -> Found:
     engine = load_engine(case.target, None if case.kind in ("int8", "int4") else case.kind)
     found: Found = {}
     for temperature in case.temperatures:
-        ways = sides(engine, case)  # what is kept between answers begins anew: the prompts are the same at every temperature
+        ways = sides(engine, case)  # nothing is kept from one temperature to the next: the prompts are the same
         for begin in ways.values():
             _answer(engine, case.rows[0][::-1], Sampling(), 16, begin())
         seen = found[f"{temperature:g}"] = {way: list[Answer]() for way in ways}

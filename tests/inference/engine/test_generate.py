@@ -1,13 +1,11 @@
 """Answers of tiny random decoders: equal to those of transformers, with and without speculation."""
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedtune.errors import ConfigError, ModelError
 from fedtune.inference.engine.caches.base import Cache, Span
@@ -15,7 +13,7 @@ from fedtune.inference.engine.caches.kivi import KiviCache
 from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.context import Context, common
 from fedtune.inference.engine.generate import Generation, Speculation, generate
-from fedtune.inference.engine.load import Engine, load_engine
+from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.sample import Sampler, Sampling
 from fedtune.inference.engine.speculate import Drafter
 from fedtune.inference.engine.speculate.adapt import Adapt, Verified
@@ -23,21 +21,9 @@ from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
 from fedtune.inference.engine.speculate.lookup_or_recycle import LookupOrRecycle
+from tests.inference.engine.built import build
 from tests.inference.engine.drafters import Oracle, Scribble, Silent, ThirdIsWrong
-from tests.inference.engine.tiny import VOCAB, tiny_model
-
-WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(2, VOCAB))]
-
-
-def build(folder: Path, name: str = "llama", *, seed: int = 0, words: Sequence[str] = WORDS, vocab: int = VOCAB) -> tuple[Engine, Any]:
-    """An engine and the same model in transformers; end token </s>."""
-    model = tiny_model(name, folder, seed=seed, vocab=vocab)
-    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<s>"))
-    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tok.add_special_tokens(["<s>", "</s>"])
-    tok.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')  # not the class of the shape
-    return load_engine(folder), model
+from tests.inference.engine.tiny import VOCAB
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
-from tests.inference.engine.test_generate import Alone, build, compare, tokens
+from tests.inference.engine.built import build
+from tests.inference.engine.test_generate import Alone, compare, tokens
 from tests.inference.engine.test_speculate import critical
 
 DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../shared/data")).resolve()

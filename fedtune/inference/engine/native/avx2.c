@@ -198,20 +198,8 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
     }
 }
 
-/* A form for each number of rows, so that the sums stay in registers. */
-#define FORMS(NAME, TARGET, TYPE, ...)                                                                                                             \
-    TARGET static void NAME(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows,       \
-                               float *out) {                                                                                               \
-        const int64_t groups = groups_of(w->n_in);                                                                                         \
-        const TYPE *x = codes;                                                                                                             \
-        for (; rows > 0; rows -= AT_ONCE, x += AT_ONCE * groups * GROUP, xg = xg ? xg + AT_ONCE * groups : xg, out += AT_ONCE * BLOCK)      \
-            switch (rows) {                                                                                                                \
-            case 1: __VA_ARGS__(1); break;                                                                                                 \
-            case 2: __VA_ARGS__(2); break;                                                                                                 \
-            case 3: __VA_ARGS__(3); break;                                                                                                 \
-            default: __VA_ARGS__(4);                                                                                                       \
-            }                                                                                                                              \
-    }
+#include "forms.h"
+
 #define INT4_OF(n) int4(w, block, x, xg, n, out, 0)
 #define WIDE_OF(n) int4(w, block, x, xg, n, out, 1)
 #define INT8_OF(n) int8(w, block, x, xg, n, out)

@@ -161,7 +161,7 @@ class Adapt:
             return 0
         gain, guesses = self.best(grade)
         if gives_chances:
-            guesses = min(self.most, _GROW * self.costs.largest - 1)
+            guesses = min(self.most, self.most_rows - 1)
             gain = gain if state.left > 0 else state.rate * self.costs.table(1)[1]
         if state.left == _TRIALS or (state.left > 0 and self.best(grade, _HOPE)[0] > WORTH):
             return guesses

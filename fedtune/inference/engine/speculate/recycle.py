@@ -17,7 +17,7 @@ from fedtune.inference.engine.guess import Guesses
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate import Draft, Drafter, Least, chosen
 
-_MOST = 1 << 17  # keys; then the table starts anew
+_MOST = 1 << 17  # keys of a full table, which is then emptied
 _PRIOR, _DECAY = 4.0, 0.99  # of the chances' calibration: promised hits at the start, and what stays of it at each place
 _Best = tuple[int, int, float, float]
 

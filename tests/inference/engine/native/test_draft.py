@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from fedtune.errors import ModelError
-from fedtune.inference.engine.bfloat16 import to_bfloat16
+from fedtune.inference.engine.bfloat16 import as_float32, to_bfloat16
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.decoder import Decoder
-from fedtune.inference.engine.embedding import Embedding
 from fedtune.inference.engine.guess import Guesses, Guessing, guess
 from fedtune.inference.engine.native.library import SETS, kernels
 from tests.inference.engine.native.test_kernels import of
@@ -116,9 +115,8 @@ def test_the_settings_of_a_draft(name: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_logits_without_a_number_end_a_draft(tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path, "fp32").decoder
-    table = decoder.embedding.table.copy()
-    table[5] = np.nan
-    decoder.embedding = Embedding(table)
+    decoder.embedding = decoder.embedding.copy()
+    decoder.embedding[5] = np.nan
     made = both(decoder, [5], Guessing(most=6, vocabulary=VOCAB))
     assert len(made.tokens) == 1 and np.isnan(made.chances[0, 0])
 
@@ -126,9 +124,9 @@ def test_logits_without_a_number_end_a_draft(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_drafts_read_every_kind_of_embedding_table(name: str, tmp_path: Path) -> None:
     decoder = native_engine(name, tmp_path, "fp32").decoder
-    whole = decoder.embedding.table
-    tables = [Embedding(to_bfloat16(whole)), Embedding(whole.astype(np.float16))]
+    whole = decoder.embedding
+    tables = [to_bfloat16(whole), whole.astype(np.float16)]
     for table in tables:
         decoder.embedding = table
-        assert np.abs(table.rows(range(VOCAB)) - whole).max() < 0.01 * np.abs(whole).max()
+        assert np.abs(as_float32(table) - whole).max() < 0.01 * np.abs(whole).max()
         both(decoder, [5], Guessing(most=6, vocabulary=VOCAB))

@@ -19,7 +19,6 @@ from fedtune.inference.engine.caches.kivi import KiviCache
 from fedtune.inference.engine.caches.paged import OutOfBlocks, PagedPool
 from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.decoder import Decoder, describe_passes
-from fedtune.inference.engine.embedding import Embedding
 from fedtune.inference.engine.layer import make_layer
 from fedtune.inference.engine.layout import linears
 from fedtune.inference.engine.linear import Linear, portable
@@ -167,7 +166,7 @@ def decoder_of(
         for _ in range(count)
     ]
     embed = draws.standard_normal((37, hidden), np.float32)
-    return Decoder(shape, Embedding(embed), layers, np.ones(hidden, np.float32), linear(37, hidden))
+    return Decoder(shape, embed, layers, np.ones(hidden, np.float32), linear(37, hidden))
 
 
 @pytest.mark.parametrize(
