@@ -77,9 +77,9 @@ class PreparedTurn:
     sent: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def micro(self) -> int | None:
-        """Rows per micro-batch; None for a simulated device, whose micro-batches are only counted."""
-        return None if self.fit is None or self.fit.simulated else self.fit.micro
+    def limits(self) -> tuple[int | None, int | None]:
+        """Rows per micro-batch and kept layers, as arguments of `train`; None for a simulated device, for which they are only counted."""
+        return (None, None) if self.fit is None or self.fit.simulated else (self.fit.micro, self.fit.kept_layers)
 
 
 def make_client_app(host: ClientHost) -> ClientApp:
@@ -160,21 +160,21 @@ def take_turn(host: ClientHost, todo: PreparedTurn) -> Message:
     work = work_of(host, todo, live)
     if not todo.turn.trains:
         return _reply(host, todo, todo.turn.observe(work), {}, {"steps": 0})
-    gradients = None
+    gradients, (micro, kept_layers) = None, todo.limits
     if plan.privacy == "record" and todo.private is not None:
         host.ledger(plan.client).spend(plan.round, todo.private.cost, plan.privacy)
         gradients = todo.private
-    done = train(work, todo.turn, micro=todo.micro, private=gradients, secure_rng=host.config.privacy.secure_rng)
+    done = train(work, todo.turn, micro=micro, kept_layers=kept_layers, private=gradients, secure_rng=host.config.privacy.secure_rng)
     return finish(host, todo, live.read(version=plan.base_version), done)
 
 
 def work_of(host: ClientHost, todo: PreparedTurn, live: LiveAdapter | SparseSlot) -> Work:
     """The arguments of the turn's methods."""
-    plan, store = todo.plan, host.storage.store.substore(f"turn-{todo.plan.turn}")
+    (micro, kept_layers), plan, store = todo.limits, todo.plan, host.storage.store.substore(f"turn-{todo.plan.turn}")
 
     def retrain(start: AdapterState, turn: Turn) -> AdapterState:
         live.load(start)
-        train(dataclasses.replace(work, start=start), turn, micro=todo.micro)
+        train(dataclasses.replace(work, start=start), turn, micro=micro, kept_layers=kept_layers)
         return live.read(version=plan.base_version)
 
     work = Work(

@@ -6,7 +6,7 @@ A turn creates only the optimizer: turns share the model, the adapter slot and t
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from fedtune.contracts.task import task_of
 from fedtune.data import Example, collate
 from fedtune.data.examples import pack
 from fedtune.errors import Decline, UpdateError
-from fedtune.models import LiveAdapter, loss_sum
+from fedtune.models import LiveAdapter, lean, loss_sum
 from fedtune.models.memory import is_out_of_memory
 from fedtune.models.sparse import SparseSlot
 from fedtune.privacy.noise import source
@@ -44,6 +44,7 @@ class TrainingResult:
         start_loss: Mean loss over all rows before the first step; None if the plan does not request it.
         began_mb: Memory in use before training, in MB.
         micro: Rows per micro-batch at the end of the turn.
+        kept_layers: Layers that kept intermediate tensors at the end of the turn; None without a limit.
         out_of_memory: Number of out-of-memory errors.
     """
 
@@ -54,6 +55,7 @@ class TrainingResult:
     start_loss: float | None = None
     began_mb: float = 0.0
     micro: int = 0
+    kept_layers: int | None = None
     out_of_memory: int = 0
 
 
@@ -62,6 +64,7 @@ def train(
     turn: Turn | None = None,
     *,
     micro: int | None = None,
+    kept_layers: int | None = None,
     private: TurnPrivacy | None = None,
     secure_rng: bool = False,
 ) -> TrainingResult:
@@ -71,6 +74,8 @@ def train(
         work: The plan, the rows, and the slot with the initial tensors loaded.
         turn: The client side of the method; None uses the plan's turn.
         micro: Largest micro-batch, in rows; None uses the whole batch. On an out-of-memory error, it is halved and the step is repeated.
+        kept_layers: Layers that keep intermediate tensors for the backward pass of a lean step; None: all. If a single row runs out of
+            memory, none does.
         private: Clipping and noise of DP-SGD: each step's gradient is the noisy sum of clipped gradients of a sample of the rows, and no
             loss is reported.
         secure_rng: Whether noise and samples come from the operating system's generator.
@@ -104,14 +109,15 @@ def train(
         live.model.train()
     stack = contextlib.ExitStack()
     try:
+        keep_none = stack.enter_context(lean.keeping(live.model, kept_layers))
         noisy = stack.enter_context(_private(live, examples, plan, task, pad_id, private, secure_rng, size)) if private else None
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(plan, step, steps)
             if noisy is None:
                 rows = [[examples[i] for i in next(stream)] for _ in range(plan.accumulate)]
-                loss, count, size, again = _in_pieces(live, rows, size, task, pad_id, device)
-                out += again
+                loss, count, size, again, least = _in_pieces(live, rows, size, task, pad_id, device, keep_none)
+                out, kept_layers = out + again, 0 if least else kept_layers
             else:
                 loss, count = 0.0, 0
                 for name, gradient in noisy.step().items():
@@ -142,6 +148,7 @@ def train(
         start_loss=before,
         began_mb=began,
         micro=size,
+        kept_layers=kept_layers,
         out_of_memory=out,
     )
 
@@ -194,29 +201,38 @@ def _mean_loss(live: LiveAdapter | SparseSlot, examples: Sequence[Example], plan
 
 
 def _in_pieces(
-    live: LiveAdapter | SparseSlot, batches: list[list[Example]], size: int, task: TaskConfig, pad_id: int, device: torch.device
-) -> tuple[float, int, int, int]:
-    """`_backward` over micro-batches of at most `size` rows. On an out-of-memory error, it starts over with half the size and the same
-    random numbers. Also returns the final size and the number of halvings.
+    live: LiveAdapter | SparseSlot,
+    batches: list[list[Example]],
+    size: int,
+    task: TaskConfig,
+    pad_id: int,
+    device: torch.device,
+    keep_none: Callable[[], bool],
+) -> tuple[float, int, int, int, bool]:
+    """`_backward` over micro-batches of at most `size` rows. On an out-of-memory error, it starts over with half the size, or at last with
+    `keep_none`, and the same random numbers. Also returns the final size, the number of errors, and whether `keep_none` was needed.
 
     Raises:
         Decline: Not even a single row fits into memory.
     """
     drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    halved = 0
+    out, least = 0, False
     while True:
         pieces = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
         try:
             loss, count = _backward(live, [_batch(piece, pad_id, task) for piece in pieces], task, device)
-            return loss, count, size, halved
+            return loss, count, size, out, least
         except Exception as bad:
             if not is_out_of_memory(bad):
                 raise
         # outside the except clause: there, the traceback keeps the tensors of the failed attempt alive
-        size, halved = max(map(len, pieces)) // 2, halved + 1
+        size, out = max(map(len, pieces)) // 2, out + 1
         if not size:
-            width = max(len(e.input_ids) for batch in batches for e in batch)
-            raise Decline("memory", f"out of memory with a single row of {width} tokens: lower task.max_length, or take a smaller backbone")
+            size, least = 1, keep_none()
+            if not least:
+                width = max(len(e.input_ids) for batch in batches for e in batch)
+                advice = "lower task.max_length, or take a smaller backbone"
+                raise Decline("memory", f"out of memory with a single row of {width} tokens: {advice}")
         for p in live.parameters.values():
             p.grad = None
         torch.set_rng_state(drawn[0])

@@ -2,8 +2,13 @@
 
 The choice keeps as much of the plan's work as possible. It reduces, in this order,
 
-    for memory     micro-batch (halved; the rows of a step stay the same), precision (one level at a time), length (halved)
+    for memory     micro-batch (halved; the rows of a step stay the same) and layers that keep intermediate tensors (in a lean step; the
+                   others compute them again), precision (one level at a time), length (halved)
     for time       steps, then batch (halved)
+
+Of the micro-batches that fit, each with as many kept layers as fit, it takes the fastest. A pass over n tokens takes time in proportion to
+n + 64, because it also reads (and dequantizes) the weights, and up to a quarter more if layers compute tensors again. Measured on one core
+with 20 M and 125 M parameters in float32, bf16 and nf4, n = 32 to 1,024.
 
 The rank is chosen first, by bandwidth and memory, and does not change between rounds, because a smaller rank would lose trained components.
 """
@@ -18,6 +23,7 @@ from fedtune.errors import Decline
 
 MIN_LENGTH = 16  # tokens; shorter rows contain too little text for training
 MEMORY_MARGIN, TIME_MARGIN = 0.9, 0.75  # an estimate may use at most this share of memory and deadline, because it is only an estimate
+PASS_TOKENS = 64  # a pass over the weights takes as long as this many tokens
 _SHARE = 0.25  # maximum share of memory and deadline for the adapter
 
 
@@ -67,6 +73,7 @@ class Choice:
         steps: Optimizer steps.
         memory_mb: Estimated memory, with the correction.
         seconds: Estimated time, with the correction.
+        kept_layers: Layers that keep intermediate tensors for the backward pass of a lean step; None: all, or the step is not lean.
     """
 
     precision: str
@@ -77,6 +84,7 @@ class Choice:
     steps: int
     memory_mb: float
     seconds: float
+    kept_layers: int | None = None
 
 
 def choose_rank(device: DeviceClass, shapes: Shapes, deadline_s: float | None) -> int:
@@ -118,7 +126,7 @@ def choose(
     Raises:
         Decline: No choice fits; the message says what is missing.
     """
-    precision, length, micro, memory = _for_memory(device, shapes, work, precisions, correction)
+    precision, length, micro, kept, memory = _for_memory(device, shapes, work, precisions, correction)
     width = min(length, work.longest)
     batch, steps, took = _for_time(device, shapes, work, width, correction, deadline_s)
     return Choice(
@@ -126,6 +134,7 @@ def choose(
         rank=rank,
         batch=batch,
         micro=min(micro, batch),
+        kept_layers=None if kept == shapes.layers else kept,
         length=length,
         steps=steps,
         memory_mb=memory,
@@ -133,9 +142,9 @@ def choose(
     )
 
 
-def estimated_mb(shapes: Shapes, work: Workload, precision: str, micro: int, width: int, correction: Correction) -> float:
-    """MB of the weights plus the corrected MB of all other memory."""
-    weights, rest = memory_bytes(shapes, precision, work.entries, micro, width, min(work.counted, width))
+def estimated_mb(shapes: Shapes, work: Workload, precision: str, micro: int, width: int, correction: Correction, kept: int) -> float:
+    """MB of the weights plus the corrected MB of all other memory, with this many kept layers."""
+    weights, rest = memory_bytes(shapes, precision, work.entries, micro, width, min(work.counted, width), kept)
     return (weights + correction.memory * rest) / 1e6
 
 
@@ -158,20 +167,18 @@ def describe(device: DeviceClass, choice: Choice) -> str:
 
 def _for_memory(
     device: DeviceClass, shapes: Shapes, work: Workload, precisions: Sequence[str], correction: Correction
-) -> tuple[str, int, int, float]:
-    """Precision, length, micro-batch and MB."""
+) -> tuple[str, int, int, int, float]:
+    """Precision, length, micro-batch, kept layers and MB."""
     length, least = work.length, math.inf
     while True:
         width = min(length, work.longest)
         for precision in precisions:
-            micro = work.batch
-            while True:
-                least = estimated_mb(shapes, work, precision, micro, width, correction)
-                if device.memory_mb is None or least <= MEMORY_MARGIN * device.memory_mb:
-                    return precision, length, micro, least
-                if micro == 1:
-                    break
-                micro //= 2
+            tried = [
+                _most_kept(device, shapes, work, precision, work.batch >> i, width, correction) for i in range(work.batch.bit_length())
+            ]
+            if fitting := [t for t in tried if device.memory_mb is None or t[-1] <= MEMORY_MARGIN * device.memory_mb]:
+                return precision, length, *min(fitting, key=lambda t: _time(shapes, *t[:2], width))
+            least = tried[-1][-1]
         if length // 2 < MIN_LENGTH:
             break
         length //= 2
@@ -180,6 +187,24 @@ def _for_memory(
         f"one row of {width} tokens in {precisions[-1]} takes {least:,.1f} MB, but the device has {device.memory_mb:g} MB: it needs more"
         " memory, a smaller backbone or a smaller adapter",
     )
+
+
+def _most_kept(
+    device: DeviceClass, shapes: Shapes, work: Workload, precision: str, micro: int, width: int, correction: Correction
+) -> tuple[int, int, float]:
+    """The micro-batch, the most kept layers that fit (or the fewest possible), and MB."""
+    kept = shapes.layers
+    while True:
+        memory = estimated_mb(shapes, work, precision, micro, width, correction, kept)
+        fits = device.memory_mb is None or memory <= MEMORY_MARGIN * device.memory_mb
+        if fits or not kept or not shapes.lean or shapes.checkpointing:
+            return micro, kept, memory
+        kept -= 1
+
+
+def _time(shapes: Shapes, micro: int, kept: int, width: int) -> float:
+    """Relative time of a step."""
+    return (1 + PASS_TOKENS / (micro * width)) * (1.25 - 0.25 * kept / max(shapes.layers, 1))
 
 
 def _for_time(

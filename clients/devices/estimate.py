@@ -6,8 +6,8 @@
 
 A layer's activations are counted term by term as in Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models,
 arXiv:2205.05198, eq. 1 (s·b·h·(34 + 5·a·s/h) bytes per layer in 16 bits), in the compute dtype. A frozen layer does not store its input,
-because only the gradient of its weight needs it. A LoRA factor A stores its input. This is what PEFT's modules store; the lean step
-(`fedtune.models.lean`) stores 0.4 to 0.56 of it.
+because only the gradient of its weight needs it. A LoRA factor A stores its input. This is what PEFT's modules store. The lean step
+(`fedtune.models.lean`) stores less, and layers that recompute store only their input: see `_lean_bytes`.
 """
 
 import contextlib
@@ -21,8 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.config import Config, DeviceClass
 from fedtune.contracts.task import task_of
+from fedtune.models import lean
 from fedtune.models.backbone import build_config, empty_model, head_names, pick_device
 from fedtune.models.checkpoint import find_folder
+from fedtune.models.lean.functions import SCORES
+from fedtune.models.lean.loss import PIECE, ROWS
 from fedtune.models.methods import attach
 from fedtune.models.parts import is_linear
 
@@ -45,6 +48,7 @@ class Shapes:
         inner: Feed-forward width.
         attention_heads: Attention heads per layer.
         query: Total width of a layer's queries.
+        keys: Total width of a layer's keys; the values have the same.
         logits: Width of the logits.
         gated: Whether the feed-forward block is gated (multiplies two branches).
         classifies: Whether only one position per row has logits.
@@ -54,6 +58,7 @@ class Shapes:
         inputs: Sum of the input widths of the modules with LoRA factors.
         modules: Number of modules with LoRA factors.
         checkpointing: Whether the forward pass stores only each layer's input (activation checkpointing).
+        lean: Whether the lean step trains the model.
         compute: Precision → compute dtype.
     """
 
@@ -67,6 +72,7 @@ class Shapes:
     inner: int
     attention_heads: int
     query: int
+    keys: int = 0
     logits: int
     gated: bool = True
     classifies: bool = False
@@ -76,6 +82,7 @@ class Shapes:
     inputs: int = 0
     modules: int = 0
     checkpointing: bool = False
+    lean: bool = False
     compute: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def adapter(self, rank: int | None) -> int:
@@ -114,9 +121,19 @@ def dequantized_bytes(shapes: Shapes, precision: str) -> int:
     return shapes.width_of(precision) * max(packed, default=0)
 
 
-def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: int) -> int:
-    """Bytes of activations stored for the backward pass of a micro-batch: `rows` rows of `width` tokens, `counted` of them targets. The
-    largest activation counts twice, to include its gradient."""
+def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: int, kept_layers: int | None = None) -> int:
+    """Bytes of activations stored for the backward pass of a micro-batch, and of what a pass needs at once.
+
+    Args:
+        shapes, precision: The model.
+        rows: Rows of the micro-batch.
+        width: Tokens of each row.
+        counted: Target tokens of each row.
+        kept_layers: Layers that keep intermediate tensors in a lean step; None: all.
+    """
+    if shapes.lean:
+        kept = 0 if shapes.checkpointing else shapes.layers if kept_layers is None else kept_layers
+        return _lean_bytes(shapes, precision, rows, width, counted, kept)
     s, size = shapes, shapes.width_of(precision)
     tokens = rows * width
     eager = size == 2  # fedtune.models uses eager attention in bf16, which stores the probabilities in float32 and in bf16
@@ -133,9 +150,30 @@ def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: i
     return int(body + tokens * 4 * s.hidden + logits + largest)
 
 
-def memory_bytes(shapes: Shapes, precision: str, entries: int, rows: int, width: int, counted: int) -> tuple[int, int]:
-    """(weights, rest) in bytes, for a turn with `entries` trained entries."""
-    rest = STATE * entries + dequantized_bytes(shapes, precision) + kept_bytes(shapes, precision, rows, width, counted)
+def _lean_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: int, kept_layers: int) -> int:
+    """`kept_bytes` of a lean step: the larger of two moments, the loss and the backward pass of a layer.
+
+    A layer keeps x; x2, what o reads, the outputs of q, k, v, gate and up only if it is one of `kept_layers`.
+    """
+    s, size, tokens = shapes, shapes.width_of(precision), rows * width
+    inside = tokens * size * (s.hidden + 2 * s.query + 2 * s.keys + 2 * s.inner)
+    stored = tokens * (size * s.hidden * (s.layers + 1) + 4 * s.hidden) + kept_layers * inside  # with the last norm's
+    table = 0 if s.classifies else s.logits * s.hidden  # on a CPU, oneDNN copies a weight before a product
+    loss = size * (2 * rows * counted * s.hidden + min(rows * counted * s.logits, max(PIECE, ROWS * s.logits)) + table)
+    fused = s.query // s.keys * width**2 > SCORES
+    scores = 0 if fused else min(rows * s.attention_heads * width**2, SCORES)
+    feed = tokens * (3 * s.inner + 4 * s.hidden)
+    attention = tokens * (3 * s.query + 4 * s.keys + 2 * s.hidden) + 4 * scores
+    largest = max((out * into for out, into in s.linear.values()), default=0)
+    layer = size * (max(feed, attention) + largest) + (0 if kept_layers else inside)
+    return int(stored + max(loss, layer))
+
+
+def memory_bytes(
+    shapes: Shapes, precision: str, entries: int, rows: int, width: int, counted: int, kept_layers: int | None = None
+) -> tuple[int, int]:
+    """(weights, rest) in bytes, for a turn with `entries` trained entries. For the other arguments see `kept_bytes`."""
+    rest = STATE * entries + dequantized_bytes(shapes, precision) + kept_bytes(shapes, precision, rows, width, counted, kept_layers)
     return weights_bytes(shapes, precision), rest
 
 
@@ -183,6 +221,8 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
     whole = frozenset(_whole(bare))
     bare.requires_grad_(False)
     attached = attach(bare, config.peft, config.task)
+    allowed = config.client.lean == "auto" and config.privacy.kind != "record"  # PEFT's modules compute the gradients of single rows
+    is_lean = allowed and not lean.why_not(bare, config.peft.method, attached.parameters)
     sizes = {n: p.numel() for n, p in attached.parameters.items()}
     factors = {m: sum(sizes.get(f"{m}.lora_{x}", 0) for x in "AB") for m in attached.ranks}
     top = max(attached.ranks.values(), default=0)
@@ -201,6 +241,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         inner=inner,
         attention_heads=count,
         query=count * width,
+        keys=int(getattr(hf, "num_key_value_heads", None) or count) * width,
         logits=num_labels if classifies else int(hf.vocab_size),
         gated=any(n.endswith("gate_proj") for n in linear),
         classifies=classifies,
@@ -210,6 +251,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         inputs=sum(linear[m][1] for m in attached.keeps_inputs if m in linear),
         modules=len(attached.ranks),
         checkpointing=config.model.checkpointing,
+        lean=is_lean,
         compute=_dtypes(config),
     )
 

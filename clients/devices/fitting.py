@@ -31,6 +31,7 @@ from fedtune.contracts.privacy_terms import terms
 from fedtune.contracts.task import task_of
 from fedtune.data import Example
 from fedtune.errors import Decline, ModelError
+from fedtune.models import lean
 from fedtune.models.backbone import pick_device
 from fedtune.models.methods import method
 
@@ -56,6 +57,7 @@ class Fit:
         used: The correction that the choice used.
         simulated: Whether device and time are simulated.
         micro: Rows per micro-batch, halved until they fit the memory.
+        kept_layers: Layers that keep intermediate tensors; see `Choice`.
         out_of_memory: Number of times that a simulated device ran out of memory.
         rest: Bytes of a simulated device's memory excluding the weights, measured by the probe.
         weights: Bytes of the weights of a simulated device.
@@ -67,6 +69,7 @@ class Fit:
     used: Correction
     simulated: bool
     micro: int
+    kept_layers: int | None = None
     out_of_memory: int = 0
     rest: int = 0
     weights: int = 0
@@ -169,40 +172,46 @@ class Devices:
         if choice.length < work.longest:
             examples = space.examples(client, "train", choice.length)
         plan = dataclasses.replace(plan, batch_size=choice.batch, steps=choice.steps, epochs=None)
-        fit = Fit(device=device, choice=choice, work=work, used=used, simulated=self._device is None, micro=choice.micro)
+        simulated, kept_layers = self._device is None, choice.kept_layers
+        fit = Fit(device=device, choice=choice, work=work, used=used, simulated=simulated, micro=choice.micro, kept_layers=kept_layers)
         return plan, examples, self._measured(plan, start, fit) if fit.simulated else fit
 
     def _measured(self, plan: Plan, start: AdapterState, fit: Fit) -> Fit:
-        """The fit with the memory that the probe measured; the micro-batch is halved until it fits the simulated device.
+        """The fit with the memory that the probe measured. Until it fits the simulated device, the micro-batch is halved; at last, no layer
+        of a lean step keeps intermediate tensors.
 
         Raises:
             Decline: A single row does not fit.
         """
-        model, micro, out = self._space.loaded_model(fit.choice.precision), fit.choice.micro, 0
+        model, micro, kept, out = self._space.loaded_model(fit.choice.precision), fit.micro, fit.kept_layers, 0
         weights = model.weights_bytes
         while True:
             rest = STATE * fit.work.entries + dequantized_bytes(self.shapes, fit.choice.precision)
-            rest += self._kept(plan, start, fit, micro)
-            fit = dataclasses.replace(fit, micro=micro, out_of_memory=out, rest=rest, weights=weights)
+            rest += self._kept(plan, start, fit, micro, kept)
+            fit = dataclasses.replace(fit, micro=micro, kept_layers=kept, out_of_memory=out, rest=rest, weights=weights)
             most = fit.device.memory_mb
             if most is None or weights + rest <= most * 1e6:
                 return fit
             out += 1
+            if micro == 1 and self.shapes.lean and kept != 0:
+                kept = 0
+                continue
             if micro == 1:
                 self._write(plan, fit, rest, None)
                 needed = f"{(weights + rest) / 1e6:.1f} MB of {most:g} MB"
                 raise Decline("memory", f"out of memory with a single row of {self._width(fit)} tokens: {needed}")
             micro //= 2
 
-    def _kept(self, plan: Plan, start: AdapterState, fit: Fit, micro: int) -> int:
+    def _kept(self, plan: Plan, start: AdapterState, fit: Fit, micro: int, kept_layers: int | None) -> int:
         width = self._width(fit)
         counted = max(1, min(fit.work.counted, width - 1))
-        key = fit.choice.precision, start.spec.method, start.spec.mask, plan.train, micro, width, counted
+        key = fit.choice.precision, start.spec.method, start.spec.mask, plan.train, micro, width, counted, kept_layers
         if key not in self._probed:
             model = self._space.loaded_model(fit.choice.precision)
             slot = model.slot(start)
             names = matching(slot.parameters, plan.train)
-            self._probed[key] = probe.kept_bytes(slot, self._config.task, names, micro, width, counted)
+            with lean.keeping(slot.model, kept_layers):
+                self._probed[key] = probe.kept_bytes(slot, self._config.task, names, micro, width, counted)
         return self._probed[key]
 
     @staticmethod
@@ -221,12 +230,14 @@ class Devices:
         """
         choice, steps = fit.choice, result.steps if result else 0
         measured = result if result and not fit.simulated and plan.privacy == "none" else None
-        micro, out = (measured.micro, measured.out_of_memory) if measured else (fit.micro, fit.out_of_memory)
-        fit = dataclasses.replace(fit, micro=micro)
+        by = measured or fit
+        micro, kept, out = by.micro, by.kept_layers, by.out_of_memory
+        fit = dataclasses.replace(fit, micro=micro, kept_layers=kept)
         report = {
             "rank": choice.rank,
             "batch": choice.batch,
             "micro_batch": micro,
+            "kept_layers": self.shapes.layers if kept is None else kept,
             "length": choice.length,
             "out_of_memory": out,
             "estimated_mb": choice.memory_mb,
@@ -253,7 +264,7 @@ class Devices:
     def _write(self, plan: Plan, fit: Fit, rest: int, took: float | None) -> None:
         """Store this round's ratios measured / estimated. A turn's time is noisy, so the geometric mean of old and new ratio is stored."""
         work, precision, width = fit.work, fit.choice.precision, self._width(fit)
-        _, expected = memory_bytes(self.shapes, precision, work.entries, fit.micro, width, min(work.counted, width))
+        _, expected = memory_bytes(self.shapes, precision, work.entries, fit.micro, width, min(work.counted, width), fit.kept_layers)
         memory, time = rest / expected if rest > 0 else fit.used.memory, fit.used.time
         if took is not None and plan.steps:
             tokens = plan.steps * plan.batch_size * plan.accumulate * width

@@ -14,6 +14,7 @@ from fedtune.config import DataConfig, PeftConfig, TaskConfig
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan
 from fedtune.errors import Decline
+from fedtune.models.lean import step_of
 from tests.quick import quick
 from tests.tiny import texts, tiny_config
 from tests.working import work_in
@@ -113,6 +114,26 @@ def test_a_single_row_that_does_not_fit_declines(tmp_path: Path, monkeypatch: py
         turn(space, None)
     assert bad.value.kind == "memory"
     assert all(p.grad is None and p.requires_grad for p in space.live.parameters.values())
+
+
+def test_a_single_row_that_does_not_fit_is_tried_once_more_with_layers_that_keep_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = workspace(tmp_path, dropout=0.2)
+    expected, _ = turn(space, 1)
+    step = step_of(space.live.model)
+    assert step is not None
+
+    def loss_sum(*given: Any, real: Any = trainer.loss_sum) -> Any:
+        out = real(*given)
+        if step.kept:
+            raise MemoryError
+        return out
+
+    monkeypatch.setattr(trainer, "loss_sum", loss_sum)
+    actual, turned = turn(space, 2)
+    assert far(expected, actual) < 1e-6 and (turned.micro, turned.kept_layers, turned.out_of_memory) == (1, 0, 2)
+    assert step.kept == step.layers  # for the next turn
 
 
 def test_other_errors_are_not_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,35 @@ def test_a_step_keeps_little_and_no_logits(tmp_path: Path) -> None:
     assert tokens * 2 * 48 <= sum(sizes[1].values()) / 4 <= tokens * 2 * 48 + rest
 
 
+def test_the_layers_that_compute_tensors_again_are_the_first_and_the_gradients_stay(tmp_path: Path) -> None:
+    live = live_model(tmp_path, dropout=0.3)
+    lean.enable(live)
+    batch, found, sizes = collate(rows(), 0), list[dict[str, torch.Tensor]](), list[int]()
+    for kept in (None, 2, 1, 0):
+        stored: dict[int, int] = {}
+
+        def store(t: torch.Tensor, stored: dict[int, int] = stored) -> torch.Tensor:
+            stored[t.data_ptr()] = t.nbytes
+            return t
+
+        with lean.keeping(live.model, kept) as keep_none:
+            torch.manual_seed(0)
+            with torch.autograd.graph.saved_tensors_hooks(store, lambda t: t):
+                loss = loss_sum(live.model, batch, LM)[0]
+            loss.backward()
+            found.append({n: cast(torch.Tensor, p.grad).clone() for n, p in live.parameters.items()})
+            sizes.append(sum(stored.values()))
+            live.model.zero_grad()
+            assert keep_none() == (kept != 0) and not keep_none()
+    assert all(torch.equal(g, found[0][n]) for grads in found for n, g in grads.items())
+    assert sizes[0] == sizes[1] > sizes[2] > sizes[3] and sizes[1] - sizes[2] == sizes[2] - sizes[3]
+    with lean.keeping(live.model, None) as keep_none:  # the limit ended with its context
+        assert keep_none()
+    lean.disable(live)
+    with lean.keeping(live.model, 1) as keep_none:
+        assert not keep_none()
+
+
 def test_an_evaluation_and_a_trained_weight_use_the_models_own_modules(tmp_path: Path) -> None:
     live = live_model(tmp_path, model={"checkpointing": True})
     assert step_of(live.model) is None  # before it is enabled
@@ -261,5 +290,5 @@ def test_code_of_a_checkpoint_and_other_attention_have_no_lean_form(tmp_path: Pa
 
 
 def test_long_rows_take_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "_SCORES", 10)
+    monkeypatch.setattr(functions, "SCORES", 10)
     compared(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16)])

@@ -98,7 +98,7 @@ def test_a_rotation_and_its_transpose(rotated: int) -> None:
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_with_shared_heads(cap: float | None, causal: bool, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "_SCORES", scores)
+    monkeypatch.setattr(functions, "SCORES", scores)
     q, dy = drawn(3, 4, 5, 6).requires_grad_(), drawn(3, 4, 5, 6, seed=1)
     k, v = (drawn(3, 2, 5, 6, seed=s).requires_grad_() for s in (2, 3))
     given = None if causal else drawn(3, 1, 5, 5, seed=4)
@@ -128,8 +128,8 @@ def test_an_activation(name: str) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_the_loss_in_pieces(cap: float | None, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_ROWS", rows)
-    monkeypatch.setattr(loss, "_PIECE", 1)
+    monkeypatch.setattr(loss, "ROWS", rows)
+    monkeypatch.setattr(loss, "PIECE", 1)
     monkeypatch.setattr(loss, "_CACHED", 2 * 11)
     h, w, b, targets = drawn(8, 6).float().requires_grad_(), drawn(11, 6, seed=1).float(), drawn(11, seed=2).float(), torch.arange(8)
     logits = F.linear(h, w, b)

@@ -4,6 +4,6 @@
 parameters and remain the reference: evaluation, per-row gradients, client batches, and all other models use them.
 """
 
-from fedtune.models.lean.step import disable, enable, step_of
+from fedtune.models.lean.step import disable, enable, keeping, step_of, why_not
 
-__all__ = ["disable", "enable", "step_of"]
+__all__ = ["disable", "enable", "keeping", "step_of", "why_not"]

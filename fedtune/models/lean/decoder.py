@@ -3,7 +3,7 @@
     x2 = x + norm?(o(attention(q, k, v)))         q, k, v = linear(norm(x))
     y = x2 + norm?(down(act(gate) · up))          gate, up = linear(norm(x2))
 
-A layer keeps x, the outputs of q, k, v, gate and up, what o reads, and x2; with activation checkpointing only x.
+A layer keeps x, the outputs of q, k, v, gate and up, what o reads, and x2; or only x, and the backward pass computes the others again.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,14 +47,9 @@ LAYERS = {
 
 
 class Pass:
-    """One forward pass over all layers, with what the layers share.
+    """What the layers of one forward pass share."""
 
-    Args:
-        keeps: Whether layers keep intermediate tensors; otherwise the backward pass computes them again.
-    """
-
-    def __init__(self, *, keeps: bool) -> None:
-        self.keeps = keeps
+    def __init__(self) -> None:
         self._shared: dict[int, tuple[Any, Any]] = {}
 
     def mask(self, given: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -77,10 +72,10 @@ class Pass:
 
 
 class _Call:
-    """One layer's call: its mask, its rotary embedding, and the states of the generator."""
+    """One layer's call: its mask, its rotary embedding, the states of the generator, and whether it keeps intermediate tensors."""
 
-    def __init__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor]) -> None:
-        self.keeps, self.size = run.keeps, x.shape[:2]
+    def __init__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor], *, keeps: bool) -> None:
+        self.keeps, self.size = keeps, x.shape[:2]
         self.mask, self.rotation = run.mask(mask, x.dtype), run.rotation(rotation, x.dtype)
         self.states: States = {}
 
@@ -204,9 +199,16 @@ class Layer:
         factors = {id(f) for linear in self.linears for f in linear.factors}
         self.frozen = [p for p in module.parameters() if id(p) not in factors]
 
-    def __call__(self, run: Pass, x: Tensor, attention_mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """The layer's output, (B, T, hidden)."""
-        call = _Call(run, x, attention_mask, position_embeddings)
+    def __call__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor], *, keeps: bool) -> Tensor:
+        """The layer's output, (B, T, hidden).
+
+        Args:
+            run: The forward pass.
+            x: (B, T, hidden).
+            mask, rotation: As in `Pass`.
+            keeps: Whether to keep intermediate tensors; otherwise the backward pass computes them again.
+        """
+        call = _Call(run, x, mask, rotation, keeps=keeps)
         flat = [f for linear in self.linears for f in linear.factors]
         return cast(Tensor, _Step.apply(self, call, x.flatten(0, 1), *flat)).view_as(x)
 

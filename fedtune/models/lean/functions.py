@@ -21,7 +21,7 @@ Needed = Sequence[tuple[bool, bool]]  # whether A and B of each layer need a gra
 Gradients = list[Tensor | None]
 States = dict["Linears", Tensor]  # the generator's states before each group of layers drew its dropout
 
-_SCORES = 1 << 22  # attention scores to compute at once
+SCORES = 1 << 22  # attention scores to compute at once
 _aten = torch.ops.aten
 _ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 
@@ -252,7 +252,7 @@ def _fused(q: Tensor, k: Tensor, cap: float | None) -> bool:
     On a CPU, products and softmax are as fast in float32, and far faster in bf16, but a long row has too many scores for them.
     """
     length = q.shape[-2]
-    return cap is None and (q.device.type == "cuda" or q.shape[1] // k.shape[1] * length * length > _SCORES)
+    return cap is None and (q.device.type == "cuda" or q.shape[1] // k.shape[1] * length * length > SCORES)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -276,14 +276,14 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float 
 
 
 def _pieces(tensors: Sequence[Tensor], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Rows and heads that together have at most `_SCORES` scores, or one head of keys: views (b, k, g·T, D), and the mask's rows."""
+    """Rows and heads that together have at most `SCORES` scores, or one head of keys: views (b, k, g·T, D), and the mask's rows."""
     rows, heads, length, _ = tensors[1].shape
     kv = tensors[2].shape[1]
     if mask is None:
         mask = tensors[1].new_full((1, 1, length, length), torch.finfo(tensors[1].dtype).min).triu_(1)
     grouped = [t.view(rows, kv, -1, t.shape[-1]) for t in tensors]
-    step = max(1, _SCORES // (heads * length * length))
-    part = kv if heads * length * length <= _SCORES else max(1, _SCORES // (heads // kv * length * length))
+    step = max(1, SCORES // (heads * length * length))
+    part = kv if heads * length * length <= SCORES else max(1, SCORES // (heads // kv * length * length))
     for i in range(0, rows, step):
         for j in range(0, kv, part):
             yield [t[i : i + step, j : j + part] for t in grouped], mask if len(mask) == 1 else mask[i : i + step]

@@ -9,9 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from fedtune.models.lean.functions import times
 
-_PIECE = 1 << 23  # logits to compute at once
+PIECE = 1 << 23  # logits to compute at once
 _CACHED = 1 << 18  # of these, logits to normalize at once
-_ROWS = 64  # at least: with fewer rows, reading the weight takes longer than multiplying
+ROWS = 64  # at least: with fewer rows, reading the weight takes longer than multiplying
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None = None) -> Tensor:
@@ -33,7 +33,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        pieces = math.ceil(len(hidden) / max(_ROWS, _PIECE // len(weight)))
+        pieces = math.ceil(len(hidden) / max(ROWS, PIECE // len(weight)))
         rows = math.ceil(len(hidden) / max(1, pieces))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden), max(1, rows)):

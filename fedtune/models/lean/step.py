@@ -1,6 +1,6 @@
 """Which models train with the lean step, and how it replaces the layers of a transformers model during a forward pass."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -44,11 +44,38 @@ def step_of(model: nn.Module) -> "LeanStep | None":
     return step if step is not None and torch.is_grad_enabled() and step.is_ready() else None
 
 
+@contextmanager
+def keeping(model: nn.Module, layers: int | None) -> Iterator[Callable[[], bool]]:
+    """A context in which only the last `layers` layers keep intermediate tensors, and the others compute them again; None: all keep them.
+
+    Yields a function for when memory runs out: it lets all layers compute them again, and returns whether that takes less memory.
+    """
+    step = _steps.get(model)
+
+    def keep_none() -> bool:
+        if step is None or not step.is_ready() or not step.kept:
+            return False
+        step.kept = 0
+        return True
+
+    if step is not None and layers is not None:
+        step.kept = layers
+    try:
+        yield keep_none
+    finally:
+        if step is not None:
+            step.kept = step.layers
+
+
 class LeanStep:
     """The layers of a model in their lean form.
 
     Args:
         live: A live adapter for which `why_not` is "".
+
+    Attributes:
+        layers: Number of layers.
+        kept: Number of layers, the last ones, that keep intermediate tensors. With activation checkpointing none does.
     """
 
     def __init__(self, live: LiveAdapter) -> None:
@@ -58,6 +85,7 @@ class LeanStep:
         self._layers = [Layer(m, _activation(text)) for m in self._stack.layers]
         self._head = model.get_output_embeddings()
         self._cap = getattr(text, "final_logit_softcapping", None)
+        self.layers = self.kept = len(self._layers)
         self._frozen = [p for layer in self._layers for p in layer.frozen]
         if isinstance(self._head, nn.Linear):
             self._frozen += self._head.parameters()
@@ -75,11 +103,12 @@ class LeanStep:
     def installed(self) -> Iterator[None]:
         """A context in which a forward pass of the model uses the lean layers."""
         again = [m.gradient_checkpointing for m in self._stack.layers]
-        run = Pass(keeps=not (any(again) and self._stack.training))
+        # the last layers: their tensors are freed before the first layers compute theirs again
+        run, first = Pass(), self.layers - (0 if any(again) and self._stack.training else self.kept)
         try:
-            for layer in self._layers:
+            for i, layer in enumerate(self._layers):
                 layer.module.gradient_checkpointing = False  # the layer does it itself
-                layer.module.forward = partial(_forward, layer, run)
+                layer.module.forward = partial(_forward, layer, run, i >= first)
             yield
         finally:
             for layer, flag in zip(self._layers, again, strict=True):
@@ -99,8 +128,10 @@ class LeanStep:
         return cross_entropy_sum(hidden, self._head.weight, self._head.bias, targets, self._cap), len(targets)
 
 
-def _forward(layer: Layer, run: Pass, hidden_states: Tensor, *, attention_mask: Any = None, position_embeddings: Any, **_: Any) -> Tensor:
-    return layer(run, hidden_states, attention_mask, position_embeddings)
+def _forward(
+    layer: Layer, run: Pass, keeps: bool, hidden_states: Tensor, *, attention_mask: Any = None, position_embeddings: Any, **_: Any
+) -> Tensor:
+    return layer(run, hidden_states, attention_mask, position_embeddings, keeps=keeps)
 
 
 def _stack(model: Any) -> Any:

@@ -19,6 +19,7 @@ CHOSEN = {  # a device's choices for a turn → their headings
     "precision": "precision",
     "rank": "rank",
     "micro_batch": "micro-batch",
+    "kept_layers": "kept layers",
     "batch": "batch",
     "length": "longest row",
     "steps": "steps",

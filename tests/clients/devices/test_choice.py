@@ -66,6 +66,55 @@ def test_the_activations_of_a_layer_by_hand() -> None:
     assert memory_bytes(dataclasses.replace(one, checkpointing=True), "fp32", 0, 2, 5, 3)[1] == 10 * (32 + 524) + 320 + 2 * logits
 
 
+def test_a_lean_step_by_hand() -> None:
+    one = dataclasses.replace(
+        SHAPES, layers=2, hidden=8, inner=24, attention_heads=2, query=8, keys=4, logits=100, linear={"q": (8, 8), "up": (24, 8)}, lean=True
+    )
+
+    def rest(precision: str, kept: int | None, **changes: Any) -> int:
+        return memory_bytes(dataclasses.replace(one, **changes), precision, 0, 2, 5, 3, kept)[1]
+
+    # 10 tokens: the inputs of two layers and of the last norm; x2, q and what o reads, k and v, gate and up of each kept layer
+    inside = 10 * (8 + 2 * 8 + 2 * 4 + 2 * 24)
+    # the loss: two gradients of 6 targets, their logits, a copy of the head's weight
+    loss = 2 * 6 * 8 + 6 * 100 + 100 * 8
+    for width, precision in ((4, "fp32"), (2, "bf16")):
+        stored = width * 10 * 3 * 8 + 4 * 10 * 8
+        assert rest(precision, None) == rest(precision, 2) == stored + width * (2 * inside + loss)
+        assert rest(precision, 1) == stored + width * (inside + loss)
+        # a small vocabulary: a layer's backward pass takes more, three tensors of the MLP and four of the hidden size, a copy of `up`, and
+        # without kept layers what the layer computes again
+        layer = 10 * (3 * 24 + 4 * 8) + 24 * 8
+        assert rest(precision, 1, logits=2) == stored + width * (inside + layer)
+        assert rest(precision, 0, logits=2) == rest(precision, 2, logits=2, checkpointing=True) == stored + width * (inside + layer)
+    # the scores of attention, four tensors of 2 rows, 2 heads, 5 × 5
+    wide = 10 * (3 * 8 + 4 * 4 + 2 * 8) + 4 * 2 * 2 * 25
+    assert rest("fp32", 1, logits=2, inner=2, linear={}) == 4 * (10 * 3 * 8 + 10 * 8 + 10 * (8 + 16 + 8 + 4) + wide)
+
+
+LEAN = dataclasses.replace(SHAPES, layers=4, hidden=50, inner=200, query=50, keys=50, lean=True)
+
+
+@pytest.mark.parametrize(
+    ("memory_mb", "micro", "kept"),
+    # 4.24 MB, and for a row of 100 tokens 0.44 and 0.26 a kept layer; 0.9 of the memory counts
+    [
+        (31.1, 16, None),  # 4.24 + 16·(0.44 + 4·0.26) = 27.92 ≤ 27.99
+        (30.0, 8, None),  # not 16 rows and 3 layers, 23.76: (1 + 64/800) < (1 + 64/1600)·(1 + 1/16)
+        (16.0, 8, 3),  # 4.24 + 8·(0.44 + 3·0.26) = 14.0 ≤ 14.4 < 16.08: (1 + 64/800)·(1 + 1/16) < (1 + 64/400)
+        (14.0, 4, None),  # not 8 rows and 2 layers, 11.92: (1 + 64/400) < (1 + 64/800)·(1 + 2/16)
+        (10.0, 4, 2),  # 8.08 ≤ 9 < 9.12: (1 + 64/400)·(1 + 2/16) < (1 + 64/200)
+        (5.2, 1, 1),  # 4.59 ≤ 4.68 < 4.85
+    ],
+)
+def test_layers_that_keep_little_or_smaller_micro_batches(memory_mb: float, micro: int, kept: int | None) -> None:
+    choice = choose(DeviceClass(memory_mb=memory_mb), LEAN, WORK, rank=8, precisions=["fp32"])
+    assert (choice.micro, choice.kept_layers) == (micro, kept)
+    # with checkpointing no layer keeps anything, so a smaller micro-batch is the only way
+    shapes = dataclasses.replace(LEAN, checkpointing=True)
+    assert choose(DeviceClass(memory_mb=memory_mb), shapes, WORK, rank=8, precisions=["fp32"]).kept_layers is None
+
+
 def test_a_step_and_its_bytes_by_hand() -> None:
     # 4 operations an entry and token; a fifth more each way where activations are computed twice
     assert flops(SHAPES, 100) == 4e8 and flops(dataclasses.replace(SHAPES, checkpointing=True), 100) == 6e8
