@@ -6,8 +6,8 @@
 
 A layer's activations are counted term by term as in Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models,
 arXiv:2205.05198, eq. 1 (s·b·h·(34 + 5·a·s/h) bytes per layer in 16 bits), in the compute dtype. A frozen layer does not store its input,
-because only the gradient of its weight needs it. A LoRA factor A stores its input. This is what PEFT's modules store; the lean step
-(`fedtune.models.lean`) stores 0.4 to 0.56 of it.
+because only the gradient of its weight needs it. A LoRA factor A stores its input. This is what PEFT's modules store. The lean step
+(`fedtune.models.lean`) stores about half of it, so the estimate is too high there.
 """
 
 import contextlib

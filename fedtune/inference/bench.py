@@ -195,7 +195,7 @@ def speculation(
 ) -> dict[str, dict[str, float]]:
     """Measure greedy answers to the same prompts without speculation and with each drafter, in turn.
 
-    A drafter knows no earlier answer, because prompts may come twice; what it costs is kept.
+    Each answer has a new drafter, which knows no earlier answer, because prompts may repeat. The measured costs are kept.
     """
     adapts = {way: Adapt() for way in ways}
     reports: dict[str, list[Report]] = {way: [] for way in ("none", *ways)}
