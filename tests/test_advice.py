@@ -44,7 +44,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 COMMANDS = subcommands(cli._parser())
-PROGRAMS = {"fedtune-server": server._parser(), "fedtune-client": client._parser(), "fedtune": cli._parser()}
+PARSERS = {"fedtune-server": server._parser(), "fedtune-client": client._parser(), "fedtune": cli._parser()}
 
 
 def flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -101,7 +101,7 @@ def test_every_value_in_advice_is_valid() -> None:
 
 def test_every_flag_in_advice_exists() -> None:
     known = {"--help", "--version", "--multirun", "--cfg"} | OTHERS
-    for parser in (*PROGRAMS.values(), *COMMANDS.values()):
+    for parser in (*PARSERS.values(), *COMMANDS.values()):
         known |= flags(parser)
     named = {(s.where, flag) for s in product_sentences() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", s.text)}
     assert len(named) > 50
@@ -117,7 +117,7 @@ def test_every_command_in_advice_accepts_its_flags() -> None:
                 if name and HOLE not in name:
                     wrong.append(f"{s.where}: {program} {name}")
                 continue
-            parser = COMMANDS[name] if program == "fedtune" else PROGRAMS[program]
+            parser = COMMANDS[name] if program == "fedtune" else PARSERS[program]
             seen.add((program, name if program == "fedtune" else ""))
             named = re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)
             wrong += [f"{s.where}: {program} {name} {flag}" for flag in named if flag not in flags(parser)]
