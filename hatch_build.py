@@ -22,9 +22,12 @@ ZIG = "ziglang>=0.13"
 
 
 class NativeKernels(BuildHookInterface):
-    """Builds kernels.so in the source tree, or for another machine elsewhere, and puts it into the wheel, which then has a platform."""
+    """Builds kernels.so and puts it into the wheel, whose tag then names a platform.
 
-    folder: str | None = None  # of the kernels for another machine
+    The file is in the source tree, or for FEDTUNE_WHEEL in a temporary folder.
+    """
+
+    folder: str | None = None  # the temporary one
 
     def dependencies(self) -> list[str]:
         if self._is_off:

@@ -1,6 +1,6 @@
-"""Builds the wheels for Linux on x86-64 and aarch64: `python packaging/wheels.py FOLDER`, with the package build and no C compiler.
+"""Builds the wheels for Linux on x86-64 and aarch64: `python packaging/wheels.py FOLDER`. Needs the package build, but no C compiler.
 
-Further arguments go to `python -m build`: `--no-isolation` uses the installed hatchling and ziglang.
+Further arguments go to `python -m build`; `--no-isolation` uses the installed hatchling and ziglang.
 """
 
 import os

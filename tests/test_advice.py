@@ -44,7 +44,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 COMMANDS = subcommands(cli._parser())
-DOORS = {"fedtune-server": server._parser(), "fedtune-client": client._parser(), "fedtune": cli._parser()}
+PARSERS = {"fedtune-server": server._parser(), "fedtune-client": client._parser(), "fedtune": cli._parser()}
 
 
 def flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -101,7 +101,7 @@ def test_every_value_in_advice_is_valid() -> None:
 
 def test_every_flag_in_advice_exists() -> None:
     known = {"--help", "--version", "--multirun", "--cfg"} | OTHERS
-    for parser in (*DOORS.values(), *COMMANDS.values()):
+    for parser in (*PARSERS.values(), *COMMANDS.values()):
         known |= flags(parser)
     named = {(s.where, flag) for s in product_sentences() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", s.text)}
     assert len(named) > 50
@@ -111,16 +111,16 @@ def test_every_flag_in_advice_exists() -> None:
 def test_every_command_in_advice_accepts_its_flags() -> None:
     seen, wrong = set(), []
     for s in product_sentences():
-        for door, rest in re.findall(r"(?:`|\b(?:with|run|by|use it:|status:) )(fedtune(?:-server|-client)?)\b([^`\n(]*)", s.text):
+        for program, rest in re.findall(r"(?:`|\b(?:with|run|by|use it:|status:) )(fedtune(?:-server|-client)?)\b([^`\n(]*)", s.text):
             name = next(iter(rest.split()), "")
-            if door == "fedtune" and name not in COMMANDS:
+            if program == "fedtune" and name not in COMMANDS:
                 if name and HOLE not in name:
-                    wrong.append(f"{s.where}: {door} {name}")
+                    wrong.append(f"{s.where}: {program} {name}")
                 continue
-            parser = COMMANDS[name] if door == "fedtune" else DOORS[door]
-            seen.add((door, name if door == "fedtune" else ""))
+            parser = COMMANDS[name] if program == "fedtune" else PARSERS[program]
+            seen.add((program, name if program == "fedtune" else ""))
             named = re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)
-            wrong += [f"{s.where}: {door} {name} {flag}" for flag in named if flag not in flags(parser)]
+            wrong += [f"{s.where}: {program} {name} {flag}" for flag in named if flag not in flags(parser)]
     assert not wrong
     assert {("fedtune", "keys"), ("fedtune", "export")} <= seen
 

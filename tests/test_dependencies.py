@@ -192,7 +192,7 @@ from fedtune.cli.main import main
 import fedtune
 
 place = Path(sys.argv[1])
-said = {}
+results = {}
 
 def run(name, *words):
     sys.stdout, sys.stderr = StringIO(), StringIO()
@@ -200,7 +200,7 @@ def run(name, *words):
         code = main([str(w) for w in words])
     finally:
         out, err, sys.stdout, sys.stderr = sys.stdout.getvalue(), sys.stderr.getvalue(), sys.__stdout__, sys.__stderr__
-    said[name] = [code, out, err]
+    results[name] = [code, out, err]
 
 def ask():
     while "http://" not in (line := getattr(sys.stdout, "getvalue", str)()):  # until the command below has begun, and listens
@@ -208,7 +208,7 @@ def ask():
     body = {"model": "apart", "prompt": "set lamp", "max_tokens": 3, "temperature": 0}
     asked = urllib.request.Request(line.strip() + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        said["request"] = json.load(urllib.request.urlopen(asked, timeout=60))
+        results["request"] = json.load(urllib.request.urlopen(asked, timeout=60))
     finally:
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -225,14 +225,14 @@ for name in sorted(set(sys.argv[2:])):
     run(name, *(w.replace("PLACE", str(place)) for w in name.split()))
 for name in fedtune.__all__:
     try:
-        said["fedtune." + name] = getattr(fedtune, name).__name__
+        results["fedtune." + name] = getattr(fedtune, name).__name__
     except ImportError as bad:
-        said["fedtune." + name] = str(bad)
+        results["fedtune." + name] = str(bad)
 try:
     fedtune.generate_text(place / "other", "lamp")
 except fedtune.FedtuneError as bad:
-    said["fallback"] = str(bad)
-print(json.dumps(said))
+    results["fallback"] = str(bad)
+print(json.dumps(results))
 """
 REFUSED = (
     "export PLACE/model", "export PLACE/model --to edge --out PLACE/x", "export PLACE/model --to gguf", "draft PLACE/model --steps 1",

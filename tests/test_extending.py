@@ -109,8 +109,8 @@ def test_all_three_commands_run_it(away: Path) -> None:
         [bin / "python", "-m", "fedtune.sim", *settings], cwd=away, env=env, capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 0 and "1/1 counted" in process.stderr, process.stderr
-    door = [bin / "fedtune-server", *settings, "--insecure", "--address", f"127.0.0.1:{port}"]
-    with subprocess.Popen(door, cwd=away, env=env, stderr=subprocess.PIPE, text=True) as server:
+    program = [bin / "fedtune-server", *settings, "--insecure", "--address", f"127.0.0.1:{port}"]
+    with subprocess.Popen(program, cwd=away, env=env, stderr=subprocess.PIPE, text=True) as server:
         (elsewhere := away / "elsewhere").mkdir()  # no mine.py there
         ask = ["--server", f"127.0.0.1:{port}", "--insecure", "--client-id", "home-000", "--state", elsewhere / "state"]
         client = subprocess.Popen([bin / "fedtune-client", *ask], cwd=elsewhere, env=env, stderr=subprocess.DEVNULL)

@@ -65,20 +65,20 @@ def test_a_full_disk_is_one_sentence_and_resumable(tmp_path: Path, stop: type[Ba
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize("door", ["simulate", "main", "server", "client"])
-def test_a_command_reports_a_full_disk(door: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("program", ["simulate", "main", "server", "client"])
+def test_a_command_reports_a_full_disk(program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import importlib
 
-    module = importlib.import_module(f"fedtune.cli.{door}")
+    module = importlib.import_module(f"fedtune.cli.{program}")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/x")
 
-    if door == "main":
+    if program == "main":
         monkeypatch.setattr(module, "_parser", lambda: type("P", (), {"parse_args": lambda *_: type("A", (), {"command": full})}))
     else:
         monkeypatch.setattr(module, "_main", full)
-    argv = {"simulate": [], "main": [], "server": ["conf=base", "--insecure"], "client": ["--server", "127.0.0.1:1", "--insecure"]}[door]
+    argv = {"simulate": [], "main": [], "server": ["conf=base", "--insecure"], "client": ["--server", "127.0.0.1:1", "--insecure"]}[program]
     assert module.main(argv) == 2
     stderr = capsys.readouterr().err.strip()
     assert stderr.endswith("/x cannot be written (No space left on device): free disk space and start again") and "\n" not in stderr

@@ -16,8 +16,8 @@ from tests.syntax import nodes
 
 ROOT = Path(__file__).parents[1]
 BARE = ("strategies", "clients", "simulations", "conf")
-# Room → the rooms that it may import, besides those of LOW. A room is a folder, or a module at the root of fedtune/.
-LOW = ("version", "errors", "storage", "config", "contracts")  # each may import those before it, and every other room all of them
+# Package → the packages that it may import, besides those of LOW. A package is a folder, or a module at the root of fedtune/.
+LOW = ("version", "errors", "storage", "config", "contracts")  # each may import those before it, and every other package all of them
 MAY_IMPORT = {
     "traffic": set[str](),
     "templates": set[str](),
@@ -60,8 +60,8 @@ def files() -> Iterator[tuple[str, Path]]:
 MODULES = {name for name, _ in files()}
 
 
-def room(module: str) -> str:
-    """The room of a module: a folder or a root module; the folders of simulations/ are rooms too."""
+def package_of(module: str) -> str:
+    """The package of a module: a folder or a root module; each folder of simulations/ is one."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "simulations" else parts[0]
 
@@ -86,19 +86,19 @@ def imported(file: Path) -> frozenset[str]:
 
 
 def allowed(of: str) -> set[str]:
-    """The rooms that a room may import."""
+    """The packages that a package may import."""
     return set(LOW[: LOW.index(of) + 1]) if of in LOW else {of, *LOW, *MAY_IMPORT[of]}
 
 
 @pytest.mark.parametrize(("module", "file"), list(files()), ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else "")
-def test_a_file_imports_only_what_its_room_may(module: str, file: Path) -> None:
-    excess = {name for name in imported(file) if room(name) not in allowed(room(module))}
-    assert not excess, f"{file.relative_to(ROOT)} imports {excess}: a room imports only the rooms below it"
+def test_a_file_imports_only_what_its_package_may(module: str, file: Path) -> None:
+    excess = {name for name in imported(file) if package_of(name) not in allowed(package_of(module))}
+    assert not excess, f"{file.relative_to(ROOT)} imports {excess}: a package imports only the packages below it"
 
 
 def test_the_package_order_has_no_cycle() -> None:
     tuple(TopologicalSorter({of: allowed(of) - {of} for of in (*LOW, *MAY_IMPORT)}).static_order())
-    used = {(room(module), room(name)) for module, file in files() for name in imported(file)}
+    used = {(package_of(module), package_of(name)) for module, file in files() for name in imported(file)}
     unused = {(of, other) for of, others in MAY_IMPORT.items() for other in others} - used
     assert not unused, f"the table allows what nobody needs: {unused}"
 

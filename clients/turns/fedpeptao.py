@@ -43,7 +43,7 @@ class FedPepTAO(Turn):
     """Measures on `plan.batch_size` rows drawn with `plan.seed` (all rows if there are fewer); does not train.
 
     Args:
-        share: Whether to estimate the share of important prompts too, not only the redundancy of each layer.
+        share: Whether to estimate the share of important prompts, too; the redundancy of each layer is always measured.
     """
 
     share: bool

@@ -38,7 +38,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
         "--speculate",
         choices=["auto", "none", "lookup", "early-exit", "draft"],
         default="auto",
-        help="source of draft tokens; auto: the draft model if given, else earlier text and choices; only while it saves time",
+        help="source of draft tokens, used while it saves time; auto: the draft model if given, else earlier texts and predictions",
     )
     command.add_argument("--adapter", metavar="NAME|FOLDER", help="LoRA adapter to apply unmerged: one of the package's, or a folder")
 

@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace) -> str:
         check_folder(args.draft)
     use_threads(args.threads)
     if args.out:
-        importlib.import_module("matplotlib")  # found to be missing now, not after minutes of measuring
+        importlib.import_module("matplotlib")  # fails now if it is missing, not after minutes of measuring
     names = ("kind", "prompt_tokens", "new_tokens", "repeats", "speculate", "draft", "text")
     with Console(stderr=True).status("measuring") as line:
         speeds = bench(args.model, tell=line.update, **{name: getattr(args, name) for name in names})

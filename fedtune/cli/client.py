@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--state", type=Path, metavar="DIR", help="folder for state kept between turns and restarts (default: ~/.local/state/fedtune/ID)"
     )
-    parser.add_argument("--max-retries", type=int, metavar="N", help="exit after N failed attempts of one call (default: retry for ever)")
+    parser.add_argument("--max-retries", type=int, metavar="N", help="exit after N failed attempts of one call (default: retry forever)")
     parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
     return parser
 
@@ -223,7 +223,7 @@ def _recorded(message: Message, answer: Callable[[], Message]) -> Message:
 
 
 def _news_reply(message: Message) -> Message | None:
-    """The reply to a message that only tells something, such as the end of the run, and needs no worker; None for other messages."""
+    """The reply to a message that only informs the client, such as of the run's end, and needs no worker; None for other messages."""
     return Message(RecordDict(), reply_to=message) if message.metadata.message_type in (END, REJECTED) else None
 
 

@@ -22,7 +22,7 @@ def _run(args: argparse.Namespace) -> str | None:
     from fedtune.runs.report import compare
 
     if args.out:
-        importlib.import_module("matplotlib")  # found to be missing before anything is printed
+        importlib.import_module("matplotlib")  # fails here if it is missing, before anything is printed
     found = compare.compare({path: read_config(path) for path in args.runs}, args.metric)
     compare.show(found)
     if args.out is None:

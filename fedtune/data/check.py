@@ -58,10 +58,10 @@ def check_coordinator_data(config: Config) -> None:
         elif task_of(config.task).classes and len(class_names(data)) < 2:
             raise no_classes()
         return
-    check_data(undealt(config))
+    check_data(unpartitioned(config))
 
 
-def undealt(config: Config) -> Config:
+def unpartitioned(config: Config) -> Config:
     """The config with partition.kind=iid, which needs no column; unchanged if the clients determine the test rows."""
     if config.partition.min_examples > 1:
         return config

@@ -32,7 +32,7 @@ class Home:
         rooms: Canonical rooms, with their share of its requests (sums to 1).
         names: Canonical room or device -> this home's usual name for it.
         manners: Keys of ``MANNERS``, with their share of its requests (sums to 1).
-        spelt: Probability that a number is in words rather than digits.
+        spelled: Probability that a number is in words rather than digits.
     """
 
     id: str
@@ -42,7 +42,7 @@ class Home:
     rooms: dict[str, float]
     names: dict[str, str]
     manners: dict[str, float]
-    spelt: float
+    spelled: float
 
 
 def homes(seed: int, count: int = 24) -> list[Home]:
@@ -121,7 +121,7 @@ def _home(seed: int, index: int, device_class: str) -> Home:
     owned = rng.sample(sorted(DEVICES), rng.randint(4, 6))
     intents = [name for name, intent in INTENTS.items() if intent.device in owned]
     rooms = rng.sample(sorted(ROOMS), rng.randint(3, 5))
-    favourite, second = rng.sample(sorted(MANNERS), 2)
+    favorite, second = rng.sample(sorted(MANNERS), 2)
     examples = int(min(max(rng.lognormvariate(4.3, 0.5), SMALLEST), LARGEST))
     return Home(
         id=f"home-{index:03d}",
@@ -130,8 +130,8 @@ def _home(seed: int, index: int, device_class: str) -> Home:
         intents=_shares(rng, intents, concentration=0.7),
         rooms=_shares(rng, rooms, concentration=1.5),
         names={thing: rng.choice(ways) for table in (ROOMS, DEVICES) for thing, ways in table.items()},
-        manners={favourite: 0.7, second: 0.3},
-        spelt=rng.choice((0.1, 0.5, 0.9)),
+        manners={favorite: 0.7, second: 0.3},
+        spelled=rng.choice((0.1, 0.5, 0.9)),
     )
 
 
@@ -149,7 +149,7 @@ def _example(rng: random.Random, home: Home) -> dict[str, str]:
     room = _draw(rng, home.rooms)
     names = {thing: home.names[thing] if rng.random() < 0.8 else thing for thing in (room, intent.device)}
     values = _values(rng, intent)
-    request = _say(rng, intent, _draw(rng, home.manners), names[room], names[intent.device], values, home.spelt)
+    request = _say(rng, intent, _draw(rng, home.manners), names[room], names[intent.device], values, home.spelled)
     return {
         "client": home.id,
         "device_class": home.device_class,
@@ -174,7 +174,7 @@ def _say(
     room: str,
     device: str,
     values: dict[str, str],
-    spelt: float,
+    spelled: float,
     *,
     all_ways: bool = True,
 ) -> str:
@@ -184,7 +184,7 @@ def _say(
         shapes, frames = known(shapes), known(frames)
     heard = dict(values)
     for slot, value in values.items():
-        if value.isdigit() and rng.random() < spelt:
+        if value.isdigit() and rng.random() < spelled:
             heard[slot] = in_words(int(value))
     return rng.choice(frames).format(c=rng.choice(shapes).format(d=device, r=room, **heard))
 

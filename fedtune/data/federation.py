@@ -15,7 +15,7 @@ import numpy as np
 from fedtune.config import Config, DeviceClass
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.task import Task, task_of
-from fedtune.data.check import no_classes, undealt
+from fedtune.data.check import no_classes, unpartitioned
 from fedtune.data.columns import Table, canonical, class_names, features, read_columns
 from fedtune.data.local import has_files, read_test
 from fedtune.data.partition import partition, rows_of_large_clients
@@ -135,7 +135,7 @@ def load_test(config: Config) -> Federation:
     """
     data = config.data
     if data.source != "local" or has_files(data.path):
-        tests = _read(undealt(config))[2]
+        tests = _read(unpartitioned(config))[2]
         _check_classes(config, tests.labels)
         return _coordinator(tests, task_of(config.task))
     if data.path:

@@ -3,7 +3,7 @@
     STATE/models/seen.json          signer → largest serial that it has offered
     STATE/models/incoming/DIGEST    the bytes so far
 
-Nothing in the manifest is believed before its signature is verified, and no name in it becomes a path but the run's, which is checked.
+Nothing in the manifest is used before its signature is verified. Of the names in it, only the run's becomes part of a path, after a check.
 """
 
 import hashlib

@@ -79,8 +79,8 @@ class Child:
         return ready["description"]
 
     @property
-    def words(self) -> str:
-        """Why it cannot serve; "" if it has not said so."""
+    def failure(self) -> str:
+        """Why it cannot serve, as it has printed; "" if it has printed no reason."""
         line = self._line()
         return "" if line.startswith(READY) else line
 

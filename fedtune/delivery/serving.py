@@ -101,7 +101,7 @@ class DeviceServer:
             self._leaving.remove(child)
         target = self._wanted = self._target()
         if self._serving is not None and self._serving.exit_code is not None:
-            self._bury(self._serving)
+            self._replace(self._serving)
         if self._loading is not None and self._loading.ready:  # first of all: it answers already
             self._hand_over(self._loading)
         elif self._loading is not None and self._loading.name != target:  # another version has become current meanwhile
@@ -181,9 +181,9 @@ class DeviceServer:
         if child.generates_no_text:
             self._mute = child.name
             self._waiting.change(f"the model {child.name} generates no text")
-            self._tell(f"the model {child.name} is not served: {child.words}")
-        elif child.words:
-            self._break(child.name, child.words)
+            self._tell(f"the model {child.name} is not served: {child.failure}")
+        elif child.failure:
+            self._break(child.name, child.failure)
         else:
             self._deaths += 1
             if self._deaths >= DEATHS and (self._serving is not None or self._older(child.name)):
@@ -212,7 +212,7 @@ class DeviceServer:
             self._change_to(name)  # now: if a broken version becomes current before the next step, it is tried again
             self._tell(f"the model {name} is current again")
 
-    def _bury(self, child: Child) -> None:
+    def _replace(self, child: Child) -> None:
         """The child that serves has ended."""
         child.kill()
         self._serving = None

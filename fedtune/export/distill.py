@@ -6,7 +6,7 @@ the target, and for a share of the steps (on-policy) sampled from the draft, as 
 of the draft's most likely tokens, the expectation of p(argmax q).
 
 Sources: Zhou et al. 2023, DistillSpec, arXiv:2310.08461; Agarwal et al. 2023, GKD, arXiv:2306.13649; acceptance: Leviathan et al. 2022,
-Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, corollary 3.6, with certain drafts.
+Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, corollary 3.6, with deterministic drafts.
 """
 
 import copy

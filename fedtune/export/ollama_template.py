@@ -45,7 +45,7 @@ class _Texts:
 
 
 def go_template(tokenizer: Any) -> tuple[str, str]:
-    """Return Ollama's template, and what it cannot do as the tokenizer's does: sentences, "" if there is nothing.
+    """Return Ollama's template, and its differences from the tokenizer's in sentences; "" if there are none.
 
     Raises:
         ModelError: Ollama's language cannot express the chat template.

@@ -41,8 +41,8 @@ class Speeds:
     """The measurements; lists have one value per repeat.
 
     Attributes:
-        linears: Which kernels run the linear layers, and why it is torch's.
-        passes: What runs the rest of the layers.
+        linears: Which kernels run the linear layers; if torch's do, why.
+        passes: Whether native code or torch runs the rest of the layers; if torch does, why.
         load_s: Seconds to load the model.
         prefill_tok_per_s: Speed of the prompt.
         decode_tok_per_s: Speed of plain decoding.
@@ -195,7 +195,7 @@ def speculation(
 ) -> dict[str, dict[str, float]]:
     """Measure greedy answers to the same prompts without speculation and with each drafter, in turn.
 
-    A drafter knows no earlier answer, because prompts may come twice; what it costs is kept.
+    Each answer has a new drafter, which knows no earlier answer, because prompts may repeat. The measured costs are kept.
     """
     adapts = {way: Adapt() for way in ways}
     reports: dict[str, list[Report]] = {way: [] for way in ("none", *ways)}

@@ -37,7 +37,7 @@ _PEM = serialization.Encoding.PEM
 
 
 def make_keys(out: Path, hosts: Sequence[str], clients: Sequence[str], *, days: int = DAYS) -> str:
-    """Create the folder `out` with all keys and certificates of a deployment. It is complete or not there.
+    """Create the folder `out` with all keys and certificates of a deployment. It appears complete or not at all.
 
     Args:
         out: Folder to create; it must be missing or empty.

@@ -238,7 +238,7 @@ class Membership:
         return f"client {name}" if name else f"node {node}"
 
     def _reject(self, node: int, why: str, *, notify: bool = True) -> None:
-        """Report the rejection of a node; with `notify`, on a network, to its client too (it does not give the reason itself)."""
+        """Report the rejection of a node. With `notify`, tell its client on a network, too: not needed if the client gave the reason."""
         if self._reported.get(node) != why:
             self._note(f"rejected: {why}")
             if notify and self._policy.expected_clients is not None:

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk."""
+"""A run on disk: its directory, checkpoints, metrics, status and report."""

@@ -53,10 +53,10 @@ def reason(bad: BaseException) -> str:
 
 
 def regular(path: Path) -> os.stat_result:
-    """The size and the other properties of a file.
+    """The status (size, times, …) of a regular file.
 
     Raises:
-        OSError: It does not exist, or it is a pipe, a device or a folder.
+        OSError: The file does not exist, or it is a pipe, a device or a folder.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):

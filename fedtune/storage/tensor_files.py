@@ -25,7 +25,7 @@ _HEADER = 1 << 25  # limit in bytes, far above real headers: parsing takes sever
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a file: `dtype` as the file names it, `start` and `size` of its bytes."""
+    """One tensor of a file: `dtype` is the file's name for it; `start` and `size` are in bytes."""
 
     name: str
     dtype: str
@@ -38,7 +38,7 @@ class StoredTensor:
         """Map the tensor; its pages are freed with the array, which may be changed without an effect on the file.
 
         Raises:
-            ModelError: The file has shrunk, numpy has no such shape, or the engine no such dtype.
+            ModelError: The file has shrunk, or numpy cannot represent the shape, or the engine the dtype.
         """
         if self.dtype not in DTYPES:
             raise ModelError(f"{self.file} holds {self.dtype} numbers, which the engine cannot read: export the model again")

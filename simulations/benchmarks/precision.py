@@ -11,8 +11,8 @@ memory of Python, PyTorch and other packages before the load, and pages of mappe
 of the backbone's tensors, "activations" of the tensors that a forward pass saves for the backward pass. The step of the model "tiny"
 estimates the runtime's fixed memory: the last column is the ratio to fp32 after subtracting it.
 
-PEFT's modules compute the steps; with `-lean` it is fedtune's own step (client.lean=auto). "PEFT / lean" is then the ratio of the CPU
-seconds of a step with PEFT's modules and of a lean one, medians of steps that alternate in one process.
+PEFT's modules compute the steps, or with `-lean` fedtune's lean step (client.lean=auto). "PEFT / lean" is the CPU seconds of a step with
+PEFT's modules divided by those of a lean step: medians of steps that alternate in one process.
 
 --text trains instead: stories260k on Shakespeare and MiniLM on Banking77 (conf/shakespeare.yaml, conf/banking77.yaml) in each precision. It
 compares the final metric with that of fp32 and the same seed. The bounds are 2 % of nats, and one point of accuracy. The curves are plotted

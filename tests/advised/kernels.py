@@ -29,7 +29,7 @@ def linear() -> Linear:
 
 
 def refused(place: Place, choice: str) -> str:
-    """What is said with a value of FEDTUNE_NATIVE; "" leaves it out."""
+    """The error with a value of FEDTUNE_NATIVE; "" leaves it out."""
     place.patch.setenv("FEDTUNE_NATIVE", choice)
     library._chosen.cache_clear()
     return raised(linear)
@@ -98,14 +98,14 @@ def _(place: Place) -> Iterator[str]:
     assert not build.main()
     for remembered in (library._chosen, library._opened):
         remembered.cache_clear()
-    said = describe_path([linear()])
-    yield said if build.COMMAND in said else ""
+    sentence = describe_path([linear()])
+    yield sentence if build.COMMAND in sentence else ""
     for remembered in (library._chosen, library._opened):
         remembered.cache_clear()
 
 
 def multiplied(code: int) -> str:
-    """What is said about a product for which the library returns a code."""
+    """The error of a product for which the library returns this code."""
     parts = pack("int4", portable("int4", np.ones((8, 64), np.float32)), 64, 32)
     run = Kernels(SimpleNamespace(fedtune_multiply=lambda *_: code), "portable")
     return raised(lambda: run.multiply(weights_of(parts, "int4", 64, 8), 1, 1, (0, 0), (0, 0)))
@@ -124,7 +124,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def passed(place: Place, code: int) -> str:
-    """What is said by a pass of a model, for which the library, if it is called, returns a code."""
+    """The error of a pass of a model, for which the library, if it is called, returns this code."""
     if isinstance(library._opened(), str):
         pytest.skip(f"run `{build.COMMAND}`")
     tiny_model("llama", place.folder / "llama")

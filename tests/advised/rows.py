@@ -50,11 +50,11 @@ class Place:
     def run(self, *argv: str | Path) -> str:
         """The error of a command with these arguments; "" if it succeeds."""
         name, *rest = map(str, argv)
-        door = {"fedtune": cli.main, "fedtune-server": server.main, "fedtune-client": client.main, "fedtune.sim": sim.main}[name]
+        program = {"fedtune": cli.main, "fedtune-server": server.main, "fedtune-client": client.main, "fedtune.sim": sim.main}[name]
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         self.output.readouterr()
         try:
-            code = door(rest)
+            code = program(rest)
         except SystemExit as end:  # argparse
             code = int(str(end.code or 0))
         finally:

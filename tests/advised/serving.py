@@ -316,7 +316,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _later(place: Place, **first: Any) -> Iterator[str]:
-    """The error while the scheduler is in this state, then "" afterwards."""
+    """The error while the scheduler is in this state, then "" afterward."""
     plain: dict[str, Any] = {"cancel": lambda request: None, "full": False, "draining": False, "limit": 512, "load": (0, 0)}
 
     def submit(request: GenerationRequest) -> None:

@@ -13,7 +13,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.rounds.find_strategy import make_strategy
 from fedtune.strategies._flower import cohort, measured
 from tests.advice import ways
-from tests.advised.doors import a_run, quiet_run
+from tests.advised.flags import a_run, quiet_run
 from tests.advised.rows import Place, follows, raised
 from tests.strategies.updates import plain, update
 
@@ -180,7 +180,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _mistyped(says: str, wrong: str, right: str) -> None:
-    """Add a misspelt argument whose error asks whether another was meant."""
+    """Add a misspelled argument whose error asks whether another was meant."""
 
     def follow(place: Place) -> Iterator[str]:
         error = refused([wrong])

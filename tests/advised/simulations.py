@@ -118,7 +118,7 @@ def _(place: Place) -> Iterator[str]:
             yield place.output.readouterr().err if isinstance(end, SystemExit) else ""
 
 
-@follows("{} heads do not hold the {} of {}: take more")
+@follows("{} heads are too few for the {} of {}: take more")
 def _(place: Place) -> Iterator[str]:
     folder, _ = tiny(place.folder / "small")
     for heads in (1, 8):

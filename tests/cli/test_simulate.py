@@ -236,13 +236,13 @@ def test_help_lists_all_scenarios_groups_and_keys(capsys: pytest.CaptureFixture[
         assert part in text
 
 
-def door(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def program(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-m", "fedtune.sim", *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
 def test_the_process_exits_with_2_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    ended = door("client.lrr=1", cwd=tmp_path)
+    ended = program("client.lrr=1", cwd=tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "fedtune: unknown config key client.lrr: did you mean client.lr?\n")
     assert list(tmp_path.iterdir()) == []
 

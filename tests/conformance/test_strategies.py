@@ -226,8 +226,8 @@ def test_entries_keep_their_meaning_where_a_strategy_says_so() -> None:
         for round in (1, 2):
             plans = [Plan(round=round, client=f"c{i}", base_version=round - 1) for i in range(7)]
             sent = {c: a.adapter.subset(matching(a.adapter.tensors, a.plan.send)) for c, a in strategy.plan(round, plans, state).items()}
-            told: dict[str, Any] = {"metrics": {"train_loss": 1.0, "start_loss": 1.0}, "measurements": {"steps": 3, "lr_sum": 0.3}}
-            replies = [Update(client=c, round=round, base_version=round - 1, adapter=a, examples=2, **told) for c, a in sent.items()]
+            reported: dict[str, Any] = {"metrics": {"train_loss": 1.0, "start_loss": 1.0}, "measurements": {"steps": 3, "lr_sum": 0.3}}
+            replies = [Update(client=c, round=round, base_version=round - 1, adapter=a, examples=2, **reported) for c, a in sent.items()]
             state = strategy.aggregate(round, state, iter(replies))
         kept = all(torch.allclose(state.adapter[n], t, atol=1e-5) for n, t in wide().tensors.items())
         assert kept or not strategy.requirements.keeps_basis, name

@@ -175,9 +175,9 @@ def test_faults_in_rows_are_left_to_the_reader(tmp_path: Path) -> None:
     check_data(classification(tmp_path / "parts", columns=column))
 
 
-@pytest.mark.parametrize("door", ["sim", "cli.server"])
+@pytest.mark.parametrize("program", ["sim", "cli.server"])
 @pytest.mark.parametrize("name", quick(["a.csv", "a.jsonl", "a.json", "a.parquet"], "a.jsonl"))
-def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, door: str, name: str) -> None:
+def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, program: str, name: str) -> None:
     rows = [{"text": f"row {i} of many, with some words in it", "label": i % 7} for i in range(50_000)]
     if name == "a.csv":
         (tmp_path / name).write_text("text;label\n" + "".join(f"{row['text']};{row['label']}\n" for row in rows))
@@ -186,10 +186,10 @@ def test_a_wrong_column_costs_less_than_a_second(tmp_path: Path, door: str, name
     else:
         lines = ",\n".join(json.dumps(row) for row in rows)
         (tmp_path / name).write_text(f"[{lines}]" if name == "a.json" else lines.replace(",\n", "\n"))
-    more = ["--insecure"] if door == "cli.server" else []
+    more = ["--insecure"] if program == "cli.server" else []
     settings = ["data=local", f"data.path={tmp_path / name}", "data.columns.label=intent", "task=classification", "partition=iid"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = subprocess.run([sys.executable, "-m", f"fedtune.{door}", *settings, *more], cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-m", f"fedtune.{program}", *settings, *more], cwd=ROOT, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert process.returncode == 2, process.stderr
     assert process.stderr.strip().endswith(

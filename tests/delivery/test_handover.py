@@ -51,17 +51,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Device:
     def __init__(self, state: Path) -> None:
-        self.state, self.versions, self.told = state, Versions(state), list[str]()
-        self.server = DeviceServer(state, "127.0.0.1", 0, self.told.append)
+        self.state, self.versions, self.reports = state, Versions(state), list[str]()
+        self.server = DeviceServer(state, "127.0.0.1", 0, self.reports.append)
         self.url = self.server.url
 
     def serve(self, name: str) -> None:
         """Make a version current, and wait until its process is the one that serves."""
         self.versions.activate(name)
-        wait_for(lambda: any(f"the model {name} " in line for line in self.told), 120)
+        wait_for(lambda: any(f"the model {name} " in line for line in self.reports), 120)
         wait_for(lambda: sum(map(listens, children())) == 1)  # until the old one has stopped accepting, both answer
-        assert len(self.told) == 1 and f"the model {name} answers at {self.url} (" in self.told[0], self.told
-        self.told.clear()
+        assert len(self.reports) == 1 and f"the model {name} answers at {self.url} (" in self.reports[0], self.reports
+        self.reports.clear()
 
     def ask(self, **more: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/chat/completions", json=ASK | more, timeout=60)
@@ -182,9 +182,9 @@ def test_a_broken_model_leaves_the_old_one_current(device: Device, model: Path) 
     card = device.versions.model("c") / "config.json"
     card.write_text("{")
     device.versions.activate("c")
-    wait_for(lambda: len(device.told) == 2)
-    assert device.told[0].startswith(f"the model c cannot be loaded: {card} cannot be read as JSON: ")
-    assert device.told[1] == "the model a is current again" and device.versions.current() == "a"
+    wait_for(lambda: len(device.reports) == 2)
+    assert device.reports[0].startswith(f"the model c cannot be loaded: {card} cannot be read as JSON: ")
+    assert device.reports[1] == "the model a is current again" and device.versions.current() == "a"
     assert device.ask().json()["model"] == "a" and children() == [process]
 
 
@@ -193,10 +193,10 @@ def test_a_classifier_is_not_served(device: Device, tmp_path: Path) -> None:
     card.write_text(json.dumps(json.loads(card.read_text()) | {"architectures": ["BertForSequenceClassification"]}))
     add(device.state, "c", 3, tmp_path / "classifier")
     device.versions.activate("c")
-    wait_for(lambda: device.told, 60)
-    assert re.fullmatch(r"the model c is not served: .* is a classifier: it outputs labels, not text", device.told[0]), device.told[0]
+    wait_for(lambda: device.reports, 60)
+    assert re.fullmatch(r"the model c is not served: .* is a classifier: it outputs labels, not text", device.reports[0]), device.reports[0]
     assert device.ask().status_code == 503 and "generates no text" in device.ask().json()["error"]["message"]
-    assert device.versions.current() == "c" and len(device.told) == 1 and not children()
+    assert device.versions.current() == "c" and len(device.reports) == 1 and not children()
 
 
 def test_an_adapter_kept_apart_is_part_of_the_model(device: Device, tmp_path: Path) -> None:
@@ -221,8 +221,10 @@ def test_a_killed_process_comes_back(device: Device) -> None:
     device.serve("a")
     (process,) = children()
     process.kill()
-    wait_for(lambda: device.told)
-    assert device.told[0].endswith("was killed by signal 9, perhaps out of memory, while it served the model: starting another one in 1 s")
+    wait_for(lambda: device.reports)
+    assert device.reports[0].endswith(
+        "was killed by signal 9, perhaps out of memory, while it served the model: starting another one in 1 s"
+    )
     began = time.monotonic()
     while (answer := device.ask()).status_code != 200:
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "no_model"

@@ -124,8 +124,8 @@ def test_the_first_model_answers_from_its_package(tmp_path: Path) -> None:
 def test_the_best_of_old_and_new_stays(tmp_path: Path, scores: dict[float, float]) -> None:
     device = Device(tmp_path)
     scores |= {0.01: 0.5, 0.02: 0.4, 0.03: 0.5, 0.04: 0.9}
-    said = [device.deliver(offer_of(device, n, n / 100)).state for n in (1, 2, 3, 4)]
-    assert said == ["installed", "kept", "installed", "installed"], "an equal score takes the new one"
+    states = [device.deliver(offer_of(device, n, n / 100)).state for n in (1, 2, 3, 4)]
+    assert states == ["installed", "kept", "installed", "installed"], "an equal score takes the new one"
     assert device.record()["round"] == 4
     assert {k: abs(v) for k, v in device.record()["scores"].items()} == {"old": 0.5, "global": 0.9}
     assert [v.record.round for v in device.versions.names() if v.record] == [4, 3, 1]

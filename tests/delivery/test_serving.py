@@ -65,12 +65,12 @@ def wait_for(what: Callable[[], object], seconds: float = 30) -> None:
 
 
 class Device:
-    """A device server with its state folder, and the sentences that it has told."""
+    """A device server with its state folder, and the sentences that it has reported."""
 
     def __init__(self, state: Path) -> None:
-        self.state, self.told = state, list[str]()
+        self.state, self.reports = state, list[str]()
         self.versions = Versions(state)
-        self.server = DeviceServer(state, "127.0.0.1", 0, self.told.append)
+        self.server = DeviceServer(state, "127.0.0.1", 0, self.reports.append)
 
     def ask(self) -> str:
         """The version that answers, or the refusal."""
@@ -84,13 +84,13 @@ class Device:
 
     def serves(self, name: str) -> None:
         """Wait until this version answers, and the parent knows it."""
-        wait_for(lambda: self.ask() == name and any(f"the model {name} answers at" in line for line in self.told))
+        wait_for(lambda: self.ask() == name and any(f"the model {name} answers at" in line for line in self.reports))
 
     def tells(self, *lines: str) -> None:
-        """Wait until these are the sentences told, without those of versions that answer; forget them."""
-        wait_for(lambda: len([line for line in self.told if " answers at http" not in line]) >= len(lines))
-        assert [line for line in self.told if " answers at http" not in line] == list(lines)
-        self.told.clear()
+        """Wait until these are the reported sentences, without those of versions that answer; forget them."""
+        wait_for(lambda: len([line for line in self.reports if " answers at http" not in line]) >= len(lines))
+        assert [line for line in self.reports if " answers at http" not in line] == list(lines)
+        self.reports.clear()
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     device.server.start()
     yield device
     device.server.stop(0)
-    assert threading.active_count() < 50 and "error in fedtune" not in " ".join(device.told)
+    assert threading.active_count() < 50 and "error in fedtune" not in " ".join(device.reports)
 
 
 def test_without_a_model_every_request_is_refused(device: Device) -> None:
@@ -117,7 +117,7 @@ def test_without_a_model_every_request_is_refused(device: Device) -> None:
     with socket.create_connection(("127.0.0.1", httpx.URL(device.server.url).port or 0), timeout=10) as raw:
         raw.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\n\r\n" + bytes(8000000))
         assert raw.recv(100).startswith(b"HTTP/1.1 503")  # and not a broken connection
-    assert device.told == []
+    assert device.reports == []
 
 
 def test_the_current_version_answers(device: Device) -> None:
@@ -131,9 +131,9 @@ def test_the_current_version_answers(device: Device) -> None:
     device.serves("b")
     wait_for(lambda: not Path(f"/proc/{first}").exists())
     assert device.versions.rollback() == "a"
-    device.told.clear()
+    device.reports.clear()
     device.serves("a")
-    assert device.told == [f"the model a answers at {device.server.url} (a test)"]
+    assert device.reports == [f"the model a answers at {device.server.url} (a test)"]
 
 
 def test_a_version_that_cannot_be_loaded_is_not_current(device: Device) -> None:
@@ -153,11 +153,11 @@ def test_a_version_that_becomes_current_again_at_once_is_tried_again(device: Dev
     add(device.state, "b", 2, say="the weights are damaged", code=2)
     device.versions.activate("a")
     device.serves("a")
-    device.told.clear()
+    device.reports.clear()
 
     def tell(line: str) -> None:
-        device.told.append(line)
-        if line == "the model a is current again" and device.told.count(line) == 1:
+        device.reports.append(line)
+        if line == "the model a is current again" and device.reports.count(line) == 1:
             device.versions.activate("b")  # before the server looks again
 
     monkeypatch.setattr(device.server, "_tell", tell)
@@ -188,7 +188,7 @@ def test_if_no_version_can_be_loaded_the_current_one_stays(device: Device) -> No
     device.versions.activate("b")
     device.tells("the model b cannot be loaded: bad b", "the model a cannot be loaded: bad a")
     time.sleep(0.3)
-    assert device.versions.current() == "b" and device.told == []
+    assert device.versions.current() == "b" and device.reports == []
     assert device.ask() == "503 the model a cannot be loaded: retry later"
     add(device.state, "c", 3)
     device.versions.activate("c")
@@ -201,7 +201,7 @@ def test_a_model_without_text_is_one_sentence(device: Device) -> None:
     device.versions.activate("b")
     device.tells("the model b is not served: b is a classifier")
     time.sleep(0.3)
-    assert device.versions.current() == "b" and device.told == []
+    assert device.versions.current() == "b" and device.reports == []
     assert device.ask() == "503 the model b generates no text: retry later"
 
 
@@ -212,11 +212,11 @@ def test_a_child_that_dies_is_replaced(device: Device, monkeypatch: pytest.Monke
     device.versions.activate("a")
     device.serves("a")
     for pause in (0.05, 0.1, 0.1):
-        device.told.clear()
+        device.reports.clear()
         dead = device.pid()
         os.kill(dead, signal.SIGKILL)
         why = "the process of the model a was killed by signal 9, perhaps out of memory, while it served the model"
-        wait_for(lambda: device.told)
+        wait_for(lambda: device.reports)
         assert device.ask() == "503 the model is being loaded: retry later"
         device.serves("a")
         device.tells(f"{why}: starting another one in {pause:g} s")
@@ -229,8 +229,8 @@ def test_a_child_that_dies_is_replaced(device: Device, monkeypatch: pytest.Monke
 def test_a_model_that_kills_its_process_is_tried_again_if_there_is_no_other(device: Device) -> None:
     add(device.state, "a", 1, kill=True)
     device.versions.activate("a")
-    wait_for(lambda: len(device.told) == 4)
-    assert all("while it loaded the model: starting another one in" in line for line in device.told)
+    wait_for(lambda: len(device.reports) == 4)
+    assert all("while it loaded the model: starting another one in" in line for line in device.reports)
     (device.versions.model("a") / "config.json").write_text("{}")
     device.serves("a")
 
@@ -260,7 +260,7 @@ def test_an_invalid_link_is_one_sentence_and_the_model_goes_on(device: Device) -
     add(device.state, "a", 1)
     device.versions.activate("a")
     device.serves("a")
-    device.told.clear()
+    device.reports.clear()
     link = device.versions.folder / "current"
     link.unlink()
     link.symlink_to("elsewhere")
@@ -268,10 +268,10 @@ def test_an_invalid_link_is_one_sentence_and_the_model_goes_on(device: Device) -
     os.kill(device.pid(), signal.SIGKILL)
     device.serves("a")
     shutil.rmtree(device.versions.model("a").parent)
-    device.told.clear()
+    device.reports.clear()
     os.kill(device.pid(), signal.SIGKILL)
-    wait_for(lambda: len(device.told) == 2)
-    assert device.told[1].startswith("the model a cannot be loaded: there is no version a in ")
+    wait_for(lambda: len(device.reports) == 2)
+    assert device.reports[1].startswith("the model a cannot be loaded: there is no version a in ")
 
 
 @pytest.fixture
@@ -313,25 +313,25 @@ def test_a_new_process_waits_for_its_pause(still: Device, monkeypatch: pytest.Mo
     for _ in range(3):
         server._step()
         assert server._loading is None
-    assert still.told == ["the process of the model a was killed by signal 15 while it loaded the model: starting another one in 60 s"]
+    assert still.reports == ["the process of the model a was killed by signal 15 while it loaded the model: starting another one in 60 s"]
     server._not_before = 0
     server._step()
     assert server._loading is not None
 
 
 def test_the_socket_opens_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = list[str]()
-    one = DeviceServer(tmp_path, "0.0.0.0", 0, told.append)
-    (warning,) = told
+    reports = list[str]()
+    one = DeviceServer(tmp_path, "0.0.0.0", 0, reports.append)
+    (warning,) = reports
     assert warning.startswith(f"WARNING: {one.url} can be reached from other machines")
     assert "ANYBODY, because no API key is set (variable FEDTUNE_API_KEY)" in warning
     port = int(one.url.rpartition(":")[2])
     with pytest.raises(NetworkError, match=rf"^cannot listen on 0.0.0.0:{port}: Address already in use.*; give another --serve$"):
-        DeviceServer(tmp_path, "0.0.0.0", port, told.append)
+        DeviceServer(tmp_path, "0.0.0.0", port, reports.append)
     one.stop()  # before its start
     monkeypatch.setenv("FEDTUNE_API_KEY", "a b")
     with pytest.raises(ConfigError, match="the variable FEDTUNE_API_KEY must hold API keys"):
-        DeviceServer(tmp_path, "127.0.0.1", port, told.append)
+        DeviceServer(tmp_path, "127.0.0.1", port, reports.append)
     monkeypatch.setenv("FEDTUNE_API_KEY", "secret")
-    DeviceServer(tmp_path, "0.0.0.0", port, told.append).stop()
-    assert "anybody with an API key" in told[1]
+    DeviceServer(tmp_path, "0.0.0.0", port, reports.append).stop()
+    assert "anybody with an API key" in reports[1]

@@ -36,7 +36,7 @@ class TwoStages(Exchange):
 
     def run(self, round: int, state: ServerState, strategy: Strategy, channel: Channel) -> ServerState:
         ask = RecordDict({"ask": ConfigRecord({"round": round})})
-        numbers = {c: float(str(reply["said"]["number"])) for c, reply in channel.ask("number", dict.fromkeys(channel.cohort, ask))}  # type: ignore[index]
+        numbers = {c: float(str(reply["answer"]["number"])) for c, reply in channel.ask("number", dict.fromkeys(channel.cohort, ask))}  # type: ignore[index]
         total: dict[str, torch.Tensor] = {}
         for update in channel.train():
             for name, tensor in update.adapter.tensors.items():
@@ -57,7 +57,7 @@ def two_stage_app(examples: Mapping[str, int], mute: str = "") -> ClientApp:
         client = ids[int(context.node_config["partition-id"])]
         if client == mute:
             raise Decline("offline", "no number today")
-        return Message(RecordDict({"said": ConfigRecord({"number": str(10 * examples[client])})}), reply_to=message)
+        return Message(RecordDict({"answer": ConfigRecord({"number": str(10 * examples[client])})}), reply_to=message)
 
     return app
 

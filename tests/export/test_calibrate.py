@@ -66,8 +66,8 @@ def test_files(tmp_path: Path) -> None:
     rows = [{"text": "t", "other": "o"}, {"prompt": "p", "n": 3, "answer": "a"}, {"text": " "}]
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     assert read_calibration_texts(tmp_path / "b.jsonl.gz") == ["t", "p\na"]
-    said = [{"from": "human", "value": "Peru?"}, {"from": "gpt", "value": "Lima."}]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"client": "c1", "conversations": said}))
+    turns = [{"from": "human", "value": "Peru?"}, {"from": "gpt", "value": "Lima."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"client": "c1", "conversations": turns}))
     assert read_calibration_texts(tmp_path / "chat.jsonl") == ["Peru?\nLima."]
     tokenizer = AutoTokenizer.from_pretrained(chatml(tmp_path / "model").name)
     wanted = "<|im_start|>user\nPeru?<|im_end|>\n<|im_start|>assistant\nLima.<|im_end|>"

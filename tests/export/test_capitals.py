@@ -1,4 +1,4 @@
-"""Six capitals learnt as chat come out right of every program that runs the exported model."""
+"""Six capitals learned as chat come out right of every program that runs the exported model."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def chatml(folder: Path) -> ModelConfig:
 
 
 def learn(folder: Path, *settings: str) -> Path:
-    """A run that has learnt all capitals, from rows in two forms."""
+    """A run that has learned all capitals, from rows in two forms."""
     with (folder / "train.jsonl").open("w") as file:
         for question, answer in 8 * list(QUESTIONS.items()):
             row = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -99,15 +99,15 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return learn(tmp_path_factory.mktemp("nano"), *own, "rounds=8", "client.steps=20", "eval.every=8")
 
 
-def every_door(folder: Path, tmp_path: Path, adapter: str | None = None) -> None:
+def every_command(folder: Path, tmp_path: Path, adapter: str | None = None) -> None:
     """`generate`, `chat` and /v1/chat/completions of one model."""
     assert {question: generate_text(folder, question, adapter=adapter).strip() for question in QUESTIONS} == QUESTIONS
-    asked, said = tmp_path / "asked.txt", tmp_path / "said.txt"
+    asked, answered = tmp_path / "asked.txt", tmp_path / "answers.txt"
     for question, answer in QUESTIONS.items():
         asked.write_text(question + "\n")
-        with asked.open() as read, said.open("w") as write:
+        with asked.open() as read, answered.open("w") as write:
             assert chat(folder, adapter=adapter, read=read, write=write) == 0
-        assert said.read_text().strip() == answer
+        assert answered.read_text().strip() == answer
     with serve_model(load_engine(folder)) as here, openai.OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0) as client:
         for question, answer in QUESTIONS.items():
             reply = client.chat.completions.create(
@@ -117,34 +117,34 @@ def every_door(folder: Path, tmp_path: Path, adapter: str | None = None) -> None
 
 
 def test_a_template_whose_answers_do_not_end_with_eos(small: Path, tmp_path: Path) -> None:
-    every_door(export_edge(small, tmp_path / "edge", quantize="int8"), tmp_path)
-    every_door(export_hf(small, tmp_path / "hf"), tmp_path)
+    every_command(export_edge(small, tmp_path / "edge", quantize="int8"), tmp_path)
+    every_command(export_hf(small, tmp_path / "hf"), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 @pytest.mark.parametrize("which", ["small", "nano"])
 def test_every_kind_of_package(which: str, kind: str | None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    every_door(export_edge(request.getfixturevalue(which), tmp_path / "edge", quantize=kind), tmp_path)
+    every_command(export_edge(request.getfixturevalue(which), tmp_path / "edge", quantize=kind), tmp_path)
 
 
 @pytest.mark.slow
 def test_a_folder_and_an_adapter_kept_apart(nano: Path, tmp_path: Path) -> None:
-    every_door(export_hf(nano, tmp_path / "hf"), tmp_path)
+    every_command(export_hf(nano, tmp_path / "hf"), tmp_path)
     package = export_edge(nano, tmp_path / "apart", separate=True)
     (name,) = [file.stem for file in (package / "adapters").glob("*.safetensors")]
-    every_door(package, tmp_path, name)
+    every_command(package, tmp_path, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["gptq", "awq"])
 def test_int4_checkpoints(nano: Path, to: Any, tmp_path: Path) -> None:
-    every_door(export_int4_checkpoint(nano, tmp_path / to, to=to, calibrate=nano), tmp_path)
+    every_command(export_int4_checkpoint(nano, tmp_path / to, to=to, calibrate=nano), tmp_path)
 
 
 @pytest.mark.slow
 def test_vllms_folder(small: Path, tmp_path: Path) -> None:
-    every_door(export_vllm(small, tmp_path / "vllm"), tmp_path)
+    every_command(export_vllm(small, tmp_path / "vllm"), tmp_path)
 
 
 ASK = """
@@ -205,7 +205,7 @@ def test_the_commands_of_the_page(nano: Path, tmp_path: Path, capsys: pytest.Cap
     assert len(ours) == 6
     for words in ours:
         assert main([word.replace("RUN", str(run)) for word in words[1:]]) == 0
-    said = capsys.readouterr().err
-    (name,) = set(re.findall(r"--served-model-name (\S+)`", said))
+    printed = capsys.readouterr().err
+    (name,) = set(re.findall(r"--served-model-name (\S+)`", printed))
     for line in ("vllm serve RUN/vllm --served-model-name NAME", "ollama create NAME -f RUN/ollama/Modelfile", "ollama run NAME"):
-        assert line in page and f"`{line.replace('RUN', str(run)).replace('NAME', name)}`" in said
+        assert line in page and f"`{line.replace('RUN', str(run)).replace('NAME', name)}`" in printed

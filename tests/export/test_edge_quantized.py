@@ -75,8 +75,8 @@ def test_a_calibrated_package_reports_both_perplexities(tmp_path: Path, quantize
     found = figures["perplexity"]
     assert (figures["kind"], figures["method"], found["text"]) == (quantize, method, "calibrate")
     assert found["tokens"] > 20 and abs(math.log(found["after"] / found["before"])) < 0.5
-    told = f"perplexity on {found['tokens']} held-out tokens of the calibration text, requests included: {found['before']:.4g} before"
-    assert told in describe_package(out)
+    sentence = f"perplexity on {found['tokens']} held-out tokens of the calibration text, requests included: {found['before']:.4g} before"
+    assert sentence in describe_package(out)
     exact = read_package(export_edge(run, run / "exact"))
     changed = not torch.equal(tensors_of(package)["model.norm.weight"], tensors_of(exact)["model.norm.weight"])
     assert changed == (method in ("awq", "smoothquant"))  # they fold scales into the norms

@@ -69,7 +69,7 @@ SPELLED = "merges do not produce"
 NORMALIZED = "first replaces and adds spaces"
 ENDS = "ends llama.cpp with an error"
 BYTES = "is encoded as byte tokens"
-PIECES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {  # SentencePiece's BPE, and what is told of it
+PIECES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {  # SentencePiece's BPE, and what is reported of it
     "legacy": (lambda: pieces(None, flagged=False), []),
     "never": (lambda: pieces("never", flagged=False), []),
     "always": (lambda: pieces("always", flagged=False), [SPACES]),
@@ -164,11 +164,11 @@ def test_flags_and_unicode_composition_of_byte_level_tokenizers_are_reported(tmp
     check(read_vocabulary(folder, AutoTokenizer.from_pretrained(folder), 400).differs, BY_BYTES[name][1])
 
 
-def check(differs: str, told: list[str]) -> None:
+def check(differs: str, reported: list[str]) -> None:
     """Check that the sentence has every part and no others."""
-    assert all(part in differs for part in told) and (told or not differs)
+    assert all(part in differs for part in reported) and (reported or not differs)
     for other in {SPACES, FIRST, SPELLED, NORMALIZED, ENDS, BYTES, "next to", "NFC"}:
-        assert (other in differs) == any(other in part for part in told), other
+        assert (other in differs) == any(other in part for part in reported), other
 
 
 def test_an_export_reports_texts_with_other_tokens(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_calibrated_exports_need_little_more_memory_than_a_shard_and_the_output(
     measure: Callable[..., str], small: Path, narrow: tuple[Path, int], how: str
 ) -> None:
     run, largest = narrow
-    # the allocator's own share of a peak varies by 10 MB from one process to the next, and only upwards: the least of three counts
+    # the allocator's own share of a peak varies by 10 MB from one process to the next, and only upward: the least of three counts
     for _ in range(3):
         peak, size = measured(measure, small, run, f"edge {how}")
         if peak <= 1.3 * largest + size:

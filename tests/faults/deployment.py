@@ -40,7 +40,7 @@ def write_rows(folder: Path, clients: Sequence[str], lines: int = 40, growth: in
 
 
 def settings(rows: Path, clients: Sequence[str], *more: str) -> list[str]:
-    """LoRA on stories260k, as both doors take it."""
+    """LoRA on stories260k, as server and client read it."""
     return [
         "model=hub",
         f"model.name={STORIES}",

@@ -98,7 +98,7 @@ def name_process(folder: str) -> None:
 
 
 def preload() -> None:
-    """Import all that the doors import sooner or later."""
+    """Import all modules that server and client import at some time."""
     from peft import LoraConfig  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
 

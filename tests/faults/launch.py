@@ -151,17 +151,17 @@ def skew(seconds: float) -> None:
 
 
 def main() -> int:
-    who, folder, door, *args = sys.argv[1:]
+    who, folder, program, *args = sys.argv[1:]
     points = Points(who, Path(folder))
     if args[:1] == ["--skew"]:
         skew(float(args[1]))
         args = args[2:]
-    {"server": server, "client": client, "worker": worker}[door](points)
-    if door == "server":
+    {"server": server, "client": client, "worker": worker}[program](points)
+    if program == "server":
         from fedtune.cli.server import main as start
 
         return start(args)
-    if door == "client":
+    if program == "client":
         from fedtune.cli.client import main as start
 
         return start(args)

@@ -98,7 +98,7 @@ def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.Captur
     assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr() == (f"{want[0]}\n\n{want[1]}\n", "")  # an empty line for the empty one
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 100 + "\nhi\n"))
-    assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 2  # what does not fit is told, and the talk goes on
+    assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 2  # an error names what does not fit, and the chat goes on
     out, err = capsys.readouterr()
     assert out == "\n" + want[0] + "\n" and "exceed the model's context" in err and "1 of the requests could not" in err
     monkeypatch.setattr(sys, "stdin", io.StringIO("\udcff\nhi\n"))  # bytes that are no UTF-8, as Python reads them

@@ -1,4 +1,4 @@
-"""task=chat: which turns of a conversation are learnt, what is cut, and how answers are graded."""
+"""task=chat: which turns of a conversation are learned, what is cut, and how answers are graded."""
 
 import copy
 import dataclasses
@@ -187,14 +187,14 @@ def test_a_client_whose_conversations_do_not_fit_says_so(tmp_path: Path) -> None
 def test_exact_match_is_that_of_the_generated_answers(backbone: Backbone) -> None:
     examples = encode(backbone, *[turns("Hello?", "Rome.", q, a) for q, a in QUESTIONS.items()], max_new_tokens=4)
     task = dataclasses.replace(CHAT, max_new_tokens=4)
-    said = generate_answers(backbone.model, backbone.tokenizer, examples, task, batch_size=4)
-    right = [dataclasses.replace(e, answer=text) if i % 2 else e for i, (e, text) in enumerate(zip(examples, said, strict=True))]
+    answers = generate_answers(backbone.model, backbone.tokenizer, examples, task, batch_size=4)
+    right = [dataclasses.replace(e, answer=text) if i % 2 else e for i, (e, text) in enumerate(zip(examples, answers, strict=True))]
     assert evaluate(backbone.model, backbone.tokenizer, right, task, batch_size=4)["exact_match"] == 0.5
     silent = Example(np.full(2, 5, np.int32), np.full(2, IGNORED, np.int32))
     assert evaluate(backbone.model, backbone.tokenizer, [*right, silent], task, batch_size=4)["exact_match"] == 0.5
 
 
-def test_a_first_answer_is_learnt_without_what_comes_before_it(backbone: Backbone) -> None:
+def test_a_first_answer_is_learned_without_what_comes_before_it(backbone: Backbone) -> None:
     first = [{"role": "assistant", "content": "Rome."}]
     examples = encode(backbone, first, [*first, *turns("And?", "Lima.")])
     assert [targets(backbone, e) for e in examples] == ["Rome.<|im_end|>", "Rome.<|im_end|>Lima.<|im_end|>"]
@@ -242,10 +242,10 @@ def test_overlap_by_hand(answer: str, reference: str, f1: float, rouge: float) -
 def test_overlap_is_that_of_the_generated_answers(backbone: Backbone) -> None:
     task = dataclasses.replace(CHAT, overlap=True)
     examples = encode(backbone, *[turns(q, a) for q, a in QUESTIONS.items()])
-    said = generate_answers(backbone.model, backbone.tokenizer, examples, task, batch_size=4)
-    half = [dataclasses.replace(e, answer=f"{text} lamp") for e, text in zip(examples, said, strict=True)]
+    answers = generate_answers(backbone.model, backbone.tokenizer, examples, task, batch_size=4)
+    half = [dataclasses.replace(e, answer=f"{text} lamp") for e, text in zip(examples, answers, strict=True)]
     found = evaluate(backbone.model, backbone.tokenizer, half, task, batch_size=4)
-    pairs = list(zip(said, half, strict=True))
+    pairs = list(zip(answers, half, strict=True))
     assert found["token_f1"] == pytest.approx(sum(token_f1(text, e.answer) for text, e in pairs) / len(half))
     assert found["rouge_l"] == pytest.approx(sum(rouge_l(text, e.answer) for text, e in pairs) / len(half))
     assert found["exact_match"] == 0 and found["rouge_l"] > 0

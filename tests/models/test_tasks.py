@@ -138,14 +138,14 @@ def test_exact_match_of_an_encoder_decoder_agrees_with_greedy_decoding_by_hand(t
     model, words = backbone.model, backbone.tokenizer
     rows = []
     for i, row in enumerate(pairs((3, 1), (7, 1), (4, 1), (2, 1))):
-        said = [2]
+        decoded = [2]
         for _ in range(6):
-            logits = model(torch.tensor([row.input_ids.tolist()]), decoder_input_ids=torch.tensor([said])).logits
-            said.append(int(logits[0, -1].argmax()))
-            if said[-1] == words.eos_token_id:
+            logits = model(torch.tensor([row.input_ids.tolist()]), decoder_input_ids=torch.tensor([decoded])).logits
+            decoded.append(int(logits[0, -1].argmax()))
+            if decoded[-1] == words.eos_token_id:
                 break
-        answer = words.decode(said[1:], skip_special_tokens=True).strip() + (" lamp" if i == 3 else "")
-        rows.append(replace(row, labels=np.array([-100, *said[1:]], np.int32), answer=answer))
+        answer = words.decode(decoded[1:], skip_special_tokens=True).strip() + (" lamp" if i == 3 else "")
+        rows.append(replace(row, labels=np.array([-100, *decoded[1:]], np.int32), answer=answer))
     generated = generate_answers(model, words, rows, INSTRUCTION, batch_size=3)
     assert generated == [r.answer for r in rows[:3]] + [rows[3].answer.removesuffix(" lamp")]
     scores = evaluate(model, words, rows, INSTRUCTION, batch_size=3)

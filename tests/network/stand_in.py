@@ -59,7 +59,7 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
             "ids": f"{context.run_id} {context.node_id} {TaskIdentity.run_id} {TaskIdentity.node_id}",
             "node": str(dict(context.node_config)),
         }
-        return Message(RecordDict({**message.content, "said": ConfigRecord(status)}), reply_to=message)  # type: ignore[dict-item]
+        return Message(RecordDict({**message.content, "status": ConfigRecord(status)}), reply_to=message)  # type: ignore[dict-item]
 
     app.query()(act)
     app.train()(act)

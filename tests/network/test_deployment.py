@@ -101,10 +101,10 @@ def test_doors_refuse_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
         ),
         (["-m", "fedtune.cli.client", "--server", "a:1", "--insecure", "--data", "/no"], "fedtune-client: --data /no: no such file"),
     ):
-        door = {"fedtune.cli.server": server, "fedtune.cli.client": client}[args[1]]
-        assert door.main(args[2:]) == 2
+        program = {"fedtune.cli.server": server, "fedtune.cli.client": client}[args[1]]
+        assert program.main(args[2:]) == 2
         error = capsys.readouterr().err
         assert error.startswith(sentence) and error.count("\n") == 1, error
-        if "rounds=x" in args or "localhost:1" in args:  # each door as a process, too
+        if "rounds=x" in args or "localhost:1" in args:  # each program as a process, too
             done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120)
             assert (done.returncode, done.stderr) == (2, error)

@@ -51,7 +51,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 def status_of(reply: Message) -> ConfigRecord:
     assert reply.has_content(), reply.error
-    return reply.content.config_records["said"]
+    return reply.content.config_records["status"]
 
 
 def reason(reply: Message) -> str:

@@ -330,7 +330,7 @@ def test_a_new_signing_key_reaches_every_client_s_folder(tmp_path: Path, capsys:
     assert {(out / "clients" / c / "signing.pub").read_bytes() for c in "ab"} == {old.read_bytes()}
     shutil.rmtree(out / "clients" / "b")  # its files are on the client
     assert main(["keys", "--out", str(out), "--renew-signing-key"]) == 0
-    assert "To the server" in (said := capsys.readouterr().out) and "signing.pub" in said
+    assert "To the server" in (output := capsys.readouterr().out) and "signing.pub" in output
     signature = Signer(out / "signing.key").sign(b"data")
     assert Verifier(out / "clients" / "a" / "signing.pub").accepts(b"data", signature) and not verifier.accepts(b"data", signature)
     assert not (out / "clients" / "b").exists()

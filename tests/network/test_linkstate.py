@@ -295,7 +295,7 @@ def test_a_message_lost_on_delivery_is_delivered_again(
     monkeypatch.setattr(Fleet, "pull", lossy)
     grid = LinkGrid(near, **near.ask(0, do="open_run", name="lossy"), patience_s=20)
     reply = round_trip(grid, small(7), running(near.private_address, answer).id, patience_s=15)
-    assert seen == answered and reply.has_error() is not bool(answered)  # twice lost: said at once, not at the end of the round
+    assert seen == answered and reply.has_error() is not bool(answered)  # a second loss is reported at once, not at the end of the round
     grid.close()
 
 

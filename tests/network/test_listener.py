@@ -29,11 +29,11 @@ def address() -> Iterator[tuple[str, int]]:
     connections = Connections(MOST, FEW)
     port = PublicPort(Inside(), max_body=MAX, keys={public_key_to_bytes(KEY.public_key())}, authenticated=connections.authenticate)
     server = uvicorn.Server(uvicorn.Config(port, http=StallTimeout, lifespan="off", log_config=None, timeout_keep_alive=60))
-    with _listen("127.0.0.1", 0, connections) as door:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([door])), daemon=True)
+    with _listen("127.0.0.1", 0, connections) as listening:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
         thread.start()
         wait_until(lambda: server.started)
-        yield door.getsockname()[:2]
+        yield listening.getsockname()[:2]
         server.should_exit = True
         thread.join(5)
 

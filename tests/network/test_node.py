@@ -222,7 +222,7 @@ def test_a_key_that_is_not_allowed_is_reported_and_the_node_retries(
     monkeypatch.setattr(fleet, "LEASE", 0.0)  # as if that were over
     wait_until(lambda: client.heard(f"{safe_server.address} does not accept the key {key}: it is not among the allowed keys there"))
     assert client.thread.is_alive()
-    assert not any(line.startswith("-----") or key.read_text()[40:60] in line for line in client.reports)  # the key is never said
+    assert not any(line.startswith("-----") or key.read_text()[40:60] in line for line in client.reports)  # the key is never printed
 
 
 def test_plain_http_to_a_tls_port_and_tls_to_a_plain_one(

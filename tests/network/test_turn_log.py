@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from fedtune.cli import client as door
+from fedtune.cli import client as program
 from fedtune.clients.declining import decline_reply
 from fedtune.contracts import flower
 from fedtune.errors import DataError, Decline
@@ -103,7 +103,7 @@ def test_the_command_writes_the_line_to_the_terminal_and_to_the_log(tmp_path: Pa
         return reply
 
     with logging_to(tmp_path / "client.jsonl"):
-        assert door._recorded(message, answer) is reply
+        assert program._recorded(message, answer) is reply
     assert capsys.readouterr().err == "fedtune-client: round 3: trained 2 steps in 0.1 s, loss 0.5; 0.40 MB down, 0.20 MB up\n"
     (line,) = (tmp_path / "client.jsonl").read_text().splitlines()
     document = json.loads(line)

@@ -125,9 +125,9 @@ def test_an_image_is_built_from_existing_files(path: Path) -> None:
 @pytest.mark.parametrize("path", IMAGES, ids=lambda p: p.suffix[1:])
 def test_the_command_in_a_dockerfiles_comment_is_valid(path: Path) -> None:
     head = " ".join(line.lstrip("# ").rstrip("\\") for line in path.read_text().splitlines() if line.startswith("#"))
-    door = f"fedtune-{path.suffix[1:]}"
+    program = f"fedtune-{path.suffix[1:]}"
     words = head.partition("docker run")[2].partition("Keys are")[0].partition("Keys and")[0].split()
-    parse(words[words.index(door) :])
+    parse(words[words.index(program) :])
 
 
 # -- compose ------------------------------------------------------------------------------------------------------------------------------
@@ -143,10 +143,10 @@ def test_the_compose_file_starts_a_server_and_three_clients() -> None:
     clients = sorted(set(compose_services) - {"keys", "server"})
     assert len(clients) == 3 and {"keys", "server"} < set(compose_services)
     for name, service in compose_services.items():
-        door = "server" if name in ("keys", "server") else "client"
-        assert service["image"] == f"fedtune-{door}:trial" and not service.get("privileged")
+        program = "server" if name in ("keys", "server") else "client"
+        assert service["image"] == f"fedtune-{program}:trial" and not service.get("privileged")
         if build := service.get("build"):
-            assert (FOLDER / build["context"] / build["dockerfile"]).resolve() == FOLDER / f"Dockerfile.{door}"
+            assert (FOLDER / build["context"] / build["dockerfile"]).resolve() == FOLDER / f"Dockerfile.{program}"
         assert name == "keys" or service["depends_on"] == {"keys": {"condition": "service_completed_successfully"}}
         for mount in service["volumes"]:
             source = mount["source"] if isinstance(mount, dict) else mount.split(":")[0]

@@ -99,9 +99,9 @@ def test_every_client_gets_the_last_state_and_learns_of_the_end(tmp_path: Path) 
     assert {bytes(b) for b in devices.bodies.values()} == {(tmp_path / "wanted").read_bytes()}
     assert results(tmp_path) == dict.fromkeys(CLIENTS, "installed global")
     size = 3 * len(devices.bodies["anna"]) / 1e6
-    (said,) = [n for n in observer.notes if n.startswith("delivered")]
-    assert said.startswith("delivered the model of round 2 to 3 of 3 clients in ")
-    assert said.endswith(f" s ({size:.2f} MB sent; 3 installed global)")
+    (sentence,) = [n for n in observer.notes if n.startswith("delivered")]
+    assert sentence.startswith("delivered the model of round 2 to 3 of 3 clients in ")
+    assert sentence.endswith(f" s ({size:.2f} MB sent; 3 installed global)")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def break_down(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "result", "said"),
+    ("fault", "result", "sentence"),
     [
         (refuse, "refused: its signature is wrong", "client bert has not installed the model: its signature is wrong"),
         (break_down, "failed: the disk is full", "client bert has not installed the model: the disk is full"),
@@ -158,11 +158,11 @@ def break_down(count: int) -> None:
         ),
     ],
 )
-def test_a_client_that_does_not_install_is_named(tmp_path: Path, fault: Any, result: str, said: str) -> None:
+def test_a_client_that_does_not_install_is_named(tmp_path: Path, fault: Any, result: str, sentence: str) -> None:
     devices = Devices({"bert": fault})
     _, observer = run(tmp_path, devices)
     assert results(tmp_path) == {"anna": "installed global", "bert": result, "carla": "installed global"}
-    assert any(said in note for note in observer.notes)
+    assert any(sentence in note for note in observer.notes)
     assert any(note.startswith("delivered the model of round 2 to 2 of 3 clients") for note in observer.notes)
 
 

@@ -64,7 +64,7 @@ def no_file(path: Path, kind: str) -> Path:
     return Path("/dev/zero") if kind == "device" else path
 
 
-# -- doors ---------------------------------------------------------------------------------------------------------------------------------
+# -- readers -------------------------------------------------------------------------------------------------------------------------------
 
 JSON = {
     "deep list": "[" * DEEP + "]" * DEEP,
@@ -113,7 +113,7 @@ def composing(args: list[str]) -> Callable[[], object]:
     return lambda: compose(args)
 
 
-DOORS: dict[str, tuple[dict[str, str], Callable[[Path, str], Callable[[], object]]]] = {
+READERS: dict[str, tuple[dict[str, str], Callable[[Path, str], Callable[[], object]]]] = {
     "status, config": (YAML | {PIPE: PIPE}, lambda p, t: commands(["status", str(run_folder(p / "r", "config.yaml", t))])),
     "compare, config": (YAML | {PIPE: PIPE}, lambda p, t: commands(["compare", str(run_folder(p / "r", "config.yaml", t))])),
     "resume": (YAML | {PIPE: PIPE}, lambda p, t: composing([f"resume={run_folder(p / 'r', 'config.yaml', t)}"])),
@@ -164,9 +164,9 @@ def allowed(folder: Path, text: str) -> Callable[[], object]:
     return lambda: read_allowed(folder / "allowed.json")
 
 
-@pytest.mark.parametrize(("door", "case"), [(d, c) for d, (cases, _) in DOORS.items() for c in cases])
-def test_hostile_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], door: str, case: str) -> None:
-    cases, make = DOORS[door]
+@pytest.mark.parametrize(("reader", "case"), [(d, c) for d, (cases, _) in READERS.items() for c in cases])
+def test_hostile_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str, case: str) -> None:
+    cases, make = READERS[reader]
     call = make(tmp_path, cases[case])
     try:
         code = call()
@@ -180,4 +180,4 @@ def test_hostile_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_all_commands_are_covered() -> None:
-    assert sum(len(cases) for cases, _ in DOORS.values()) > 30
+    assert sum(len(cases) for cases, _ in READERS.values()) > 30

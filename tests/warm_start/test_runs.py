@@ -249,8 +249,8 @@ def test_a_peft_folder_is_a_start_without_a_measure(earlier: Path, tmp_path: Pat
     run = simulate(warm(earlier, name="bare", peft={"from_": str(bare)}))
     assert_same_model(run, earlier)
     assert lines(run)[0]["start"]["from"] == "bare" and not any(k.startswith(("earlier", "forgetting")) for r in lines(run) for k in r)
-    said = capsys.readouterr().err
-    assert "forgetting is not measured: it started from an adapter folder, which names no test rows" in said
+    output = capsys.readouterr().err
+    assert "forgetting is not measured: it started from an adapter folder, which names no test rows" in output
 
 
 @pytest.mark.slow
@@ -265,14 +265,14 @@ def test_earlier_rows_on_another_machine_are_not_measured(earlier: Path, tmp_pat
 
 @pytest.mark.slow
 def test_the_report_and_the_cards_say_where_it_began(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = simulate(warm(earlier, client=MOVING, name="told"))
+    run = simulate(warm(earlier, client=MOVING, name="reported"))
     last = lines(run)[-1]
-    card, report, said = (run / "adapter" / "README.md").read_text(), (run / "report.html").read_text(), capsys.readouterr().out
+    card, report, output = (run / "adapter" / "README.md").read_text(), (run / "report.html").read_text(), capsys.readouterr().out
     sha256 = lines(run)[0]["start"]["sha256"]
     assert f"warm start: from the adapter of `{earlier.name}` (round 2, file's sha256 `{sha256}`)" in card and "(0 is the start)" in card
     assert f"from {earlier.name} → round 2" in report and "Earlier task: perplexity" in report and "untuned" not in report
-    assert "round 0 (warm start)" in said and "untuned" not in said
-    assert "earlier test rows: perplexity" in said and f"forgetting {last['forgetting']:.3f}" in said
+    assert "round 0 (warm start)" in output and "untuned" not in output
+    assert "earlier test rows: perplexity" in output and f"forgetting {last['forgetting']:.3f}" in output
     about = provenance(read_origin(run))["provenance"]  # for the cards of edge packages and GGUF files
     assert about["start"] == {"from": earlier.name, "round": 2, "sha256": sha256}
 

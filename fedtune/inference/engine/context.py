@@ -68,7 +68,7 @@ class Context:
         return self.cache.in_order and self.engine.decoder.native_step() is not None
 
     def guess(self, tokens: Sequence[int], how: Guessing) -> Guesses:
-        """Append one or more tokens and draft those after them (see `guess`); all but the last drafted one are appended, too."""
+        """Append one or more tokens and draft those after them (see `guess`). Appends the drafted tokens except the last, too."""
         try:
             made = guess(self.engine.decoder, tokens, self.cache, how, adapter=self.adapter)
             self.ids += [*tokens, *made.tokens[:-1, 0].tolist()]

@@ -181,7 +181,7 @@ def kept_rows(spans: Sequence[Span]) -> list[int]:
 
 
 def describe_passes(decoder: Decoder) -> str:
-    """What runs the decoder's layers, and why it is torch, as the end of a sentence."""
+    """Whether native code or torch runs the decoder's layers, as the end of a sentence; if torch does, also why."""
     why = NativeStep.why_torch(decoder.shape, decoder.layers)
     return f"by torch ({why})" if why else "in native code"
 

@@ -20,8 +20,8 @@ from fedtune.inference.engine.text import StopStrings, Stream
 if TYPE_CHECKING:
     from fedtune.inference.engine.load import Engine
 
-# Two scores closer than this fraction of the largest may swap between a pass over several tokens and plain decoding: four steps of the
-# least precise operands of a kind's products. float32 sums in another order differ too little to matter
+# Two scores that are closer than this fraction of the largest may change their order between a pass over several tokens and plain decoding.
+# It is four rounding steps of the least precise operand of a kind's products. float32 sums in another order differ too little to matter.
 ROUNDING = {"fp32": 0.0, "bf16": 2**-6, "int8": 2**-5, "int4": 2**-5}  # int4 has 8-bit activations too, by the native kernels
 
 
@@ -54,7 +54,7 @@ class Report:
         tokens: Tokens of the answer.
         prefill_seconds, decode_seconds: Time to the first token, and after it.
         passes: Forward passes after the first token.
-        drafted, accepted: Places of the answer for which draft tokens were verified, and those where one was accepted.
+        drafted, accepted: Places of the answer for which draft tokens were verified, and places where one of them was accepted.
         draft_seconds: Part of decode_seconds spent on drafting.
         close: Positions of the answer decided by a verifying pass whose two best scores were closer than ROUNDING of the model's linears:
             only there may a greedy answer differ from plain decoding. Always empty in fp32.
@@ -176,7 +176,7 @@ class Generation:
         """Run one pass. Returns the new tokens, each with its logits (V,)."""
         begun = self._clock()
         self.report.passes += 1
-        unread = self._ids[len(self.context.ids) :]  # one token, or two after another token for a place was right
+        unread = self._ids[len(self.context.ids) :]  # one token, or two after a fork was right
         speculation = self._speculation
         grade = speculation.drafter.grade(self._ids) if speculation else None
         if speculation and grade is not None:

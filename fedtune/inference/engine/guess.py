@@ -1,6 +1,6 @@
 """Drafts tokens with a decoder: its most likely token, then the most likely one after it, and so on.
 
-Where the native pass runs, one call makes the whole draft: Python would take longer between a small model's passes than they last.
+With the native pass, one call makes the whole draft: a small model's passes are shorter than what Python does between them.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,9 @@ class Guessing:
 
     Args:
         most: Tokens to draft, at least 1.
-        vocabulary: Only the first tokens of the vocabulary are drafted.
+        vocabulary: Only token ids below this are drafted.
         least: Stop once the product of the tokens' chances, each times `trust` but at most 1, is below this.
+        trust: Factor from the model's chances to those that `least` is compared with.
         sharpness: Chances are the softmax of the logits times this: 1 / temperature.
         penalty: The repetition penalty.
         seen: [vocabulary] bool: the tokens to penalize; None without a penalty. Drafted tokens are added.
@@ -45,7 +46,7 @@ class Guesses:
     """Drafted tokens.
 
     Args:
-        tokens: [n, 2]: at each place the most likely token and the next to it.
+        tokens: [n, 2]: the two most likely tokens at each place, the likelier first.
         chances: [n, 2]: their probabilities in the drafting model.
     """
 

@@ -15,7 +15,7 @@ __all__ = ["describe_path", "linear_from_parts", "linear_from_tensors"]
 
 
 def linear_from_parts(kind: str, parts: Mapping[str, Any], *, n_in: int, n_out: int, group: int = 0) -> Linear:
-    """Make a linear from packed parts, which may be mapped from disk; `packing()` must be that of their time."""
+    """Make a linear from packed parts, which may be mapped from disk; `packing()` must not have changed since they were packed."""
     run = kernels()
     if "codes" in parts and run is not None:
         return Native(kind, parts, run, n_in=n_in, n_out=n_out, group=group)
@@ -37,7 +37,7 @@ def _torch_linears(kind: str) -> Any:
 
 
 def describe_path(linears: Iterable[Linear]) -> str:
-    """One sentence: which kernels run these linears, and why it is torch's."""
+    """One sentence: which kernels run these linears; if torch's do, why."""
     paths = dict.fromkeys(
         f"{x.kind} by native kernels ({x.kernels.instructions})" if isinstance(x, Native) else f"{x.kind} by torch ({why_torch(x.kind)})"
         for x in linears

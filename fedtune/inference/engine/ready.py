@@ -114,7 +114,7 @@ def write_ready(place: Place, linears: Iterable[tuple[str, Linear]]) -> bool:
     Args:
         linears: Name and linear, each built on demand and freed after writing.
     """
-    _forget_the_gone(place.path.parent)
+    _delete_stale(place.path.parent)
     try:
         place.path.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(place.path, mode=0o700, replace=True, durable=False, shared=True) as folder:
@@ -176,7 +176,7 @@ def _seal(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _forget_the_gone(root: Path) -> None:
+def _delete_stale(root: Path) -> None:
     """Delete packed weights of deleted model folders, and unfinished ones older than a day."""
     for unfinished in root.glob(".*"):
         if unfinished.stat().st_mtime < time.time() - 86400:

@@ -66,4 +66,4 @@ class GenerationRequest:
     deadline: float = float("inf")
     answered: int = field(default=0, init=False)
     cached: int = field(default=0, init=False)
-    cancelled: bool = field(default=False, init=False)
+    canceled: bool = field(default=False, init=False)

@@ -13,7 +13,7 @@ from fedtune.config.bounds import require
 from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import ConfigError, ModelError
 
-_COLD, _FLOOR = 1e-3, 1e-30  # the floor is close to float32's smallest number
+_COLD, _FLOOR = 1e-3, 1e-30  # the temperature below which logits are shifted first; the smallest divisor
 _BLOCK = 256  # weights of a row that are summed together
 _NOT_FINITE = "the model's logits are not finite"
 
@@ -58,7 +58,7 @@ class Sampling:
 
     @property
     def sharpness(self) -> float:
-        """What multiplies logits, for estimates: 1 / temperature, but at most 1000, and 1 if greedy."""
+        """Factor on logits for a drafter's chances: 1 / temperature, but at most 1000; 1 if greedy."""
         return 1.0 if self.greedy else min(1 / self.temperature, 1e3)
 
 

@@ -167,7 +167,7 @@ class Scheduler:
 
     def cancel(self, request: GenerationRequest) -> None:
         """Cancel a request: at once if it waits, before the next pass if it runs. It gets no more outputs."""
-        request.cancelled = True
+        request.canceled = True
         with self._lock:
             for sequence in self._waiting:
                 if sequence.request is request:
@@ -243,10 +243,10 @@ class Scheduler:
         """Remove canceled and timed-out requests."""
         now = time.monotonic()
         for sequence in list(self._running):
-            if sequence.request.cancelled or sequence.request.deadline <= now:
+            if sequence.request.canceled or sequence.request.deadline <= now:
                 self._end(sequence, "timeout")
         with self._lock:
-            late = [s for s in self._waiting if s.request.cancelled or s.request.deadline <= now]
+            late = [s for s in self._waiting if s.request.canceled or s.request.deadline <= now]
             for sequence in late:
                 self._waiting.remove(sequence)
         for sequence in late:
@@ -371,9 +371,9 @@ class Scheduler:
         self._deliver(sequence.request, Output(text, last.token, last.logprob, last.rivals, why))
 
     def _deliver(self, request: GenerationRequest, out: Output) -> None:
-        if request.cancelled:
+        if request.canceled:
             return
         try:
             request.deliver(out)
         except Exception:  # the receiver is gone
-            request.cancelled = True
+            request.canceled = True

@@ -61,12 +61,12 @@ class NativeStep:
 
     @staticmethod
     def why_torch(shape: Shape, layers: Sequence[Layer]) -> str:
-        """Why passes run by torch, as the end of a sentence; "" if they do not."""
+        """Why torch runs the passes, as the end of a sentence; "" if it does not."""
         linears = [getattr(layer, name) for layer in layers for name in _LINEARS]
         if other := next((linear for linear in linears if not isinstance(linear, Native)), None):
-            return f"{other.kind} linear layers are torch's"
+            return f"{other.kind} linear layers are not native"
         if shape.head_dim > _WIDEST or shape.heads // shape.kv_heads > _MOST_SHARED:
-            return f"native code has heads of up to {_WIDEST} channels and up to {_MOST_SHARED} query heads for each key head"
+            return f"native code takes heads of at most {_WIDEST} channels, and at most {_MOST_SHARED} query heads for each key head"
         return ""
 
     @property
@@ -137,7 +137,7 @@ class NativeStep:
         return [rope.rows_of(spans) for rope in self._kinds]
 
     def _places(self, spans: Sequence[SpanStructure]) -> list[Array]:
-        """Likewise for the places of the window caches' tokens; [] if there are none."""
+        """For each kind of rotary embedding, its rotations at the places of window caches; [] if there is no such cache."""
         count = max((min(span.length + span.rows, span.sinks + span.window) for span in spans if span.ring), default=0)
         return [rope.rows(0, count) for rope in self._kinds] if count else []
 

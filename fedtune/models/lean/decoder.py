@@ -1,9 +1,10 @@
-"""A decoder layer as one step of the backward pass.
+"""A decoder layer as one autograd function.
 
     x2 = x + norm?(o(attention(q, k, v)))         q, k, v = linear(norm(x))
     y = x2 + norm?(down(act(gate) · up))          gate, up = linear(norm(x2))
 
-A layer keeps x, the outputs of q, k, v, gate and up, what o reads, and x2; or only x, and the backward pass computes the others again.
+norm? is a norm that some architectures have there; in OLMo 2 the other norms are missing. For the backward pass a layer keeps x, the
+outputs of q, k, v, gate and up, the input of o, and x2 (with norm?, also its input); or only x, from which it computes the others again.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ __all__ = ["LAYERS", "Layer", "Pass"]
 
 Kept = list[Tensor | None]
 
-# transformers' class of a decoder layer → (number added to the norms' weights, whether they round before the product with it)
+# transformers' class of a decoder layer → the norms' `offset` and `early` (see `Norm`)
 LAYERS = {
     "LlamaDecoderLayer": (0.0, True),
     "MistralDecoderLayer": (0.0, True),
@@ -72,7 +73,7 @@ class Pass:
 
 
 class _Call:
-    """One layer's call: its mask, its rotary embedding, the states of the generator, and whether it keeps intermediate tensors."""
+    """One call of a layer: its mask, its rotary embedding, the generator's states before dropout, and whether it keeps tensors."""
 
     def __init__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor], *, keeps: bool) -> None:
         self.keeps, self.size = keeps, x.shape[:2]
@@ -115,8 +116,8 @@ class _Attention:
         dheads = list(attend_backward(da, q, k, v, call.mask, self.scale, self.cap))
         del da, q, k, v
         for i in range(3):
-            turned = i < 2 and self.rotates
-            dheads[i] = (rotate(dheads[i], *call.rotation, back=True) if turned else dheads[i].transpose(1, 2)).reshape(len(x), -1)
+            rotated = i < 2 and self.rotates
+            dheads[i] = (rotate(dheads[i], *call.rotation, back=True) if rotated else dheads[i].transpose(1, 2)).reshape(len(x), -1)
         for i, norm in enumerate(self.norms):
             if norm is not None:
                 dheads[i] = norm.backward(*(self._by_head(t) for t in (dheads[i], given[i]))).flatten(1)
@@ -135,7 +136,7 @@ class _Attention:
         ]
 
     def _by_head(self, x: Tensor) -> Tensor:
-        """(N, H·D) as a head's norm reads it."""
+        """(N, H·D) in the shape that the norms of queries and keys read: (N, H, D), or unchanged if they are over all heads."""
         return x if self.whole else x.reshape(len(x), -1, self.width)
 
 

@@ -75,7 +75,7 @@ class Linear:
 
 
 @contextmanager
-def _redrawn(state: Tensor | None, device: torch.device) -> Iterator[None]:
+def _random_from(state: Tensor | None, device: torch.device) -> Iterator[None]:
     """A context whose random numbers start from this state; afterward, the generator continues as if it were not used."""
     if state is None:
         yield
@@ -85,7 +85,7 @@ def _redrawn(state: Tensor | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _drawn(device: torch.device) -> Tensor:
+def _generator_state(device: torch.device) -> Tensor:
     """The generator's state."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
@@ -100,8 +100,8 @@ class Linears:
         """Each layer's y, (N, out). Dropout draws from the global generator, layer by layer, or from the state of an earlier call."""
         again = states.get(self)
         if again is None and self._rate(pairs):
-            states[self] = _drawn(x.device)
-        with _redrawn(again, x.device):
+            states[self] = _generator_state(x.device)
+        with _random_from(again, x.device):
             inner = [t for group, a, noise in self._groups(x, pairs) for t in self._inner(x, pairs, group, a, noise)]
         out = []
         for layer, (_, b) in zip(self.layers, pairs, strict=True):
@@ -121,7 +121,7 @@ class Linears:
             for layer, dy in zip(self.layers, dys, strict=True):
                 part = times(dy, layer.weight(dy.dtype).T)
                 total = part if total is None else total.add_(part)
-        with _redrawn(states.get(self), x.device):
+        with _random_from(states.get(self), x.device):
             for group, a, noise in self._groups(x, pairs):
                 dts = []
                 for i, t in zip(group, self._inner(x, pairs, group, a, noise), strict=True):
@@ -165,7 +165,7 @@ class Norm:
         weight: w.
         eps: ε.
         offset: Number added to the weight (Gemma: 1).
-        early: Whether x is rounded to its dtype before the product with w (Llama), or after it.
+        early: Whether the normalized x is rounded to x's dtype before the product with w (Llama), or after it.
     """
 
     weight: Tensor
@@ -249,7 +249,8 @@ def attend_backward(
 def _fused(q: Tensor, k: Tensor, cap: float | None) -> bool:
     """Whether torch's attention kernel is used.
 
-    On a CPU, products and softmax are as fast in float32, and far faster in bf16, but a long row has too many scores for them.
+    On a CPU, two products and a softmax are as fast as the kernel in float32, and far faster in bf16, but they need all scores of a head at
+    once, and a long row has too many.
     """
     length = q.shape[-2]
     return cap is None and (q.device.type == "cuda" or q.shape[1] // k.shape[1] * length * length > SCORES)
@@ -276,7 +277,7 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float 
 
 
 def _pieces(tensors: Sequence[Tensor], mask: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Rows and heads that together have at most `SCORES` scores, or one head of keys: views (b, k, g·T, D), and the mask's rows."""
+    """Pieces of rows and key heads with at most `SCORES` scores, or of one key head: views (b, k, g·T, D), and the mask's rows."""
     rows, heads, length, _ = tensors[1].shape
     kv = tensors[2].shape[1]
     if mask is None:

@@ -11,7 +11,7 @@ from fedtune.models.lean.functions import times
 
 PIECE = 1 << 23  # logits to compute at once
 _CACHED = 1 << 18  # of these, logits to normalize at once
-ROWS = 64  # at least: with fewer rows, reading the weight takes longer than multiplying
+ROWS = 64  # rows to multiply at once, at least: with fewer, reading the weight takes longer than multiplying
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None = None) -> Tensor:
@@ -57,7 +57,7 @@ class _CrossEntropy(torch.autograd.Function):
 def _softmax_(logits: Tensor, wanted: Tensor, losses: Tensor, cap: float | None) -> None:
     """Replace logits (n, vocabulary) by the gradient of their loss, softmax(logits) − 1 at the target, and write the losses (n,).
 
-    Float32, and so few rows at once that they stay in the processor's cache.
+    Computes in float32, and in so few rows at once that they stay in the processor's cache.
     """
     rows = max(1, _CACHED // logits.shape[-1])
     for some, target, loss in zip(logits.split(rows), wanted.split(rows), losses.split(rows), strict=True):

@@ -68,7 +68,7 @@ def keeping(model: nn.Module, layers: int | None) -> Iterator[Callable[[], bool]
 
 
 class LeanStep:
-    """The layers of a model in their lean form.
+    """The lean form of a model's layers and loss.
 
     Args:
         live: A live adapter for which `why_not` is "".
@@ -93,8 +93,10 @@ class LeanStep:
         self._adapted = [linear.module for layer in self._layers for linear in layer.linears if linear.adapted]
 
     def is_ready(self) -> bool:
-        """Whether the frozen weights need no gradient, no hook adds to their products (shifts of quantized weights do), and the adapter is
-        in use."""
+        """Whether the adapter is active and not merged, the frozen weights need no gradient, and no hook changes a layer's output.
+
+        Shifts of quantized weights are such hooks.
+        """
         if any(p.requires_grad for p in self._frozen) or any(b._forward_hooks or b._forward_pre_hooks for b in self._bases):
             return False
         return not any(m.disable_adapters or m.merged_adapters for m in self._adapted)
@@ -107,7 +109,7 @@ class LeanStep:
         run, first = Pass(), self.layers - (0 if any(again) and self._stack.training else self.kept)
         try:
             for i, layer in enumerate(self._layers):
-                layer.module.gradient_checkpointing = False  # the layer does it itself
+                layer.module.gradient_checkpointing = False  # the lean layer recomputes by itself
                 layer.module.forward = partial(_forward, layer, run, i >= first)
             yield
         finally:
@@ -135,7 +137,7 @@ def _forward(
 
 
 def _stack(model: Any) -> Any:
-    """The module around the decoder layers."""
+    """The module whose `layers` are the decoder layers."""
     return getattr(model, model.base_model_prefix, None)
 
 
@@ -164,7 +166,7 @@ def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
     if (how := text._attn_implementation) not in ("sdpa", "eager"):
         return f"attn_implementation={how} has no lean form"
     if drawn := dropout_rates(model.config):
-        return f"the backbone draws dropout ({', '.join(drawn)})"
+        return f"the backbone has dropout ({', '.join(drawn)})"
     if _activation(text) not in ACTIVATIONS:
         return f"the activation '{_activation(text)}' has no lean form"
     if getattr(text, "use_bidirectional_attention", False):

@@ -3,9 +3,9 @@
     python -m fedtune.simulations.benchmarks.inference.servers --llama-server PATH --models FOLDER --sizes 125m 0.4b
 
 Both serve the same random weights (int4 and Q4_0, or int8 and Q8_0) through OpenAI's protocol, and have a place in the batch for each
-stream. They take turns: in each round every server starts, answers one request to warm up, then `--requests` for each stream, which sends
-the next when the last is complete. No model ends an answer by itself, so all answers have the same length. The figure is the number of
-answered tokens by the seconds from the first request to the last answer, prompts included.
+stream. They take turns. In each round a server starts and answers one request as a warm-up. Then each stream sends `--requests` requests,
+each after the previous answer is complete. Random weights do not end an answer, so all answers have the same length. The figure is the
+number of answered tokens, divided by the seconds from the first request to the last answer; these include the prompts.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import httpx
 from fedtune.simulations.benchmarks.delivery import free_port
 from fedtune.simulations.benchmarks.inference.models import SIZES, build, gguf, package
 
-KINDS = {"int4": "q4_0", "int8": "q8_0"}  # fedtune's, and llama.cpp's of the same size
+KINDS = {"int4": "q4_0", "int8": "q8_0"}  # fedtune's number format → llama.cpp's of the same size
 SIDES = ("fedtune", "llama.cpp")
 
 
@@ -63,7 +63,17 @@ def server(words: list[str], port: int, threads: int, log: Path) -> Iterator[str
 
 
 async def speed(url: str, streams: int, requests: int, prompt: int, new: int) -> float:
-    """Answered tokens a second."""
+    """Answered tokens a second, of all streams together.
+
+    Args:
+        url: The server's address.
+        streams: Requests at once.
+        requests: Requests of each stream.
+        prompt, new: Tokens of a prompt and of an answer.
+
+    Raises:
+        RuntimeError: An answer was shorter.
+    """
 
     async def ask(line: httpx.AsyncClient, number: int) -> int:
         text = "".join(random.Random(number).choices("abcdefghijklmnopqrstuvwxyz ", k=prompt))  # a token for each letter

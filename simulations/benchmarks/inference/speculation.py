@@ -4,13 +4,13 @@
 
 The target is a pretrained checkpoint, widened to a shape of the benchmark (`widen`): text and acceptance are those of real weights and real
 prompts, time is that of the large shape. `fedtune draft` distills the draft model from the checkpoint (`pair`). "wide draft" is that model,
-widened to about a twelfth of the target; "small draft" is not widened. "auto" is the default of `fedtune generate`, with a draft model that
-of `--draft`; each answer starts without measurements, like a command. "auto, kept" goes on with what it has from the answers before, as in
-a chat. "early exit" exits after the checkpoint's last layer, where the result is already exact: an upper bound for a model trained for
-early exit, not a forecast.
+widened to about a twelfth of the target; "small draft" is not widened. "auto" is the default of `fedtune generate`, and "auto, ... draft"
+that of `--draft`. Each answer starts without measurements, as a command does. "auto, kept" keeps the measurements and texts of earlier
+answers, as in a chat. "early exit" exits after the checkpoint's last layer, where the result is already exact: an upper bound for a model
+trained for early exit, not a forecast.
 
-With `--llama-server`, llama.cpp's server answers the same prompts before and after ours (Q4_0 beside int4, Q8_0 beside int8), without a
-draft model and with both of them at 3, 5 and 8 draft tokens. Its figures are the tokens per second that it reports, without the prompt.
+With `--llama-server`, llama.cpp's server answers the same prompts before and after fedtune (Q4_0 beside int4, Q8_0 beside int8), without a
+draft model and with each of the two at 3, 5 and 8 draft tokens. Its figures are the tokens per second that it reports, without the prompt.
 
 Each number format has its own process. There all sides answer one prompt before the next prompt, so that changes in machine speed affect
 all of them. Figures are ratios to plain decoding of the same prompt, medians with quartiles. "accepted" is the share of draft tokens kept,
@@ -218,7 +218,7 @@ def _answer(engine: Engine, row: list[int], sampling: Sampling, new: int, specul
 
 
 def llama_cpp(server: str, case: SpeculationCase) -> dict[str, list[float]]:
-    """llama.cpp's tokens a second on each prompt, greedy, by what it drafts with."""
+    """Tokens a second of llama.cpp on each prompt, greedy: draft model and number of draft tokens → one figure per prompt."""
     target, found = gguf(case.target_hf, PEERS[case.kind]), dict[str, list[float]]()
     drafts = {"wide draft": gguf(case.wide, "q8_0"), "small draft": gguf(case.small, "q8_0")}
     ways = {PLAIN: list[str]()}

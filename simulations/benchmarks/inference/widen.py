@@ -83,10 +83,10 @@ def widen(source: Path, out: Path, size: Size) -> Path:
 def _check(shape: Shape, size: Size, source: Path) -> int:
     """Return the smallest number of key heads that divides the heads and has room for the small model's."""
     if shape.family != "llama" or shape.qkv_bias or shape.o_bias or shape.mlp_bias or shape.rope.kind in ("dynamic", "yarn"):
-        raise ModelError(f"{source} cannot be widened: only Llamas without biases whose rotations hang on no head size can")
+        raise ModelError(f"{source} cannot be widened: it must be a Llama without biases, and without dynamic or YaRN scaling")
     width = size.hidden // size.heads
     if size.hidden % size.heads or width % shape.head_dim:
-        raise ModelError(f"heads of {size.hidden} / {size.heads} channels are no multiple of the {shape.head_dim} of {source}")
+        raise ModelError(f"heads of {size.hidden} / {size.heads} channels are not a multiple of the {shape.head_dim} in {source}")
     needed = {
         "hidden": (size.hidden, shape.hidden + (size.vocabulary > shape.vocab)),
         "layers": (size.layers, shape.layers),
@@ -95,11 +95,11 @@ def _check(shape: Shape, size: Size, source: Path) -> int:
     }
     for name, (given, least) in needed.items():
         if given < least:
-            raise ModelError(f"{name}={given} is too small to hold {source}: it takes {least}")
+            raise ModelError(f"{name}={given} is too small for {source}, which needs at least {least}")
     for kv_heads in range(size.kv_heads, size.heads + 1):
         if size.heads % kv_heads == 0 and shape.kv_heads * _copies(shape, size.heads // kv_heads) <= kv_heads:
             return kv_heads
-    raise ModelError(f"{size.heads} heads do not hold the {shape.heads} of {source}: take more")
+    raise ModelError(f"{size.heads} heads are too few for the {shape.heads} of {source}: take more")
 
 
 def _copies(shape: Shape, group: int) -> int:

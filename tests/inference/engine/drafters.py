@@ -12,7 +12,7 @@ from tests.inference.engine.tiny import VOCAB
 
 
 class Scribble(Drafter):
-    """Drafts random tokens, and other random tokens for all places."""
+    """Drafts random tokens, and a random fork for each place."""
 
     name = "random"
 
@@ -52,7 +52,7 @@ class Oracle(Drafter):
 
 
 class ThirdIsWrong(Oracle):
-    """Drafts the correct answer, but for the third token. Draft tokens with others have the right one beside it."""
+    """Drafts the correct answer, except for the third token. With `others` each place has the correct token as a fork."""
 
     others = False
 

@@ -355,20 +355,20 @@ def test_a_draft_model_drafts_its_own_continuation(engine: Engine, small: Engine
     drafter, ids = DraftModel(small, engine), [5, 3, 9, 4]
     drafter.begin(Sampling(), Context(engine))
 
-    def said(text: list[int]) -> int:
+    def likeliest(text: list[int]) -> int:
         return int(small.decoder.forward(text, [Span(small.cache(), len(text))]).argmax())
 
     for count in (1, 3):  # the second time, over a cache that holds the text and the first guess
         guessed = list[int]()
         for _ in range(count):
-            guessed.append(said([*ids, *guessed]))
+            guessed.append(likeliest([*ids, *guessed]))
         assert drafter.draft(ids, count).tokens == guessed
     guessed = drafter.draft(ids, 3).tokens
     assert drafter._own.cache.length == len(drafter._own.ids)
-    ids += [*guessed, said([*ids, *guessed])]  # all were right
-    assert drafter.draft(ids, 1).tokens == [said(ids)]
+    ids += [*guessed, likeliest([*ids, *guessed])]  # all were right
+    assert drafter.draft(ids, 1).tokens == [likeliest(ids)]
     ids += [7, 2]  # the guess was wrong
-    assert drafter.draft(ids, 1).tokens == [said(ids)]
+    assert drafter.draft(ids, 1).tokens == [likeliest(ids)]
 
 
 @pytest.mark.parametrize("layers", [0, 3])

@@ -130,10 +130,10 @@ def test_the_engine_generates_the_same_tokens_where_torch_is_not_installed(tmp_p
     assert without.returncode == 0, without.stderr
     assert normal.returncode == 0, normal.stderr
     assert len(list(tmp_path.glob("cache*/fedtune/ready/*/weights.bin"))) == 4  # both models were packed and mapped
-    (*found, said), (*wanted, ways) = (json.loads(process.stdout.splitlines()[0]) for process in (without, normal))
+    (*found, count), (*wanted, ways) = (json.loads(process.stdout.splitlines()[0]) for process in (without, normal))
     assert found == wanted and ways == 7 and [model[0] for model in found] == ["in native code"] * 2
     assert all(len(tokens) > 5 for model in found for tokens in model[1:])
-    assert said == ways
+    assert count == ways
     off = run(WITHOUT_TORCH, FEDTUNE_NATIVE="off")
     sentence = "FEDTUNE_NATIVE=off needs torch, which is not installed: leave it out, or pip install torch"
     assert off.stderr.splitlines()[-1] == f"fedtune.errors.ModelError: {sentence}"

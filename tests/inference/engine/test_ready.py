@@ -196,8 +196,8 @@ import sys
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import load_engine
 def anonymous():
-    said = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(said["RssAnon"].split()[0]) << 10, int(said["RssFile"].split()[0]) << 10
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["RssAnon"].split()[0]) << 10, int(status["RssFile"].split()[0]) << 10
 before = anonymous()
 engine = load_engine(*sys.argv[1:])
 opened = anonymous()

@@ -74,16 +74,16 @@ def test_lookups_in_growing_texts_equal_a_search(texts: list[list[int]], data: s
         before.append(now)
 
 
-def test_texts_before_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_texts_are_forgotten_when_they_have_too_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.inference.engine.speculate.lookup._MOST", 10)
     lookup, found = Lookup(), list[int | None]()
     for text in ([1, 2, 3, 4, 5, 6], [7, 2, 3], [8, 2, 3], [9, 2]):
         lookup.begin(Sampling(), cast(Any, None))
         found.append(lookup.grade(text))
-    assert found == [None, 2, 2, None]  # the fourth begins after thirteen
+    assert found == [None, 2, 2, None]  # the fourth begins after more than ten tokens
 
 
-# -- what the model found before -----------------------------------------------------------------------------------------------------------
+# -- token recycling -----------------------------------------------------------------------------------------------------------------------
 
 
 def best(*rows: tuple[int, int, float, float]) -> Guesses:
@@ -103,13 +103,13 @@ def test_a_table_of_choices_drafts_by_two_tokens_else_by_one() -> None:
     assert recycle.draft([1, 2], 1).tokens == [7]
 
 
-def test_chances_are_what_was_found_times_what_such_promises_were_worth() -> None:
+def test_chances_are_calibrated_by_the_probabilities_that_followed() -> None:
     recycle, same, other = Recycle(), best((7, 8, 0.5, 0.25)), best((9, 8, 0.5, 0.25))
     recycle.learn([(1, 2)], same)
     assert recycle.draft([1, 2], 1).chances == [0.5]
     for _ in range(400):
         recycle.learn([(1, 2)], same)
-    assert recycle.draft([1, 2], 1).chances == [pytest.approx(0.5, rel=0.01)]  # it was what it promised
+    assert recycle.draft([1, 2], 1).chances == [pytest.approx(0.5, rel=0.01)]  # the same probability each time
     for _ in range(200):
         recycle.learn([(1, 2)], other)
         recycle.learn([(1, 2)], same)
@@ -143,7 +143,7 @@ def critical(freedom: int) -> float:
     return freedom * (1 - 2 / (9 * freedom) + 3.719 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
-# -- how many guesses ---------------------------------------------------------------------------------------------------------------------
+# -- number of draft tokens ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def critical(freedom: int) -> float:
 )
 def test_expected_tokens_by_hand(acceptance: float, guesses: int, tokens: float) -> None:
     adapt = Adapt(guesses)
-    for n in range(1, guesses + 2):  # a pass costs the same however many tokens it has, so that the gain is the expected number of tokens
+    for n in range(1, guesses + 2):  # all passes cost the same, so the gain is the expected number of tokens
         adapt.costs.add(n, 1.0)
         adapt._drafts.add(n, 0.0)
     assert adapt.best(hoped=acceptance) == (pytest.approx(tokens), guesses)
@@ -160,7 +160,7 @@ def test_expected_tokens_by_hand(acceptance: float, guesses: int, tokens: float)
 def test_costs_are_the_minimum_measurement_and_interpolated() -> None:
     costs = Costs()
     costs.add(1, 5.0)
-    assert costs.table(3) == [0, 5.0, 5.0, 5.0]  # hope, until it is measured
+    assert costs.table(3) == [0, 5.0, 5.0, 5.0]  # assumed until larger passes are measured
     costs.add(1, 2.0)
     costs.add(3, 4.0)
     assert costs.table(5) == [0, 2.0, 3.0, 4.0, 5.0, 6.0]
@@ -168,11 +168,20 @@ def test_costs_are_the_minimum_measurement_and_interpolated() -> None:
         costs.add(1, 3.0)
     assert costs.table(3) == [0, 3.0, 3.5, 4.0]  # old ones are forgotten
     costs.add(5, 1.0)
-    assert costs.table(7) == [0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]  # fewer tokens take no longer, and more no less than what was measured
+    assert costs.table(7) == [
+        0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    ]  # fewer tokens never take longer, more tokens never less
 
 
 def run_steps(adapt: Adapt, steps: int, cost: dict[int, float], acceptance: float, draft: float = 0.0) -> list[int]:
-    """Feed artificial measurements; every 1/(1 - acceptance)-th guess fails."""
+    """Feed artificial measurements; every 1/(1 - acceptance)-th draft token is rejected."""
     out, owed = [], 0.0
     for _ in range(steps):
         n = adapt.count()
@@ -204,13 +213,13 @@ def test_cheap_passes_and_high_acceptance_give_long_drafts() -> None:
 
 def test_a_size_that_was_slow_once_is_used_again() -> None:
     adapt = Adapt()
-    for n, seconds in ((1, 1.0), (2, 1.1), (3, 9.0), (6, 1.5)):  # something else ran while three tokens were checked for the first time
+    for n, seconds in ((1, 1.0), (2, 1.1), (3, 9.0), (6, 1.5)):  # the first pass of three tokens was slow by chance
         adapt.costs.add(n, seconds)
     assert adapt.costs.table(6) == pytest.approx([0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5])
     counts = run_steps(adapt, 60, {n: 1 + 0.1 * (n - 1) for n in range(1, 12)}, 0.5)
     assert counts.count(2) > 20  # the best, see below
     costs = Costs()
-    for n, seconds in ((1, 1.0), (2, 1.9), (2, 2.0), (6, 2.0)):  # twice measured is believed
+    for n, seconds in ((1, 1.0), (2, 1.9), (2, 2.0), (6, 2.0)):  # a size measured twice keeps its minimum
         costs.add(n, seconds)
     assert costs.table(2) == [0, 1.0, 1.9]
     costs = Costs()
@@ -223,7 +232,7 @@ def test_a_size_that_was_slow_once_is_used_again() -> None:
 
 def test_an_attempt_increases_the_draft_length_gradually() -> None:
     counts = run_steps(Adapt(), 12, STEEP, 0.9)
-    assert max(counts[:3]) == 2  # of c(1) alone nothing follows for passes of more than three tokens
+    assert max(counts[:3]) == 2  # with only c(1) measured, a pass has at most three tokens
     counts = run_steps(Adapt(), 12, FLAT, 0.9)
     assert [n for n in counts if n][:3] == [2, 8, 10]
 
@@ -277,7 +286,7 @@ def test_each_grade_has_its_own_acceptance_and_pauses() -> None:
                 tried[grade] += 1
             else:
                 adapt.plain(cost[1])
-    # four attempts at most fit into 100 steps with pauses of 16, 32 and 64 between them; each is given up after six guesses at the latest
+    # with pauses of 16, 32 and 64 steps at most four attempts fit into 100 steps; each ends after at most six draft tokens
     assert tried[1] <= 24 and tried[3] >= 90 and adapt.acceptance(3) > 0.95 and adapt.count(3)
 
 
@@ -300,9 +309,9 @@ def test_the_unit_of_time_changes_no_choice() -> None:
 
 
 def test_an_attempt_has_three_verifications() -> None:
-    cost = {n: 1 + 0.1 * (n - 1) for n in range(1, 12)}  # good guesses would pay
+    cost = {n: 1 + 0.1 * (n - 1) for n in range(1, 12)}  # good drafts would pay off
     counts = run_steps(Adapt(), 40, cost, 0.0)
-    # the first step measures c(1); after the three no guess stayed, and the pause is 16 steps
+    # the first step measures c(1); no draft token was accepted in the three verifications, and the pause is 16 steps
     assert [bool(n) for n in counts[:24]] == [False, *[True] * 3, *[False] * 17, *[True] * 3]
 
 
@@ -320,7 +329,7 @@ def test_with_chances_a_token_is_drafted_while_it_is_worth_its_seconds() -> None
     for _ in range(200):
         adapt.verified(Verified(3, 3, 4, 4, [0.5, 0.8, 0.8]), 0.3, 1.3)
     least = adapt.least()
-    assert least is not None and least.trust == pytest.approx(3 / 2.1, rel=0.05)  # tokens after a wrong one say nothing
+    assert least is not None and least.trust == pytest.approx(3 / 2.1, rel=0.05)  # tokens after a wrong one do not count
     assert Adapt(fixed=3).least() is None
 
 

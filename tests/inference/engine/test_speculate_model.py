@@ -28,7 +28,7 @@ from tests.inference.engine.test_generate import Alone, compare, tokens
 from tests.inference.engine.test_speculate import critical
 
 DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../shared/data")).resolve()
-V, LENGTH, PROMPT = 4, 4, [2, 3, 2]  # the lookup guesses 3 first
+V, LENGTH, PROMPT = 4, 4, [2, 3, 2]  # the lookup drafts 3 first
 
 
 class Remembered:
@@ -88,7 +88,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 @pytest.fixture
 def known_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Computes the distribution of a pass only once too: it has no other argument than these, and the same settings in a test."""
+    """Computes each distribution only once. Within a test the sampling settings are constant, so the key leaves them out."""
     compute, known = probabilities, dict[tuple[bytes, bytes], np.ndarray]()
 
     def remember(logits: np.ndarray, sampling: Sampling, seen: np.ndarray) -> np.ndarray:
@@ -152,9 +152,7 @@ def test_answers_follow_the_models_distribution(stubs: tuple[Any, Any], kind: st
 @pytest.mark.parametrize("kind", ["lookup", "draft", "early-exit"])
 def test_a_hundred_thousand_answers_follow_the_models_distribution(stubs: tuple[Any, Any], kind: str) -> None:
     value, freedom, kept = statistic(stubs[0], drafters(stubs)[kind], SHAPED, 100_000)
-    print(
-        f"{kind}: chi-square {value:.1f} of {freedom} degrees of freedom (.9999: {critical(freedom):.1f}), {kept:.2f} of the guesses kept"
-    )
+    print(f"{kind}: chi-square {value:.1f} of {freedom} degrees of freedom (.9999: {critical(freedom):.1f}), {kept:.2f} accepted")
     assert value < critical(freedom) and 0.05 < kept < 0.98
 
 
@@ -177,13 +175,15 @@ def test_a_draft_model_reads_a_long_text_before_it_drafts(tmp_path: Path) -> Non
     ids = [2 + i % 7 for i in range(40)]
     drafter = DraftModel(draft, target)
     drafter.begin(Sampling(), Context(target))
-    assert drafter.draft(ids, 3) == Draft([], only_read=True)  # what the text takes to read is no cost of a guess
+    assert drafter.draft(ids, 3) == Draft([], only_read=True)  # the time to read the text is not a cost of drafting
     late = drafter.draft([*ids, 5], 3).tokens
     fresh = DraftModel(draft, target)
     fresh.begin(Sampling(), Context(target))
     own = [p.token for p in Generation(draft, [*ids, 5], Sampling(), 3)]
     assert late == own and len(late) == 3
-    assert fresh.draft(ids[:20], 2).tokens == [p.token for p in Generation(draft, ids[:20], Sampling(), 2)]  # a short one is no matter
+    assert fresh.draft(ids[:20], 2).tokens == [
+        p.token for p in Generation(draft, ids[:20], Sampling(), 2)
+    ]  # a short text needs no own call
     passes = []
     for speculation in (None, Speculation(DraftModel(draft, target), Adapt(fixed=2))):
         run = Generation(target, ids, max_new_tokens=12, speculation=speculation)
@@ -208,7 +208,7 @@ def beginnings(engine: Engine, count: int, length: int = 24) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Alone]:
-    """Each model's answers without speculation, which one kind of guess after the other is compared with."""
+    """Each model's answers without speculation, with which the answers of each drafter are compared."""
     return defaultdict(dict)
 
 
@@ -241,7 +241,7 @@ def test_two_hundred_real_prompts_token_for_token(
     monkeypatch.setattr("tests.inference.engine.test_generate.drafter", lambda kind, engine, small: drafter())
     monkeypatch.setattr("tests.inference.engine.test_generate.prompts", lambda count: beginnings(engine, count))
     drafted, accepted = compare(engine, engine, plain[name], drafter.name, 200, Sampling(), Adapt(fixed=5), 24)
-    print(f"{name} {drafter.name}: {accepted} of {drafted} guesses kept")
+    print(f"{name} {drafter.name}: {accepted} of {drafted} draft tokens accepted")
     assert accepted > 0
 
 
@@ -260,4 +260,4 @@ def test_other_kinds_differ_only_where_two_tokens_are_too_close_to_call(kind: st
             assert any(at <= first for at in run.report.close)
             differ += 1
     print(f"{kind}: {differ} of 40 answers differ")
-    assert accepted > 0  # without a kept guess none could
+    assert accepted > 0  # without an accepted draft token no answer could differ

@@ -99,7 +99,7 @@ class Tally:
         marks = [sizes[min(len(sizes) - 1, round(part * (len(sizes) - 1)))] for part in (0, 0.25, 0.5, 0.75, 1)]
         every = [f"{mb:.1f}" for _, mb in self.rss[::10]]
         return (
-            f"{seconds:.0f} s: {self.whole} whole answers, {self.left} hung up on, {self.refused} times told to come back, "
+            f"{seconds:.0f} s: {self.whole} whole answers, {self.left} disconnected, {self.refused} times refused with status 429, "
             f"{self.tokens / seconds:.0f} tok/s in {self.passes} passes, {self.preempted} times out of blocks; "
             f"lost {len(self.lost)}, different {len(self.garbled)}, different at a close call {len(self.close)}; "
             f"server's RSS {' → '.join(f'{mb:.1f}' for mb in marks)} MB at 0, 25, 50, 75, 100 % of the time, "

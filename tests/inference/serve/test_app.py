@@ -323,7 +323,7 @@ def test_a_slow_request_head_is_disconnected(engine: Engine, monkeypatch: pytest
 
 def test_a_client_that_does_not_read_is_canceled_after_a_timeout(engine: Engine) -> None:
     outputs = alone(engine, [5, 6, 7], Sampling(), 3)
-    cancelled: list[Any] = []
+    canceled: list[Any] = []
 
     def submit(request: Any) -> None:
         for out in outputs:
@@ -336,11 +336,11 @@ def test_a_client_that_does_not_read_is_canceled_after_a_timeout(engine: Engine)
         await asyncio.sleep(60)
 
     async def respond() -> None:
-        scheduler: Any = SimpleNamespace(submit=submit, cancel=cancelled.append)
+        scheduler: Any = SimpleNamespace(submit=submit, cancel=canceled.append)
         under_way = Answer(scheduler, GenerationRequest(ids=[5, 6, 7], sampling=Sampling(), max_new_tokens=3, deliver=lambda out: None))
         under_way.begin()
         stream = EventStream(under_way, ResponseFormatter(chat=False, id="a", model="m"), None, timeout=0.05 - PATIENCE_S)
         await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, silent, blocked)
 
     asyncio.run(asyncio.wait_for(respond(), 5))
-    assert cancelled
+    assert canceled

@@ -92,7 +92,7 @@ def test_unusable_keys_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="keys must hold API keys"):
         ApiKeys.find(tmp_path / "keys")
     monkeypatch.setenv(KEY_VARIABLE, text.strip("\n"))
-    with pytest.raises(ConfigError, match=KEY_VARIABLE):  # an empty variable does not open the door
+    with pytest.raises(ConfigError, match=KEY_VARIABLE):  # an empty variable does not grant access
         ApiKeys.find(None)
     with pytest.raises(ConfigError, match="cannot read"):
         ApiKeys.find(tmp_path / "none")

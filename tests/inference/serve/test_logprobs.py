@@ -106,11 +106,11 @@ def test_the_texts_of_any_tokens_join_to_the_answer(name: str, data: st.DataObje
 
 
 @pytest.mark.parametrize("name", ["byte_fallback", "byte_level"])
-@given(said=st.text("ab c,é→😀👩🏽‍🚀e\u0301\u3000 ", min_size=1, max_size=12), trims=st.booleans())
+@given(string=st.text("ab c,é→😀👩🏽‍🚀e\u0301\u3000 ", min_size=1, max_size=12), trims=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_characters_of_several_tokens_join(name: str, said: str, trims: bool) -> None:
+def test_characters_of_several_tokens_join(name: str, string: str, trims: bool) -> None:
     text = TEXTS[name]
-    logprobs = check(text, text.encode(said), before=text.encode("a"), stop=(), trims=trims)
+    logprobs = check(text, text.encode(string), before=text.encode("a"), stop=(), trims=trims)
     assert not any("\ufffd" in token.token for token in logprobs)
 
 

@@ -60,7 +60,7 @@ def test_without_a_global_test_the_line_shows_the_known_values() -> None:
 
 
 def test_a_terminal_gets_bars_with_the_metric_and_markup_stays_text() -> None:
-    known = {"TERM": "xterm"}  # on a dumb one Rich takes 80 columns whatever is said
+    known = {"TERM": "xterm"}  # on a dumb one Rich takes 80 columns whatever the environment says
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None, _environ=known)
     with Progress(console) as progress:
         progress.round_started(3, 20, 2)

@@ -41,7 +41,7 @@ def test_the_table_has_every_side(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_cell_that_takes_too_long_is_a_dash_with_a_note(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_batched, "pays", lambda *args, **more: False)
-    real, turns = bench_batched.seconds, [1.0, 1.0]  # what the bare loop's first turns are said to take
+    real, turns = bench_batched.seconds, [1.0, 1.0]  # seconds of the bare loop's first turns
     monkeypatch.setattr(bench_batched, "seconds", lambda run: turns.pop() if turns else real(run))
     # of 15 s: the bare loop's 7 turns × 2 rounds, auto's 4 × (2 + 2), C=2's 6 × 2, C=8's 8 × 2
     row, output = table(capsys, "--stacks", "2", "8", "--max-seconds-a-cell", "15")

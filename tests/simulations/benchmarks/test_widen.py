@@ -153,15 +153,15 @@ def test_real_weights(name: str, large: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("small", "large", "message"),
     [
-        ({}, {"hidden": 24, "heads": 6}, "hidden=24 is too small .* takes 25"),  # no channel is left for the constant
+        ({}, {"hidden": 24, "heads": 6}, "hidden=24 is too small .* at least 25"),  # no channel is left for the constant
         ({}, {"layers": 1}, "layers=1 is too small"),
         ({}, {"inner": 43}, "inner=43"),
         ({}, {"vocabulary": 60}, "vocabulary=60"),
-        ({}, {"heads": 16}, "no multiple of the 4"),
-        ({}, {"hidden": 100}, "no multiple"),
-        ({}, {"hidden": 32, "heads": 4}, "4 heads do not hold the 6"),
+        ({}, {"heads": 16}, "not a multiple of the 4"),
+        ({}, {"hidden": 100}, "not a multiple"),
+        ({}, {"hidden": 32, "heads": 4}, "4 heads are too few for the 6"),
         ({"attention_bias": True}, {}, "without biases"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "hang on no head size"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "dynamic or YaRN"),
     ],
 )
 def test_models_that_cannot_be_widened(tmp_path: Path, small: dict[str, Any], large: dict[str, int], message: str) -> None:

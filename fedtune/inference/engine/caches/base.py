@@ -29,8 +29,8 @@ class Span:
         n: Its tokens in this pass; rows are in the order of the spans.
         keep: Number of last rows whose logits are returned; None returns all.
         adapter: Name of a separate LoRA adapter for these rows; None is the model itself.
-        forks: The last rows are other tokens for places in the text: for each of them, the row that it follows. Such a row sees the rows up
-            to that one, and itself. Needs native code and a cache that is `in_order`.
+        forks: If not empty, the last rows are forks, other tokens for places of the rows before: for each fork, the row that it follows. A
+            fork sees the rows up to that one, and itself. Needs native code and a cache that is `in_order`.
     """
 
     cache: "Cache"

@@ -1,4 +1,4 @@
-/* What Python calls: the check of all sizes, and a product on several threads. */
+/* The functions that Python calls. */
 #include <stddef.h>
 #include <stdlib.h>
 
@@ -15,7 +15,8 @@ EXPORTED const char *fedtune_sources(void) { return SOURCES; }
 /* Whether this CPU has an instruction set. */
 EXPORTED int fedtune_supports(int set) { return fedtune_kernels_of(set) != NULL; }
 
-/* y [rows, n_out] = x [rows, n_in] Wᵀ + b, on at most `threads` threads, this one included. Returns one of FINE .. NO_SUCH_SET. */
+/* y [rows, n_out] = x [rows, n_in] Wᵀ + b, on at most `threads` threads, this one included. Returns FINE, BAD_SIZE, NO_MEMORY
+ * or NO_SUCH_SET. */
 EXPORTED int fedtune_multiply(const struct fedtune_weights *w, int set, int threads, int64_t rows, const float *x, int64_t x_bytes, float *y,
                               int64_t y_bytes) {
     const struct kernels *kernels = fedtune_kernels_of(set);
@@ -33,13 +34,13 @@ EXPORTED int fedtune_multiply(const struct fedtune_weights *w, int set, int thre
     return FINE;
 }
 
-/* A pass through a decoder: see pass.c. Returns one of FINE .. NO_SUCH_SET; after another one than FINE nothing has changed. */
+/* A pass through a decoder: see pass.c. Returns as fedtune_multiply; if the result is not FINE, nothing has changed. */
 EXPORTED int fedtune_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, int set, int threads) {
     const struct kernels *kernels = fedtune_kernels_of(set);
     return kernels ? fedtune_pass_run(decoder, pass, kernels, threads) : NO_SUCH_SET;
 }
 
-/* A pass and draft tokens after it: see draft.c. Returns one of FINE .. NO_SUCH_SET. */
+/* A pass, then draft tokens: see draft.c. Returns as fedtune_multiply. */
 EXPORTED int fedtune_guess(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, struct fedtune_draft *draft, int set,
                            int threads) {
     const struct kernels *kernels = fedtune_kernels_of(set);

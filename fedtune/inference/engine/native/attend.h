@@ -1,4 +1,4 @@
-/* Attention over full, paged, window and coded caches, and forks. Included by rows.h, whose vectors it uses. */
+/* Attention over full, paged, window and quantized caches, with forks. Included by rows.h, whose vectors it uses. */
 
 SMALL void floats_of_halves(const uint16_t *from, float *to, int64_t n) {
     int64_t i = 0;
@@ -10,7 +10,8 @@ SMALL void floats_of_halves(const uint16_t *from, float *to, int64_t n) {
     }
 }
 
-/* The softmax of one query over tokens first .. count-1 of a tile. `most`, `total` and out [width] hold that over the tiles before. */
+/* Adds tokens first .. count - 1 of a tile to one query's running softmax: `most` is the largest score so far, `total` the sum of
+ * exp(score - most), and out [width] the sum of the values times exp(score - most). */
 SMALL void attend_tile(const struct attention *a, const float *query, const float *const *keys, const float *const *values,
                        const int64_t width, int first, int count, float *most, float *total, float *out) {
     const int64_t whole = width / LANES * LANES;
@@ -19,7 +20,7 @@ SMALL void attend_tile(const struct attention *a, const float *query, const floa
     for (int64_t i = 0; i < width; i += LANES)
         q[i / LANES] = load_upto(query + i, width - i);
     vec top = (vec){0} + *most;
-    for (int t = first; t < count; t += LANES) { /* sums of LANES tokens at a time; the last ones may be the first of them again */
+    for (int t = first; t < count; t += LANES) { /* the scores of LANES tokens at a time; after the last token, token t stands in */
         vec products[LANES];
         for (int k = 0; k < LANES; k++) {
             const float *key = keys[t + k < count ? t + k : t];
@@ -73,7 +74,7 @@ SMALL void attend_tile(const struct attention *a, const float *query, const floa
     }
 }
 
-/* The same with a constant number of channels where it is common, so that the query stays in registers. */
+/* attend_tile with a constant number of channels for the common ones, so that the query stays in registers. */
 CODE static void attend_tile_of(const struct attention *a, const float *query, const float *const *keys, const float *const *values, int first,
                                 int count, float *most, float *total, float *out) {
     if (a->width == 64)
@@ -84,7 +85,7 @@ CODE static void attend_tile_of(const struct attention *a, const float *query, c
         attend_tile(a, query, keys, values, a->width, first, count, most, total, out);
 }
 
-/* float16 to float32: the exponents' offsets differ by 112, and numbers below 2^-14 come out right, too. There are no infinities. */
+/* float16 to float32: the exponent biases differ by 112. Subnormals (below 2^-14) come out right, too; infinities do not occur. */
 SMALL void floats_of_float16(const uint16_t *from, float *to, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         uint16_t last[LANES] = {0};
@@ -104,7 +105,7 @@ SMALL vec load_codes(const uint8_t *p, int64_t n, int shift, int mask) {
     return __builtin_convertvector((ints)ints_of_bytes(n < LANES ? last : p) >> shift & mask, vec);
 }
 
-/* Tokens token .. token + count - 1 of one group, from codes. */
+/* Dequantizes the keys (or values) of tokens token .. token + count - 1, which are in one group. */
 SMALL void decode(const struct codes *c, int values, int64_t token, int count, int64_t width, float *to) {
     const int64_t group = token / c->group, rows = c->group * c->bits / 8, parts = (width + c->values_together - 1) / c->values_together;
     const int mask = (1 << c->bits) - 1;
@@ -135,8 +136,9 @@ SMALL void decode(const struct codes *c, int values, int64_t token, int count, i
     }
 }
 
-/* Where the keys (or values) of tokens from .. from + count - 1 are, as floats: in the cache itself, or in `space`, unpacked. Tokens below
- * `coded` are codes. Keys of a ring are rotated by their place, which is `moved` below their position unless they are sinks. */
+/* Points `found` at the keys (or values) of tokens from .. from + count - 1 as floats: in the cache itself, or in `space` after they were
+ * dequantized, widened from bfloat16 or rotated. Tokens below `coded` are codes. Keys of a ring are rotated by their place, which is their
+ * position minus `moved`, or for a sink its position. */
 SMALL void find_tokens(const struct attention *a, int values, int64_t from, int count, int64_t coded, int64_t moved, float *space,
                        const float **found) {
     const void *entries = values ? a->values : a->keys;
@@ -158,7 +160,7 @@ SMALL void find_tokens(const struct attention *a, int values, int64_t from, int 
             memcpy(own, (const float *)entries + slot * a->token_stride, (size_t)a->width * sizeof(float));
         else
             found[t] = (const float *)entries + slot * a->token_stride;
-        if (a->ring && !values) { /* a token that this row does not see may be beyond both ends */
+        if (a->ring && !values) { /* limited to the table: a token that this row does not see may have a place outside of it */
             const int64_t place = at < a->sinks ? at : smaller(larger(at - moved, 0), a->sinks + a->window - 1);
             rotate(own, a->places + place * a->width, a->width / 2, 1);
         }
@@ -168,7 +170,7 @@ SMALL void find_tokens(const struct attention *a, int values, int64_t from, int 
 /* The position of a row in the text. */
 SMALL int64_t position_of(const struct attention *a, int64_t row) { return a->length + (row < a->chain ? row : a->forks[row - a->chain] + 1); }
 
-/* Rows row .. row + rows - 1 over their tokens low .. end - 1: tile by tile, in which each row takes what it sees. */
+/* Attention of rows row .. row + rows - 1 to tokens low .. end - 1, tile by tile. In a tile each row attends to the tokens that it sees. */
 SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_t low, int64_t end, int is_sinks, float *space, float *most,
                         float *total) {
     const float *keys[TOKENS], *values[TOKENS];
@@ -177,7 +179,7 @@ SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_
     for (int64_t tile = low / TOKENS * TOKENS; tile < end; tile += TOKENS) { /* tiles begin at fixed positions */
         const int64_t start = larger(tile, low);
         const int count = (int)(smaller(tile + TOKENS, end) - start);
-        int64_t coded = -1, moved = -1; /* those of the tokens found last */
+        int64_t coded = -1, moved = -1; /* arguments of the last find_tokens */
         for (int r = 0; r < rows; r++) {
             const int64_t at = position_of(a, row + r), oldest = is_sinks || !a->window ? 0 : at - a->window + 1;
             const int from = (int)smaller(larger(oldest - start, 0), count), to = (int)smaller(at + 1 - start, count);
@@ -191,7 +193,7 @@ SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_
                 find_tokens(a, 1, start, count, now, shift, space + (copies ? TOKENS * a->width : 0), values);
                 coded = now, moved = shift;
             }
-            const int is_fork = row + r >= a->chain && at < start + count; /* then the last token that it sees is its own */
+            const int is_fork = row + r >= a->chain && at < start + count; /* then its own token is the last that it sees */
             const float *chain_key = keys[to - 1], *chain_value = values[to - 1];
             if (is_fork) {
                 find_tokens(a, 0, a->length + row + r, 1, 0, 0, own, keys + to - 1);

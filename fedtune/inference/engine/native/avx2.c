@@ -1,4 +1,5 @@
-/* The kernels with AVX2 and FMA: 8 rows of a block at a time. Every function has its own target, so that nothing here runs elsewhere. */
+/* The kernels with AVX2 and FMA: 8 rows of a block at a time. Every function names its target, so that the
+ * compiler uses these instructions in no other file. */
 #include "kernels.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -88,7 +89,7 @@ AVX2_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct 
             groups->sum = groups->scale * (float)total;
             groups->minus_8 = -8 * total, groups->minus_128 = -128 * total;
             __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
-            packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); /* packing works in halves */
+            packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); /* packs work within 128 bits */
             _mm256_storeu_si256((void *)out, packed);
         }
     }

@@ -37,7 +37,7 @@ static inline __attribute__((always_inline)) VNNI_CODE __m512 sums_of_lanes(cons
 #include "plain.h"
 
 #define BF16_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
-#define AHEAD 2048 /* bytes that are fetched in advance: the processor's own prefetch ends at a page */
+#define AHEAD 2048 /* bytes to prefetch ahead: the processor's own prefetcher stops at the end of a page */
 
 static inline __attribute__((always_inline)) VNNI_CODE __m512i four_of(const void *x) { /* 4 bytes of x for every row */
     int32_t four;
@@ -139,7 +139,7 @@ static inline __attribute__((always_inline)) BF16_CODE void bf16(const struct fe
         _mm512_storeu_ps(out + r * BLOCK, _mm512_add_ps(one[r], two[r]));
 }
 
-/* A form for each number of rows, so that the sums stay in registers. */
+/* Defines NAME, which calls a product with its number of rows as a constant, so that the sums stay in registers. */
 #define FORMS(NAME, TARGET, ...)                                                                                                           \
     TARGET static void NAME(const struct fedtune_weights *w, int64_t block, const void *x, const struct columns *xg, int rows, float *out) { \
         (void)xg;                                                                                                                          \

@@ -19,8 +19,8 @@ FOLDER = Path(__file__).resolve().parent
 LIBRARY = FOLDER / "kernels.so"
 COMMAND = "python -m fedtune.inference.engine.native.build"
 SYSTEMS = ("Linux", "Darwin")  # the thread pool needs pthreads
-GLIBC = "2.17"  # the oldest that the kernels run with where Zig compiled them: that of a wheel manylinux_2_17
-ZIG_CPUS = {"x86_64": "x86_64", "aarch64": "generic"}  # the architectures that Zig compiles for, with the least of their CPUs
+GLIBC = "2.17"  # oldest version for kernels that Zig compiles, as in the wheel tag manylinux_2_17
+ZIG_CPUS = {"x86_64": "x86_64", "aarch64": "generic"}  # architectures that Zig compiles for, each with its baseline CPU
 FLAGS = ("-std=c11", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra")
 
 
@@ -34,7 +34,7 @@ def sources() -> list[Path]:
 
 
 def digest() -> str:
-    """SHA-256 of the sources and headers, which the library carries; "" where there are none."""
+    """SHA-256 of the sources and headers, which is compiled into the library; "" if there are none."""
     files = [*sources(), *sorted(FOLDER.glob("*.h"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else ""
 
@@ -43,7 +43,7 @@ def compiler(machine: str = "") -> list[str] | None:
     """The command of a C compiler with the flags for its target, or None.
 
     Args:
-        machine: Linux on this architecture of `ZIG_CPUS`, for which Zig compiles anywhere; "" is this system.
+        machine: An architecture of `ZIG_CPUS`: the target is Linux on it, and Zig compiles, on any system. "" is this system.
     """
     if machine:
         return _zig(machine)

@@ -9,10 +9,10 @@
 
 #include "kernels.h"
 
-enum { AVX512_BF16 = SETS }; /* a form of AVX512 */
+enum { AVX512_BF16 = SETS }; /* AVX512 with bfloat16 products; Python sees it as AVX512 */
 
-/* The sets of an x86-64 CPU, as bits 1 << set. Arguments are CPUID's registers, 0 where it has no such leaf: ecx of leaf 1, ebx and ecx of
- * leaf 7, eax of leaf 7.1; and the registers that the system saves, by xgetbv. Tests call this and the next function. */
+/* The sets of an x86-64 CPU, as bits 1 << set. Arguments are CPUID's registers (ecx of leaf 1, ebx and ecx of leaf 7, eax of leaf 7.1; 0 if
+ * the CPU has no such leaf), and the state components that the system saves, from xgetbv. Tests call this and the next function. */
 EXPORTED int fedtune_sets_of_x86(uint32_t c1, uint32_t b7, uint32_t c7, uint32_t a71, uint64_t saved) {
     const uint32_t fma_saved_avx = 1u << 12 | 1u << 27 | 1u << 28, f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     int sets = 1 << PORTABLE;

@@ -16,12 +16,12 @@ static float float_of(uint32_t bits) {
     return value;
 }
 
-static float half_of(const char *at, int64_t kind) { /* a table may lie at any address */
+static float half_of(const char *at, int64_t kind) { /* memcpy, because a table may be unaligned */
     uint16_t bits;
     memcpy(&bits, at, sizeof bits);
     if (kind == BFLOAT16S)
         return float_of((uint32_t)bits << 16);
-    return float_of((uint32_t)(bits & 0x7fff) << 13) * 0x1p112f * (bits & 0x8000 ? -1 : 1); /* the exponents' offsets differ by 112 */
+    return float_of((uint32_t)(bits & 0x7fff) << 13) * 0x1p112f * (bits & 0x8000 ? -1 : 1); /* the exponent biases differ by 112 */
 }
 
 static void embed(const struct fedtune_draft *draft, int64_t token, float *out, int64_t n) {

@@ -33,7 +33,7 @@ static int lora_fits(const struct fedtune_decoder *d, const struct fedtune_lora 
     return 1;
 }
 
-/* Whether token 0 .. rows + length - 1 of every head lies within the entries. */
+/* Whether tokens 0 .. rows + length - 1 of every head lie within the entries. */
 static int span_fits(const struct fedtune_decoder *d, const struct fedtune_span *s) {
     if (s->rows < 1 || s->rows > MOST_ROWS || s->length < 0 || s->length > INT32_MAX || s->token_stride < d->head_dim ||
         s->token_stride > INT32_MAX || s->head_stride < 0 || s->entries < 0 || !s->keys || !s->values)

@@ -1,4 +1,5 @@
-/* A form for each number of rows, so that the sums stay in registers. */
+/* Defines NAME, which calls a product for at most AT_ONCE rows at a time, with their number as a constant, so that the sums stay in
+ * registers. */
 #define FORMS(NAME, TARGET, TYPE, ...)                                                                                                     \
     TARGET static void NAME(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows,        \
                             float *out) {                                                                                                  \

@@ -7,11 +7,12 @@
  *   int8  codes[64 j + 4 r + b], j = 0..7, holds column 4 j + b, plus 128                                         512 bytes
  *   bf16  halves[32 j + 2 r + b], j = 0..15, b = 0..1, holds column 2 j + b                                      1024 bytes
  *
- * fp32 is plain: float codes[n_out][n_in]. int4: w = (code - 8) s + z. A group's `scales` hold s and z of the 16 rows, as u8 and i8 in units of the block's `base` (32 bytes, 4.5 bits
- * a weight), or "wide", as bfloat16 (64 bytes). int8: w = code * base[row]. A padded weight may be anything finite: its activation is 0.
+ * fp32 is plain: float codes[n_out][n_in]. int4: w = (code - 8) s + z. A group's `scales` hold s and z of the 16 rows, as u8 and i8 in units
+ * of the block's `base` (32 bytes, 4.5 bits a weight), or "wide", as bfloat16 (64 bytes). int8: w = code * base[row]. A padded weight may be
+ * anything finite: its activation is 0.
  *
- * Activations are rounded to 8 bits with a scale for every 32 columns (int4 and int8), or to bfloat16; not for fp32. An output depends on its row of x and
- * on the instruction set only: not on the number of rows, threads, or on what else runs.
+ * Activations are rounded to 8 bits with a scale for every 32 columns (int4 and int8), or to bfloat16 (bf16). fp32 does not round them. An
+ * output depends only on its row of x and on the instruction set: not on the number of rows or threads, nor on what else runs.
  */
 #ifndef FEDTUNE_KERNELS_H
 #define FEDTUNE_KERNELS_H
@@ -23,10 +24,11 @@
 
 enum { BLOCK = 16, GROUP = 32, TILE = 8 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
-enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
-enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* of a layer */
+/* Of attention: tokens of a tile; rows of a call; and limits of a model: query heads for each key head, and channels of a head. */
+enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 };
+enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* the linears of a layer */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
-enum { FLOATS = 0, BFLOAT16S = 1, FLOAT16S = 2 };
+enum { FLOATS = 0, BFLOAT16S = 1, FLOAT16S = 2 }; /* of an embedding table */
 enum { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, DOTPROD = 4, I8MM = 5, SETS = 6 };
 
 /* A packed linear. Sizes in bytes are those of the buffers; a pointer may be null if its size is 0. */
@@ -36,7 +38,7 @@ struct fedtune_weights {
     int64_t codes_bytes;
     const uint8_t *scales; /* int4 only */
     int64_t scales_bytes;
-    const float *base; /* int4: s and z of each block; int8: the scale of each row; bf16 and fp32: none */
+    const float *base; /* int4: the units of s and of z of each block; int8: the scale of each row; bf16 and fp32: none */
     int64_t base_bytes;
     const float *bias; /* [n_out] or null */
     int64_t bias_bytes;
@@ -46,8 +48,8 @@ struct fedtune_weights {
 struct columns {
     float scale;
     float sum;     /* of the rounded x */
-    int32_t minus_8;   /* -8 times the total of the codes: what an offset of 8 of the weights' codes adds */
-    int32_t minus_128; /* likewise */
+    int32_t minus_8;   /* -8 times the sum of the codes, because an int4 weight's code is stored plus 8 */
+    int32_t minus_128; /* likewise for int8, stored plus 128 */
 };
 
 /* Rounded activations: int8_t [rows][groups * 32] with groups, or uint16_t bfloat16 or float [rows][groups * 32]. */
@@ -56,12 +58,14 @@ struct activations {
     struct columns *groups;
 };
 
-/* One instruction set. `round_row` rounds a row of n_in columns; `tile` computes out[row][16], without bias, for one block and 1..TILE rows. */
+/* Functions of an instruction set. `round_row` rounds a row of n_in columns; `tile` computes out[row][16], without bias, for one block and
+ * 1..TILE rows. */
 typedef void round_row(const float *x, int64_t n_in, void *codes, struct columns *groups);
 typedef void tile(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *groups, int rows, float *out);
 
-/* Tokens of one head as codes: x = code * scale + low, both float16. Keys have them for each group of tokens and channel, values for each token
- * and group of `values_together` channels. A group's codes lie as [tokens of a byte's bits][channels], the first tokens in the low bits. */
+/* Quantized keys and values of one head: x = code * scale + low, with scale and low in float16. Keys have one pair of them for each group of
+ * tokens and channel, values for each token and `values_together` channels. A byte holds the codes of 8 / bits tokens: the first
+ * group * bits / 8 tokens of a group are in the low bits, the next ones in the bits above. */
 struct codes {
     const uint8_t *keys, *values;                                         /* [groups, group * bits / 8, width] */
     const uint16_t *key_lows, *key_scales, *value_lows, *value_scales;    /* [groups, width] and [groups, group, parts] */
@@ -76,8 +80,8 @@ struct attention {
     const int32_t *blocks; /* null, or token t is in slot blocks[t / block] * block + t % block */
     int64_t block;
     int64_t sinks, ring; /* with a ring, token t is in slot sinks + (t - sinks) % ring unless it is one of the sinks */
-    const float *places; /* with a ring, rotations of places 0, 1, ...: keys are stored without one. The last place is sinks + window - 1 */
-    const struct codes *codes; /* null, or what a row at p sees of tokens below group * ((p + 1 - residual) / group) */
+    const float *places; /* with a ring, rotations for places 0 .. sinks + window - 1; its keys are stored unrotated */
+    const struct codes *codes; /* null, or the codes that a row at p sees of tokens below group * ((p + 1 - residual) / group) */
     int64_t residual;
     int halves; /* bfloat16 entries instead of float32 */
     int shared; /* query heads that share the head, side by side */
@@ -145,7 +149,7 @@ static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline int64_t groups_of(int64_t n_in) { return (n_in + GROUP - 1) / GROUP; }
 
-/* Group codes of these magnitudes count as zeros: their reciprocal would not be a float. */
+/* Activations of a group become zeros if all are smaller than this: 127 / (the largest) could overflow. */
 #define TINY 1e-30f
 
 /* A layer. A norm is null where the layer has none. Rows of qkv's q and k are in pairs of channels that rotate together. */
@@ -153,7 +157,7 @@ struct fedtune_layer {
     struct fedtune_weights qkv, o, gate_up, down;
     const float *norm, *q_norm, *k_norm, *o_norm, *mlp_norm, *down_norm;
     int64_t window; /* newest tokens that a row sees, with itself; 0: all */
-    int64_t turns;  /* which of a pass's tables of rotations */
+    int64_t turns;  /* index of its table of rotations in the pass */
 };
 
 /* A decoder as engine/decoder.py describes it. */
@@ -181,8 +185,8 @@ struct fedtune_lora {
     const struct fedtune_lora_piece *pieces;
 };
 
-/* One sequence's share of a pass: where its keys and values are, for each layer. They hold `entries` numbers each, of which token t's for head h
- * begin at t * token_stride + h * head_stride, where `blocks` say which slot t is in (see struct attention). */
+/* One sequence of a pass, and where its keys and values are in each layer. A buffer holds `entries` numbers; those of slot i and head h
+ * begin at i * token_stride + h * head_stride. struct attention says which slot a token is in. */
 struct fedtune_span {
     int64_t rows, length; /* tokens of this pass, and before */
     void *const *keys, *const *values; /* [layers] */
@@ -193,13 +197,13 @@ struct fedtune_span {
     int64_t first; /* the token in slot 0, if there are codes */
     int64_t window, sinks, ring; /* of a ring: a row sees the sinks and `window` newest tokens, and less if the layer's own window says so */
     void *const *codes; /* null, or [layers][6]: the buffers of struct codes, in its order */
-    int64_t bits, group, values_together, residual, groups; /* groups: tokens of the buffers, in groups */
+    int64_t bits, group, values_together, residual, groups; /* groups: groups of tokens that the buffers of codes hold */
     const struct fedtune_lora *lora; /* or null */
-    int64_t fork_count;   /* the last rows are forks: other tokens for a place in the text */
-    const int64_t *forks; /* [fork_count]: the row that each follows. It sees the rows up to that one, and itself */
+    int64_t fork_count;   /* the last rows are forks: other tokens for places of the rows before */
+    const int64_t *forks; /* [fork_count]: the row that each follows. A fork sees the rows up to that one, and itself */
 };
 
-/* Rows of hidden states [rows, hidden] that layers first..last-1 change in place; then, with `logits`, those of the rows in `kept`. */
+/* Layers first .. last - 1 change hidden states [rows, hidden] in place. If `logits` is not null, the logits of the rows in `kept` follow. */
 struct fedtune_pass {
     int64_t rows, first, last;
     float *hidden;
@@ -226,15 +230,15 @@ struct fedtune_draft {
     float sharpness; /* chances are the softmax of the logits times this */
     float penalty;   /* divides the logits of tokens seen if they are positive, and multiplies them if not */
     uint8_t *seen;   /* [vocabulary] or null; drafted tokens are added */
-    int64_t *tokens; /* [most][2]: the most likely token and the next to it */
+    int64_t *tokens; /* [most][2]: the two most likely tokens, the likelier first */
     float *chances;  /* [most][2] */
     int64_t made;    /* result: tokens drafted */
 };
 
 int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, const struct kernels *kernels, int threads);
 
-/* The pass has one span, without ring and codes; it keeps its last row. Keys and values have room for draft->most - 1 more tokens, and so
- * have the tables of rotations. */
+/* The pass must have one span without ring, codes and forks, and keep its last row only. Keys, values and the tables of rotations must have
+ * room for draft->most - 1 more tokens. */
 int fedtune_draft_run(const struct fedtune_decoder *decoder, const struct fedtune_pass *pass, struct fedtune_draft *draft,
                       const struct kernels *kernels, int threads);
 

@@ -73,7 +73,7 @@ class Kernels:
         rows, width = logits.shape
         out = tokens.ctypes.data, chances.ctypes.data
         if self.library.fedtune_best(SETS.index(self.instructions), logits.ctypes.data, rows, width, sharpness, *out):
-            raise ModelError(f"a vocabulary of {width} leaves no choice, and speculation needs two tokens")
+            raise ModelError(f"speculation needs a vocabulary of at least two tokens, and this one has {width}")
 
     @staticmethod
     def _check(failed: int, part: PassStructure) -> None:

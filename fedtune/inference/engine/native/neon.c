@@ -77,11 +77,11 @@ DOT_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct c
     }
 }
 
-/* What follows works on 16 bytes of codes at a time: 4 columns of 4 outputs. */
+/* The products below read 16 bytes of codes at a time, which belong to 4 outputs. */
 
 INLINE float32x4_t from_bf16(const uint8_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16)); }
 
-/* Scales and zeros of 2 * pairs vectors of outputs, from the first that s belongs to. */
+/* Scales and zeros of 2 * pairs vectors of 4 outputs each, from vector `first` of the block. */
 INLINE void int4_scales(const uint8_t *s, int first, const int pairs, const int wide, float32x4_t *scale, float32x4_t *zero) {
     for (int i = 0; i < pairs; i++, scale += 2, zero += 2) {
         const uint8_t *own = s + (wide ? 2 : 1) * (4 * first + 8 * i);
@@ -103,7 +103,8 @@ INLINE int8x16_t high_half(uint8x16_t both) { return vreinterpretq_s8_u8(vshrq_n
 
 INLINE int8x16_t less_128(uint8x16_t codes) { return vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128))); }
 
-/* Sums of one group: dots[r][v] of row r of x and the outputs 4 v .. 4 v + 3 from those of p. A lane's number must be a literal. */
+/* Adds the products of one group to dots[r][v], the sums of row r of x and of outputs 4 v .. 4 v + 3, counted from the first in p. A macro
+ * unrolls the columns because a lane's number must be a literal. */
 INLINE void int4_dots_by_dot(const uint8_t *p, const int8_t *x, int64_t width, const int rows, const int vectors, int32x4_t dots[AT_ONCE][4]) {
 #define COLUMNS_OF(j)                                                                                                                      \
     for (int v = 0; v < vectors; v++) {                                                                                                    \
@@ -184,18 +185,18 @@ const struct kernels fedtune_dotprod = {to_int8, to_bf16, copy_row, {int4_tile_b
 #define I8MM_CODE __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
 #define I8MM_INLINE static inline __attribute__((always_inline)) I8MM_CODE
 
-/* 8 columns of rows 2 i and 2 i + 1 of x, or of a last row twice. */
+/* 8 columns of rows 2 i and 2 i + 1 of x. If the number of rows is odd, the last one is taken twice. */
 I8MM_INLINE int8x16_t two_rows(const int8_t *x, int64_t width, int i, int rows) {
     return vcombine_s8(vld1_s8(x + 2 * i * width), vld1_s8(x + smaller(2 * i + 1, rows - 1) * width));
 }
 
-/* Columns 8 k .. 8 k + 7 of outputs 2 i and 2 i + 1 of the four, from 4 columns and the next 4. */
+/* 8 columns of outputs 2 i and 2 i + 1 of four: p has the first 4 columns of all four outputs, `next` the next 4. */
 I8MM_INLINE uint8x16_t two_outputs(uint8x16_t p, uint8x16_t next, const int i) {
     uint32x4_t a = vreinterpretq_u32_u8(p), b = vreinterpretq_u32_u8(next);
     return vreinterpretq_u8_u32(i ? vzip2q_u32(a, b) : vzip1q_u32(a, b));
 }
 
-/* sums[i][2 v + k] are the 2 x 2 sums of rows 2 i, 2 i + 1 of x and outputs 4 v + 2 k, 4 v + 2 k + 1: they become dots[r][v]. */
+/* Adds sums[i][2 v + k], the 2 x 2 sums of rows 2 i, 2 i + 1 of x and outputs 4 v + 2 k, 4 v + 2 k + 1, to dots[r][v]. */
 I8MM_INLINE void add_sums(int32x4_t sums[AT_ONCE / 2][8], const int rows, const int vectors, int32x4_t dots[AT_ONCE][4]) {
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) {

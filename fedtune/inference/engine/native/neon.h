@@ -1,4 +1,4 @@
-/* The products of int4 and int8, included for each way to add a group's products: NAMED(int4_dots) and NAMED(int8_dots). Part of neon.c. */
+/* The products of int4 and int8. neon.c includes this once for dotprod and once for i8mm: only NAMED(int4_dots) and NAMED(int8_dots) differ. */
 
 PRODUCT void NAMED(int4)(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, const int wide) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;

@@ -25,7 +25,7 @@ struct work {
     int64_t *owners;    /* [rows]: the span */
     int64_t *starts;    /* [spans]: the first row */
     float *x, *qkv, *attended, *y, *wide;
-    int64_t linear; /* whose adapters run: rows of its input and of its output, and of their products [rows, ranks] with a */
+    int64_t linear; /* the linear whose adapters run, its input and output, and `shrunk` [rows, ranks], the products of the input with a */
     const float *input;
     int64_t input_stride, ranks;
     float *output, *shrunk;
@@ -101,7 +101,7 @@ static struct codes codes_of(const struct fedtune_decoder *d, const struct fedtu
     };
 }
 
-/* Items: for each head of keys, pieces of PIECE rows. */
+/* An item is a head of keys and a piece of PIECE rows. */
 static void attend(void *argument, int64_t first, int64_t end) {
     const struct work *w = argument;
     const struct fedtune_decoder *d = w->d;
@@ -166,7 +166,7 @@ static void finish_mlp(void *argument, int64_t first, int64_t end) {
     }
 }
 
-/* Adapters' products with a, of ranks low .. high - 1 of each row, or with b, of these columns of the linear. */
+/* The adapters' products of rows row .. stop - 1: with a, for ranks low .. high - 1; if `expands`, with b, for outputs low .. high - 1. */
 static void adapt_tile(const struct work *w, int64_t row, int64_t stop, int64_t low, int64_t high, int expands) {
     while (row < stop) {
         const struct fedtune_lora *lora = w->p->spans[w->owners[row]].lora;
@@ -281,7 +281,7 @@ static int64_t most_ranks(const struct work *w) {
     return most;
 }
 
-/* Divides the memory among the pieces; with null it only returns the bytes that they take. */
+/* Divides the memory among the arrays of `work`. Returns the bytes that they take; a null `memory` only asks for these. */
 static int64_t lay_out(struct work *w, char *memory) {
     const struct fedtune_decoder *d = w->d;
     const int64_t rows = w->p->rows, a_float = rows * (int64_t)sizeof(float);

@@ -159,7 +159,7 @@ void fedtune_pool_run(int threads, int64_t count, int64_t step, void (*run)(void
     start_workers(others);
     pool.run = run, pool.argument = argument, pool.count = count, pool.step = step, pool.crowded = threads > pool.cores;
     atomic_store(&pool.next, 0);
-    atomic_exchange(&pool.state, (uint64_t)++pool.number << 32 | OPEN | (uint64_t)others * SEAT); /* likewise */
+    atomic_exchange(&pool.state, (uint64_t)++pool.number << 32 | OPEN | (uint64_t)others * SEAT); /* no store, as in wait_for_workers */
     if (atomic_load(&pool.sleeping)) {
         pthread_mutex_lock(&pool.lock);
         for (int i = 0; i < others; i++)

@@ -1,4 +1,4 @@
-"""The linear layers by torch's kernels: the reference of the native ones, and what runs where these do not.
+"""The linear layers by torch's kernels: the reference of the native ones, and the fallback where these do not run.
 
 They map tensors [n, K] to new tensors [n, N], float32. See `engine.linear` for the kinds and their rounding.
 """

@@ -1,12 +1,13 @@
 """Speculative decoding: drafts tokens cheaply, verifies them in one pass, and keeps those that the model would have generated.
 
-A drafter proposes tokens (`lookup`, `draft`, `early_exit`), and `adapt` chooses how many. The pass that verifies them gives the model's
-next token at each place, drawn with the random number of that position. Draft tokens count as long as they are these tokens. So the text is
-that of plain decoding with the same seed, token for token, whatever is drafted. A draft may name another token for a place, too (a tree of
-depth one beside the chain): if that is right, the pass gives the token after it as well.
+A drafter proposes tokens (`lookup`, `recycle`, `lookup_or_recycle`, `draft`, `early_exit`), and `adapt` chooses how many; `batch` does both
+for the server. The pass that verifies a draft gives the model's next token at each place, drawn with the random number of that position.
+Draft tokens are accepted up to the first that differs from it. So the text is that of plain decoding with the same seed, token for token,
+whatever is drafted. A draft may also name a second token for a place, a fork (a tree of depth one beside the chain). If the fork is right,
+the pass gives the token after it as well.
 
-Source: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, for drafts that are certain;
-Miao et al. 2024, SpecInfer, arXiv:2305.09781, for trees.
+Source: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192, with deterministic drafts; Miao
+et al. 2024, SpecInfer, arXiv:2305.09781, for trees.
 """
 
 from abc import ABC, abstractmethod
@@ -26,9 +27,9 @@ class Draft:
 
     Args:
         tokens: g token ids.
-        others: (k, token) at most once for each k: another token for the place of tokens[k].
+        others: Forks, (k, token) at most once for each k: another token for the place of tokens[k].
         chances: The drafter's probability that each token is right if those before it are; empty if it has none.
-        only_read: There is no token because the drafter had to read the text first.
+        only_read: There are no tokens, because the drafter had to read the text first.
     """
 
     tokens: list[int]
@@ -39,11 +40,11 @@ class Draft:
 
 @dataclass(frozen=True)
 class Least:
-    """The probability from which a token is worth its cost.
+    """The lowest probabilities at which a token is worth its cost.
 
     Args:
-        draft: Of all tokens so far, to draft one more.
-        verify: Of a token and those before it, to verify it.
+        draft: Draft one more token if the product of the probabilities so far is at least this.
+        verify: Verify a token if the product of its probability and those before it is at least this.
         trust: Factor from a drafter's chances to probabilities.
     """
 
@@ -79,8 +80,8 @@ class Drafter(ABC):
         """Learn from a pass.
 
         Args:
-            keys: For each of its places, the last two tokens before it, or the only one.
-            best: The model's most likely tokens there.
+            keys: For each place of the pass, the last two tokens before it; one if there is only one.
+            best: The model's two most likely tokens at each place.
         """
         raise NotImplementedError
 
@@ -92,7 +93,7 @@ class Drafter(ABC):
             ids: The prompt and the answer so far.
             count: At least 1.
             seen: (V,) bool, for the repetition penalty.
-            least: Draft no more than what is worth it; None: exactly `count` tokens as far as possible, and no others.
+            least: Draft only tokens that are worth their cost; None: `count` tokens if possible, and no forks.
         """
 
 
@@ -106,7 +107,7 @@ def guessing(sampling: Sampling, vocabulary: int, count: int, seen: np.ndarray |
 
 
 def chosen(made: Guesses, least: Least | None) -> Draft:
-    """What is worth verifying of the guesses."""
+    """The part of the guesses that is worth verifying; None keeps all of the likeliest tokens."""
     tokens, chances = made.tokens[:, 0].tolist(), made.chances[:, 0].tolist()
     if least is None:
         return Draft(tokens, chances=chances)

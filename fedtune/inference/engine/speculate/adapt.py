@@ -23,15 +23,15 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 16, 1024  # steps until the next attempt
 _REFRESH = 32  # verifications until a plain step measures c(1) again
 WORTH = 1.05  # expected gain below which speculation pauses: measurements are not exact
 _HOPE, _WEIGHT = 0.7, 0.5  # prior acceptance at the start of an attempt, and its weight in draft tokens
-_TRUST, _SLOW = 5.0, 0.98  # prior of the trust in chances, in draft tokens; decay of what is known of it
+_TRUST, _SLOW = 5.0, 0.98  # the weight in draft tokens of the prior trust in chances, which is 1; decay of its statistics per verification
 _GROW = 3  # a pass has at most this many times the tokens of the largest measured one: beyond it, costs are unknown
 
 
 class Costs:
     """Seconds of a pass by number of tokens: the minimum of the last measurements, interpolated for other sizes.
 
-    A pass of more tokens is not faster, so its measurement bounds smaller passes. A single measurement is capped by the line through the
-    others: otherwise a size that was slow once by chance would never be tried again.
+    A pass of more tokens is not faster, so its measurement bounds smaller passes. A size that was measured once gets at most what the line
+    through the other sizes gives: otherwise a size that was slow once by chance would never be tried again.
     """
 
     def __init__(self) -> None:
@@ -91,9 +91,9 @@ class Verified:
     """A pass that verified draft tokens.
 
     Args:
-        guesses, kept: Draft tokens one after the other, and how many of them were right.
+        guesses, kept: Draft tokens without forks, and how many of them were accepted.
         rows: Tokens of the pass.
-        tokens: Tokens that it gave.
+        tokens: Tokens of the answer that it gave.
         chances: The drafter's probability of each draft token; empty if it has none.
     """
 
@@ -125,7 +125,7 @@ class Adapt:
 
     @property
     def most_rows(self) -> int:
-        """Tokens that the next pass may have: the costs of more are unknown."""
+        """The most tokens that the next pass may have: the costs of more are unknown."""
         return _GROW * self.costs.largest if self.fixed is None else sys.maxsize
 
     def acceptance(self, grade: int = 0) -> float:
@@ -148,7 +148,7 @@ class Adapt:
         return found
 
     def count(self, grade: int = 0, gives_chances: bool = False) -> int:
-        """Number of draft tokens for the next step; 0: decode without speculation. With chances, the most of which `least` may use less."""
+        """Number of draft tokens for the next step; 0: decode without speculation. With chances, a maximum: `least` may end the draft."""
         if self.fixed is not None:
             return self.fixed
         state = self._of(grade)
@@ -173,7 +173,7 @@ class Adapt:
         return 0
 
     def least(self, grade: int = 0) -> Least | None:
-        """From which chance on tokens are worth their cost; None: draft a fixed number."""
+        """The lowest chances at which tokens are worth their cost; None: draft a fixed number."""
         if self.fixed is not None:
             return None
         state = self._of(grade)
@@ -197,13 +197,13 @@ class Adapt:
         self._since_plain += 1
 
     def refused(self, seconds: float, grade: int = 0) -> None:
-        """Record the seconds of a draft none of whose tokens was worth it; a step without speculation follows."""
+        """Record the seconds of a draft without a token worth verifying; a step without speculation follows."""
         if self.fixed is None:
             self._drafts.add(1, seconds)
             self._of(grade).took(1, self._seconds(1, 1))
 
     def _seconds(self, guesses: int, rows: int) -> float:
-        """Of a step, without what noise added to it."""
+        """Seconds of a step by the measured minima, so without noise."""
         return self._drafts.table(guesses)[guesses] + self.costs.table(rows)[rows]
 
 
@@ -228,7 +228,7 @@ class Acceptance:
         self.tried = self.tried * self._decay + kept + (kept < guesses)
 
     def fade(self, factor: float) -> None:
-        """Move towards the prior."""
+        """Move toward the prior."""
         self.kept, self.tried = self.kept * factor, self.tried * factor
 
 
@@ -236,7 +236,7 @@ class _Grade:
     """Acceptance, tokens per second and pauses of one grade.
 
     Attributes:
-        trust: Accepted draft tokens over those that the chances promised, where the tokens before were right.
+        trust: Accepted draft tokens over the sum of their chances, at places where the tokens before were right.
     """
 
     def __init__(self) -> None:

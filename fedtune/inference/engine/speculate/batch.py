@@ -16,9 +16,9 @@ __all__ = ["BatchAdapt", "SequenceDrafts"]
 _MOST = 8  # draft tokens of a sequence
 _ROWS = 64  # rows of a pass with draft tokens
 _GROW = 2  # a pass has at most this many times the rows of the largest measured one: beyond it, costs are unknown
-_WEIGHT = 2.0  # what all sequences have seen, in draft tokens of one sequence
-_DECAY = 0.98  # of what all have seen, per verification
-_FORGET, _FORGET_ALL = 0.995, 0.9998  # of what is known of drafts that are not made, per pass and sequence, so that they are tried again
+_WEIGHT = 2.0  # of the acceptance in all sequences, in draft tokens of one sequence
+_DECAY = 0.98  # of the acceptance in all sequences, per verification
+_FORGET, _FORGET_ALL = 0.995, 0.9998  # decay of the acceptance in one and in all sequences, per pass without a draft: it is tried again
 
 
 class SequenceDrafts:
@@ -33,7 +33,7 @@ class SequenceDrafts:
         self._grade: int | None = None
 
     def acceptance(self, ids: Sequence[int]) -> float:
-        """That of the draft tokens that would follow these tokens; 0 if there are none."""
+        """Acceptance of the draft tokens that would follow these tokens; 0 if there are none."""
         self._grade = self._lookup.grade(ids)
         if self._grade is None:
             return 0.0

@@ -2,11 +2,12 @@
 
 It looks in the text so far, and in earlier texts of the same drafter. The longer the ending, the more reliable the draft: on greedy texts
 of two small story models, the first draft token was right for 17 and 19 % of the endings of one token, 49 and 26 % of two, 64 and 51 % of
-three, 90 and 76 % of six, 97 and 98 % of sixteen. So the ending's length is the draft's grade. With the texts before, endings of six and
+three, 90 and 76 % of six, 97 and 98 % of sixteen. So the ending's length is the draft's grade. With the earlier texts, endings of six or
 more tokens were found 1.6 and 2.3 times as often.
 
 Source: Saxena 2023, Prompt Lookup Decoding; transformers' `prompt_lookup_num_tokens`; Hu et al. 2024, SAM Decoding, arXiv:2411.10666, for
-the longest ending and earlier texts. Endings of some lengths, found by their hash, stand in for a suffix automaton, which finds all.
+the longest ending and earlier texts. Where SAM Decoding has a suffix automaton, which finds endings of every length, a table here has the
+hashes of endings of some lengths.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate import Draft, Drafter, Least
 
 _SIZES = (16, 12, 8, 6, 5, 4, 3, 2, 1)  # lengths of endings, in tokens
-_MOST = 1 << 16  # tokens of all texts; a text that begins beyond is the first again
+_MOST = 1 << 16  # tokens of all texts: a text that begins when there are more forgets them all
 _BORDER = -1  # between texts
 
 
@@ -39,7 +40,7 @@ class Lookup(Drafter):
 
     def _forget(self) -> None:
         self._texts: list[int] = []
-        self._begun = 0  # where the present text begins
+        self._begun = 0  # where the current text begins
         self._after: dict[int, int] = {}  # hash of an ending → position of the token after it
         self._indexed = 0  # endings up to this position are indexed
         self._is_new = False
@@ -62,7 +63,7 @@ class Lookup(Drafter):
         return Draft(tokens)
 
     def _add(self, ids: Sequence[int]) -> None:
-        """Take over what is new in the present text, and index its endings but the last, which nothing follows."""
+        """Add the new tokens of the current text, and index its endings except the last, which no token follows."""
         if self._is_new and self._texts[self._begun :] != ids[: len(self._texts) - self._begun]:  # else the text goes on, as in a chat
             if len(self._texts) > _MOST:
                 self._forget()

@@ -11,11 +11,11 @@ from fedtune.inference.engine.speculate import Draft, Drafter, Least
 from fedtune.inference.engine.speculate.lookup import Lookup
 from fedtune.inference.engine.speculate.recycle import Recycle
 
-_LONG = 5  # tokens of an ending from which on lookups were right more often than the table
+_LONG = 5  # tokens of the shortest ending whose lookup was right more often than the table of `Recycle`
 
 
 class LookupOrRecycle(Drafter):
-    """The drafter of `--speculate auto`. Grades from `_LONG` on are those of the lookup; 0 is the table's."""
+    """The drafter of `--speculate auto`. A grade of at least `_LONG` is the lookup's; 0 is token recycling's."""
 
     name = "auto"
     learns = True

@@ -1,7 +1,8 @@
-"""Token recycling: drafts what the model last found most likely after the same two tokens, or after the same one. Needs no second model.
+"""Token recycling: drafts the token that the model last found most likely after the same two tokens, or after the same one. Needs no second
+model.
 
-Each pass gives the most likely next tokens at all of its places, those of refused draft tokens included. A table keeps the best two of them
-by the two tokens before, and by the one before. On greedy texts of two small story models, the model's choice was the best of the table for
+Each pass gives the most likely next tokens at all of its places, also after rejected draft tokens. A table keeps the best two of them by
+the two tokens before, and by the one before. On greedy texts of two small story models, the model's choice was the best of the table for
 63 and 50 % of all tokens, and the second for 6 and 10 %; on texts sampled at temperature 0.8, for 24 and 32 %, and for 6 and 12 %.
 
 Source: Luo et al. 2024, Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling,
@@ -18,14 +19,15 @@ from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.speculate import Draft, Drafter, Least, chosen
 
 _MOST = 1 << 17  # keys of a full table, which is then emptied
-_PRIOR, _DECAY = 4.0, 0.99  # of the chances' calibration: promised hits at the start, and what stays of it at each place
+_PRIOR, _DECAY = 4.0, 0.99  # calibration of the chances: weight of the prior factor 1, in tokens; decay of its statistics per place
 _Best = tuple[int, int, float, float]
 
 
 class Recycle(Drafter):
     """Drafts from the model's earlier choices.
 
-    A chance is what the model found then, times the share of such promises that were kept lately.
+    A draft token's chance is the probability that the model gave it when it was stored, times a calibration: the recent sum of the
+    probabilities that such tokens got when they were met again, over the sum of their stored ones.
     """
 
     name = "recycle"

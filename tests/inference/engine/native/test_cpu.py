@@ -100,7 +100,7 @@ ALLOWED = {  # of a machine, by file and function: the first that matches
     ],
     "aarch64": [(r"neon:.*i8mm", "generic+dotprod+i8mm"), (r"neon:.*", "generic+dotprod"), (r".*", "generic")],
 }  # fmt: skip
-JUMP = re.compile(r"(bnd |notrack )?(j[a-z]+|call|loop[a-z]*) +[0-9a-f]+ ")  # its target is a number
+JUMP = re.compile(r"(bnd |notrack )?(j[a-z]+|call|loop[a-z]*) +[0-9a-f]+ ")  # to an address, which alone does not assemble
 
 
 def output_of(*command: str) -> str:
@@ -138,7 +138,7 @@ def of_other_sets(machine: str, compiler: list[str], folder: Path) -> dict[str, 
         for function, several in instructions(machine, compiler, source, folder).items():
             allowed = next(allowed for pattern, allowed in ALLOWED[machine] if re.fullmatch(pattern, f"{source.stem}:{function}"))
             together.setdefault((source.stem, allowed), set()).update(several)
-    assert {allowed for _, allowed in together} == {allowed for _, allowed in ALLOWED[machine]}  # each is held against something
+    assert {allowed for _, allowed in together} == {allowed for _, allowed in ALLOWED[machine]}  # each pattern matches a function
     found = {f"{file} {allowed}": refused(machine, several, allowed, folder) for (file, allowed), several in together.items()}
     return {place: bad for place, bad in found.items() if bad}
 
@@ -153,7 +153,7 @@ def test_a_function_has_no_instruction_of_another_set(which: str, tmp_path: Path
     if compiler is None:
         pytest.skip("needs a C compiler" if which == "here" else "needs the package ziglang")
     assert of_other_sets(machine, compiler, tmp_path) == {}
-    # what this test is for: a compiler that takes more than the least CPU
+    # the check finds the instructions of a compiler that targets more than the baseline CPU
     more = [*compiler, "-mavx"] if machine == "x86_64" else [*compiler[:-1], "-mcpu=neoverse_v1"]
     found = {place.split()[0] for place in of_other_sets(machine, more, tmp_path)}
     assert found >= ({"pass", "portable", "product"} if machine == "x86_64" else {"pool", "portable"})

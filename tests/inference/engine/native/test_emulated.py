@@ -95,7 +95,7 @@ def spoiled(case: Case, bad: float) -> Case:
 
 @pytest.fixture(scope="module")
 def products(folder: Path) -> dict[str, list[Case]]:
-    """Cases of every kind, of which some have a row with a number that is not finite; a file of each."""
+    """Cases of every kind, also written to a file for each kind. The last three have a row with a number that is not finite."""
     found = {}
     for kind in PACKED:
         found[kind] = list(cases(kind))
@@ -106,7 +106,7 @@ def products(folder: Path) -> dict[str, list[Case]]:
 
 @pytest.fixture(scope="module")
 def found(folder: Path, products: dict[str, list[Case]]) -> dict[tuple[str, str, str], bytes]:
-    """What each CPU's last set computes, as bytes by (machine, set, kind), and in files; before that, a check of which sets the CPU has."""
+    """The results of each CPU's last set: bytes by (machine, set, kind), and files. Asserts first which sets the CPU has."""
     results: dict[tuple[str, str, str], bytes] = {}
     for (machine, cpu), sets in CPUS.items():
         driver, name = compiled(folder, machine, "driver_products"), sets[-1]
@@ -195,5 +195,5 @@ def test_the_program_runs_on_a_cpu_without_a_set_and_refuses_it_in_one_sentence(
 
     wanted, found, refused = answer("portable"), answer(has, *emulator), answer(lacks, *emulator)
     assert found.returncode == 0 and len(wanted.stdout) > 20 and found.stdout == wanted.stdout, found.stderr
-    said = f"fedtune: FEDTUNE_NATIVE={lacks} needs a CPU with {lacks}, and this one has portable"
-    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith(said), refused.stderr
+    sentence = f"fedtune: FEDTUNE_NATIVE={lacks} needs a CPU with {lacks}, and this one has portable"
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith(sentence), refused.stderr

@@ -322,7 +322,7 @@ def test_what_torch_runs_is_said(tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": "off"}):
         plain = load_engine(tmp_path, "fp32", keep=False).decoder
-    assert plain.native_step() is None and describe_passes(plain) == "by torch (fp32 linear layers are torch's)"
+    assert plain.native_step() is None and describe_passes(plain) == "by torch (fp32 linear layers are not native)"
     decoder = native_engine("llama", tmp_path).decoder
     assert describe_passes(decoder) == "in native code"
     decoder.layers[1].down = plain.layers[1].down  # a linear that is exchanged is noticed
