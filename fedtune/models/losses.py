@@ -26,8 +26,8 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
         The loss (float32, summed), and the number of targets.
     """
     if (step := step_of(model)) is not None:
-        if (found := step.token_loss(batch, task)) is not None:
-            return found
+        if (losses := step.token_losses(batch, task)) is not None:
+            return losses.sum(), len(losses)
         with step.installed():
             logits, targets = _counted(model, batch, task)
     else:

@@ -237,10 +237,10 @@ class _Stack:
         task = task_of(self.task)
         task.silence(batch, ~real)
         row = task.counts(batch).nonzero()[:, 0]
-        logits, targets = self.forward(batch, self.task)
+        losses = self.forward(batch, self.task)
         share = 1.0 / torch.tensor(counts, device=self.device).clamp(min=1)
         owner = row // tall
-        each = task.loss(logits, targets, "none") * share[owner] * real[row]
+        each = losses * share[owner] * real[row]
         return each.sum(), torch.zeros(len(group), device=self.device).index_add_(0, owner, each.detach())
 
     def _gradient(self) -> Tensor:

@@ -60,8 +60,8 @@ def shared_dropout(live: LiveAdapter) -> str | None:
     return None
 
 
-Forward = Callable[[Mapping[str, Tensor], TaskConfig], tuple[Tensor, Tensor]]
-"""A flat batch (C·B, T) → float32 logits (N, classes) and labels (N,) of all counted positions, row by row, as in `counted_logits`."""
+Forward = Callable[[Mapping[str, Tensor], TaskConfig], Tensor]
+"""A flat batch (C·B, T) → float32 losses (N,) of all counted positions, row by row, in the order of `counted_logits`."""
 
 Way = Callable[[LiveAdapter, ClientBatch], AbstractContextManager[Forward]]
 """A context in which the model applies each client's tensors to its rows."""

@@ -1,7 +1,7 @@
 """Batches LoRA and heads explicitly: one flat batch through the frozen backbone, and the clients' deltas as one batched product.
 
 x (C, B·T, in) @ Aᵀ (C, in, r) @ Bᵀ (C, r, out). Rows do not interact in the backbone, so its layers run unchanged, including quantized
-ones, whose weights are dequantized once for all clients.
+ones, whose weights are dequantized once for all clients. Where the lean step can train the model, it does so here, with the same factors.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
+from fedtune.config import TaskConfig
+from fedtune.contracts.task import task_of
 from fedtune.models import LiveAdapter
+from fedtune.models.lean import step_of
 from fedtune.models.losses import counted_logits
 from fedtune.simulations.engines.client_batch import ClientBatch, Forward, shared_dropout
 
@@ -50,10 +53,28 @@ def installed(live: LiveAdapter, clients: ClientBatch) -> Iterator[Forward]:
     try:
         for module, stand_in in changed.items():
             module.forward = stand_in  # type: ignore[method-assign]
-        yield lambda batch, task: counted_logits(live.model, batch, task)
+        yield lambda batch, task: _losses(live, clients, batch, task)
     finally:
         for module in changed:
             del module.forward  # restores the class's method
+
+
+def _losses(live: LiveAdapter, clients: ClientBatch, batch: Mapping[str, Tensor], task: TaskConfig) -> Tensor:
+    """The losses of `Forward`, by the lean step if it can compute them."""
+    step = step_of(live.model)
+    if step is None or step.draws_dropout():  # the lean layers draw dropout for all rows together
+        return task_of(task).loss(*counted_logits(live.model, batch, task), "none")
+    names = {module: name.rpartition(".")[0] for name, (module, _) in _owners(live).items()}
+
+    def factors(module: nn.Module) -> tuple[Tensor, Tensor]:
+        name = names[module]
+        return clients.views[f"{name}.lora_A"], clients.views[f"{name}.lora_B"] * clients.scaling[name][:, None, None]
+
+    with step.stacked(factors):
+        if (losses := step.token_losses(batch, task)) is not None:
+            return losses
+        with step.installed():
+            return task_of(task).loss(*counted_logits(live.model, batch, task), "none")
 
 
 def _owners(live: LiveAdapter) -> dict[str, tuple[nn.Module, dict[str, str]]]:

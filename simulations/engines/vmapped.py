@@ -35,7 +35,7 @@ def why_not(live: LiveAdapter, task: TaskConfig) -> str | None:
     clients.scaling = {m: torch.full((2,), s, device=live.backbone.device) for m, s in live.spec.scaling.items()}
     batch = _probe(live, task)
     try:
-        with torch.no_grad(), installed(live, clients) as forward:
+        with torch.no_grad(), _mapped(live, clients) as forward:
             mapped, _ = forward(batch, task)
     except Exception as bad:  # vmap and the model's code raise many types: then vmap cannot be used
         return f"torch.func.vmap fails on the model ({type(bad).__name__}: {str(bad).splitlines()[0][:160]})"
@@ -52,6 +52,13 @@ def why_not(live: LiveAdapter, task: TaskConfig) -> str | None:
 @contextlib.contextmanager
 def installed(live: LiveAdapter, clients: ClientBatch) -> Iterator[Forward]:
     """Yield a forward function that maps the model over the clients."""
+    with _mapped(live, clients) as forward:
+        yield lambda batch, task: task_of(task).loss(*forward(batch, task), "none")
+
+
+@contextlib.contextmanager
+def _mapped(live: LiveAdapter, clients: ClientBatch) -> Iterator[Callable[[Mapping[str, Tensor], TaskConfig], tuple[Tensor, Tensor]]]:
+    """Yield a function to the clients' logits and targets, as in `counted_logits`."""
     layers = {m: live.model.get_submodule(live.names[f"{m}.lora_A"].split(".lora_")[0]).scaling for m in live.spec.scaling}
     kept = {m: dict(s) for m, s in layers.items()}
     dropouts = [m for m in live.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]

@@ -239,7 +239,7 @@ def test_why_a_model_has_no_lean_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", [0.0, 0.01], ids=["plain", "cached layers"])
 def test_a_run_ends_with_the_adapter_of_pefts_modules(layers: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends, used = [], []
-    monkeypatch.setattr(LeanStep, "token_loss", lambda self, *args, real=LeanStep.token_loss: used.append(1) or real(self, *args))
+    monkeypatch.setattr(LeanStep, "token_losses", lambda self, *args, real=LeanStep.token_losses: used.append(1) or real(self, *args))
     for choice in ("none", "auto"):
         config = tiny_config(tmp_path, engine=EngineConfig(threads=1, batched="none", cache_layers=layers))
         config.client.lean = choice

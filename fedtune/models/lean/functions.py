@@ -26,11 +26,29 @@ _aten = torch.ops.aten
 _ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 
 
+def rows_of(x: Tensor, like: Tensor) -> Tensor:
+    """x (N, width) as (C, N / C, width) if `like` is stacked, that is, of C clients: (C, …). Otherwise x."""
+    return x if like.ndim == 2 else x.reshape(len(like), -1, x.shape[-1])
+
+
 def times(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias with w (out, in). torch multiplies float32 with MKL, which reaches half of oneDNN's speed on AMD's processors."""
+    """x Wᵀ + bias with w (out, in), or (C, out, in) and no bias. torch multiplies float32 with MKL, which reaches half of oneDNN's speed on
+    AMD's processors."""
+    if w.ndim == 3:
+        return torch.bmm(rows_of(x, w), w.mT).flatten(0, 1)
     if _ONEDNN and x.dtype is torch.float32 and x.device.type == "cpu":
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return F.linear(x, w, bias)
+
+
+def add_(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """y (N, out) + x w in place, with w (in, out) or (C, in, out)."""
+    return y.addmm_(x, w) if w.ndim == 2 else y.view(len(w), -1, y.shape[1]).baddbmm_(rows_of(x, w), w)
+
+
+def outer(y: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """yᵀ x, (out, in); or (C, out, in), if `like` is stacked."""
+    return rows_of(y, like).mT @ rows_of(x, like)
 
 
 class Linear:
@@ -38,22 +56,28 @@ class Linear:
 
     Args:
         module: The layer, or PEFT's layer around it.
+
+    Attributes:
+        stacked: A (C, r, in) and s·B (C, out, r) of C clients, who have N / C rows of x each; None: PEFT's layer has A, B and s.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.adapted = hasattr(module, "lora_A")
         self.module: Any = module
         self.base: Any = module.base_layer if self.adapted else module
+        self.stacked: tuple[Tensor, Tensor] | None = None
 
     @property
     def factors(self) -> tuple[Tensor | None, Tensor | None]:
         if not self.adapted:
             return None, None
+        if self.stacked is not None:
+            return self.stacked
         return self.module.lora_A[SLOT].weight, self.module.lora_B[SLOT].weight
 
-    @property
-    def scaling(self) -> float:
-        return self.module.scaling[SLOT]
+    def scale_(self, x: Tensor, b: Tensor) -> Tensor:
+        """x (N, r) times s, in place; x if B is stacked, which has s already."""
+        return x.mul_(self.module.scaling[SLOT]) if b.ndim == 2 else x
 
     @property
     def dropout(self) -> float:
@@ -107,7 +131,7 @@ class Linears:
         for layer, (_, b) in zip(self.layers, pairs, strict=True):
             y = times(x, layer.weight(x.dtype), layer.bias(x.dtype))
             if b is not None:
-                y.addmm_(inner.pop(0), b.to(x.dtype).T, alpha=layer.scaling)
+                add_(y, layer.scale_(inner.pop(0), b), b.to(x.dtype).mT)
             out.append(y)
         return out
 
@@ -125,19 +149,19 @@ class Linears:
             for group, a, noise in self._groups(x, pairs):
                 dts = []
                 for i, t in zip(group, self._inner(x, pairs, group, a, noise), strict=True):
-                    b, scaling = cast(Tensor, pairs[i][1]), self.layers[i].scaling
-                    dts.append(times(dys[i], b.to(x.dtype).T).mul_(scaling))
+                    b, layer = cast(Tensor, pairs[i][1]), self.layers[i]
+                    dts.append(layer.scale_(times(dys[i], b.to(x.dtype).mT), b))
                     if needed[i][1]:
-                        grads[i][1] = torch.mm(dys[i].T, t).to(b.dtype).mul_(scaling)
+                        grads[i][1] = outer(dys[i], layer.scale_(t, b), b).to(b.dtype)
                 dt = dts[0] if len(dts) == 1 else torch.cat(dts, dim=1)
                 if any(needed[i][0] for i in group):
-                    da = torch.mm(dt.T, x if noise is None else x * noise)
-                    for i, part in zip(group, da.split([d.shape[1] for d in dts]), strict=True):
+                    da = outer(dt, x if noise is None else x * noise, a)
+                    for i, part in zip(group, da.split([d.shape[1] for d in dts], dim=-2), strict=True):
                         grads[i][0] = part.to(cast(Tensor, pairs[i][0]).dtype) if needed[i][0] else None
                 if total is not None and noise is None:
-                    total.addmm_(dt, a)
+                    add_(total, dt, a)
                 elif total is not None:
-                    total.addcmul_(dt @ a, cast(Tensor, noise))
+                    total.addcmul_(times(dt, a.mT), cast(Tensor, noise))
         return total, [g for pair in grads for g in pair]
 
     def _rate(self, pairs: Pairs) -> float:
@@ -150,11 +174,11 @@ class Linears:
         for group in [[i] for i in adapted] if rate else [adapted] if adapted else []:
             parts = [cast(Tensor, pairs[i][0]).to(x.dtype) for i in group]
             noise = torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate) if rate else None  # as torch draws it
-            yield group, parts[0] if len(parts) == 1 else torch.cat(parts), noise
+            yield group, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2), noise
 
     def _inner(self, x: Tensor, pairs: Pairs, group: list[int], a: Tensor, noise: Tensor | None) -> Sequence[Tensor]:
         """drop(x) Aᵀ of each layer of the group, (N, r)."""
-        return times(x if noise is None else x * noise, a).split([len(cast(Tensor, pairs[i][0])) for i in group], dim=1)
+        return times(x if noise is None else x * noise, a).split([cast(Tensor, pairs[i][0]).shape[-2] for i in group], dim=1)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ _CACHED = 1 << 18  # of these, logits to normalize at once
 ROWS = 64  # rows to multiply at once, at least: with fewer, reading the weight takes longer than multiplying
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None = None) -> Tensor:
-    """Summed cross-entropy in nats, float32, of the logits hidden Wᵀ + bias; `cap` c makes them c · tanh(logits / c).
+def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None = None) -> Tensor:
+    """Cross-entropy (N,) in nats, float32, of the logits hidden Wᵀ + bias; `cap` c makes them c · tanh(logits / c).
 
     The same pass computes the gradient of `hidden`; the weight and the bias are frozen.
 
@@ -43,14 +43,14 @@ class _CrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 gradient[i : i + rows] = times(logits, weight.T)
         ctx.save_for_backward(gradient)
-        return losses.sum()
+        return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         if gradient is not None:  # in float32, because 1 / count rounded to bf16 would scale every gradient
-            gradient = gradient.float().mul(scale).to(gradient.dtype)
+            gradient = gradient.float().mul_(scales[:, None]).to(gradient.dtype)
         return gradient, None, None, None, None
 
 

@@ -16,7 +16,7 @@ from fedtune.models.adapter import LiveAdapter
 from fedtune.models.backbone import dropout_rates
 from fedtune.models.lean.decoder import LAYERS, Layer, Pass
 from fedtune.models.lean.functions import ACTIVATIONS
-from fedtune.models.lean.loss import cross_entropy_sum
+from fedtune.models.lean.loss import cross_entropy
 from fedtune.models.tasks._tokens import TokenTask
 
 _steps: WeakKeyDictionary[nn.Module, "LeanStep"] = WeakKeyDictionary()
@@ -117,8 +117,28 @@ class LeanStep:
                 layer.module.gradient_checkpointing = flag
                 layer.module.__dict__.pop("forward", None)  # the cache of lower layers may have removed it
 
-    def token_loss(self, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, int] | None:
-        """`loss_sum` without all logits; None for a task with another loss or without an output layer."""
+    @contextmanager
+    def stacked(self, factors: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """A context in which the rows of a batch belong to several clients, with an adapter each.
+
+        Args:
+            factors: PEFT's layer → its `Linear.stacked`.
+        """
+        linears = [linear for layer in self._layers for linear in layer.linears if linear.adapted]
+        try:
+            for linear in linears:
+                linear.stacked = factors(linear.module)
+            yield
+        finally:
+            for linear in linears:
+                linear.stacked = None
+
+    def draws_dropout(self) -> bool:
+        """Whether an adapter draws dropout in the current mode."""
+        return any(linear.dropout for layer in self._layers for linear in layer.linears)
+
+    def token_losses(self, batch: Mapping[str, Tensor], task: TaskConfig) -> Tensor | None:
+        """The losses of all targets, (N,), without all logits; None for a task with another loss or without an output layer."""
         kind = task_of(task)
         own = (type(kind).logits, type(kind).loss) if isinstance(kind, TokenTask) else None
         if own != (TokenTask.logits, TokenTask.loss) or not isinstance(self._head, nn.Linear):
@@ -127,7 +147,7 @@ class LeanStep:
         with self.installed():
             hidden = self._stack(**kind.inputs(self._stack, batch), use_cache=False).last_hidden_state[:, -counts.shape[1] - 1 : -1][counts]
         targets = kind.targets(batch)[counts]
-        return cross_entropy_sum(hidden, self._head.weight, self._head.bias, targets, self._cap), len(targets)
+        return cross_entropy(hidden, self._head.weight, self._head.bias, targets, self._cap)
 
 
 def _forward(

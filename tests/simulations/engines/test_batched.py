@@ -22,6 +22,7 @@ from fedtune.contracts.plan import Plan
 from fedtune.contracts.wire import MessageWriter
 from fedtune.errors import CheckpointError, FedtuneError, UpdateError
 from fedtune.experiment import simulate
+from fedtune.models.lean import functions
 from fedtune.simulations.engines import batched, stacked
 from fedtune.simulations.engines.batched import TurnInput, train_together
 from tests.quick import quick
@@ -114,6 +115,12 @@ def test_plans_of_one_stack_may_differ(space: Workspace, turn: str, params: dict
     agree(space, mixed)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_pefts_modules_take_part_where_no_lean_step_does(space: Workspace, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    monkeypatch.setattr(stacked, "step_of", lambda model: None)
+    agree(space, turn_inputs(space, optimizer=optimizer))
+
+
 def test_the_same_seed_gives_the_same_bits(space: Workspace) -> None:
     first, second = (train_together(space.live, turn_inputs(space), space.config.task, pad_id=space.pad_id) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -130,7 +137,7 @@ def test_a_failing_client_does_not_affect_the_others(space: Workspace) -> None:
     for k, (expected, _) in zip((0, 2, 3), one_by_one(space, [todo[k] for k in (0, 2, 3)]), strict=True):
         state = together[k]
         assert not isinstance(state, FedtuneError)
-        # AdamW's first steps amplify the rounding of small gradients; a client alone takes lean steps, a batch PEFT's modules
+        # AdamW's first steps amplify the rounding of small gradients
         assert all(torch.allclose(state[0][n], expected[n], atol=1e-4) for n in expected.tensors)
 
 
@@ -222,14 +229,18 @@ def test_turns_without_a_batched_form_run_sequentially(space: Workspace, monkeyp
     assert alone_ == ["fedpeptao", "slora", "slora"] and at_once == [["plain", "plain"]]
 
 
-@pytest.mark.parametrize("broken", ["count", "neighbor", "scaling", "correction"])
+@pytest.mark.parametrize("broken", ["count", "neighbor", "lean neighbor", "scaling", "correction"])
 def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     scaffold = turn_inputs(space, turn="scaffold")
     todo = [dataclasses.replace(j, extra={n: torch.full_like(t, 0.01) for n, t in j.start.tensors.items()}) for j in scaffold]
     if broken == "count":  # a mean over one token more
         count = batched._Stack._count
         monkeypatch.setattr(batched._Stack, "_count", lambda self, rows: count(self, rows) + 1)
+    elif broken == "lean neighbor":
+        rows_of = functions.rows_of
+        monkeypatch.setattr(functions, "rows_of", lambda x, like: rows_of(x, like).roll(1, 0) if like.ndim == 3 else x)
     elif broken == "neighbor":  # a client's rows meet the next one's adapter
+        monkeypatch.setattr(stacked, "step_of", lambda model: None)
         split = stacked._split
         monkeypatch.setattr(stacked, "_split", lambda crowd, x: split(crowd, x).roll(1, 0))
     elif broken == "scaling":
