@@ -31,6 +31,7 @@ __all__ = ["LAYERS", "Layer", "Pass"]
 
 Kept = list[Tensor | None]
 
+_ALIGNMENT = 64  # bytes
 # transformers' class of a decoder layer → (number added to the norms' weights, whether they round before the product with it)
 LAYERS = {
     "LlamaDecoderLayer": (0.0, True),
@@ -51,11 +52,13 @@ class Pass:
 
     Args:
         keeps: Whether layers keep intermediate tensors; otherwise the backward pass computes them again.
+        layers: Number of layers.
     """
 
-    def __init__(self, *, keeps: bool) -> None:
-        self.keeps = keeps
+    def __init__(self, *, keeps: bool, layers: int) -> None:
+        self.keeps, self._layers = keeps, layers
         self._shared: dict[int, tuple[Any, Any]] = {}
+        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def mask(self, given: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The mask to add to scores, (B or 1, 1, T, T), from transformers' mask: bool, float, or None for a causal one."""
@@ -70,6 +73,26 @@ class Pass:
         """cos and sin, (B or 1, T, R)."""
         return self._once(given[0], lambda: (given[0].to(dtype), given[1].to(dtype)))
 
+    def store(self, y: Tensor, kept: Kept) -> tuple[Tensor, Kept]:
+        """A layer's output and what it keeps, copied to one block of memory for all layers; on a GPU, the tensors themselves.
+
+        In the heap, a layer's temporary tensors would leave holes between the tensors that stay, too small for those of the next layer. A
+        large block also returns to the system as soon as it is free.
+        """
+        sizes = [0 if t is None else -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in (y, *kept)]
+        if not self._used and y.device.type == "cpu":
+            self._block = torch.empty(sum(sizes) * self._layers, dtype=torch.uint8)
+        if self._used + sum(sizes) > len(self._block):  # no block, or a layer of another size
+            return y, kept
+        out, memory = Kept(), self._block.untyped_storage()
+        for tensor, size in zip((y, *kept), sizes, strict=True):
+            if tensor is not None:  # not as views of the block: a change of one would count as a change of all
+                own = cast(Any, tensor.new_empty(0))
+                tensor = own.set_(memory, self._used // tensor.itemsize, tensor.shape).copy_(tensor)
+            out.append(tensor)
+            self._used += size
+        return cast(Tensor, out[0]), out[1:]
+
     def _once(self, source: Any, make: Callable[[], Any]) -> Any:
         if id(source) not in self._shared:
             self._shared[id(source)] = source, make()  # the source too, so that its id is not given to another tensor
@@ -80,7 +103,7 @@ class _Call:
     """One layer's call: its mask, its rotary embedding, and the states of the generator."""
 
     def __init__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor]) -> None:
-        self.keeps, self.size = run.keeps, x.shape[:2]
+        self.run, self.size = run, x.shape[:2]
         self.mask, self.rotation = run.mask(mask, x.dtype), run.rotation(rotation, x.dtype)
         self.states: States = {}
 
@@ -232,8 +255,9 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, call: _Call, x: Tensor, *factors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, kept = layer.forward(x, _pairs(factors), call)
+        y, kept = call.run.store(y, kept if call.run.keeps else [])
         ctx.layer, ctx.call = layer, call
-        ctx.save_for_backward(x, *factors, *(kept if call.keeps else ()))
+        ctx.save_for_backward(x, *factors, *kept)
         return y
 
     @staticmethod
@@ -241,7 +265,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         layer, call, at = ctx.layer, ctx.call, 1 + 2 * len(ctx.layer.linears)
         x, pairs, kept = ctx.saved_tensors[0], _pairs(ctx.saved_tensors[1:at]), list(ctx.saved_tensors[at:])
-        if not call.keeps:
+        if not call.run.keeps:
             kept = layer.forward(x, pairs, call, last=False)[1]
         dx, grads = layer.backward(dy, x, kept, pairs, _pairs(ctx.needs_input_grad[3:]), call, dx=ctx.needs_input_grad[2])
         return None, None, dx, *grads

@@ -75,7 +75,7 @@ class LeanStep:
     def installed(self) -> Iterator[None]:
         """A context in which a forward pass of the model uses the lean layers."""
         again = [m.gradient_checkpointing for m in self._stack.layers]
-        run = Pass(keeps=not (any(again) and self._stack.training))
+        run = Pass(keeps=not (any(again) and self._stack.training), layers=len(again))
         try:
             for layer in self._layers:
                 layer.module.gradient_checkpointing = False  # the layer does it itself
