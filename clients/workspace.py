@@ -6,7 +6,6 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from fedtune.clients.loaded_model import LoadedModel
 from fedtune.clients.lower_layers import LowerLayers
@@ -14,6 +13,7 @@ from fedtune.clients.tokens import Rows, TokenStore
 from fedtune.config import Config, from_dict
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.privacy_terms import terms
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import task_of
 from fedtune.data import Example, Federation, encode, load_federation, pad_id
 from fedtune.errors import DataError
@@ -113,7 +113,7 @@ class Workspace:
         rows = federation.rows.select(np.concatenate([client.train for client in federation.clients.values()]).tolist())
         raise DataError(f"no client has a training row that it can use: {task.unusable(rows, self.backbone.tokenizer)}")
 
-    def _encode(self, rows: Dataset, indices: np.ndarray, longest: int, keep_short: bool = False) -> Rows:
+    def _encode(self, rows: RowSet, indices: np.ndarray, longest: int, keep_short: bool = False) -> Rows:
         task = dataclasses.replace(self.config.task, max_length=longest)
         backbone = self.backbone
         return self._tokens.add(encode(rows, indices, backbone.tokenizer, task, seq2seq=backbone.seq2seq, keep_short=keep_short))

@@ -93,7 +93,7 @@ def test_every_other_extra_installs_the_training_libraries(extra: str) -> None:
 OF_TRAINING = {
     "config.compose": {"hydra", "omegaconf"},
     "inference.bench": {"matplotlib"},
-    "contracts": {"torch", "flwr", "datasets"},
+    "contracts": {"torch", "flwr"},
     "inference.engine.reference": {"torch"},  # where the native kernels do not run
     "inference.engine.gptq_awq": {"torch"},
     "inference.engine.package_writer": {"torch"},  # of exports

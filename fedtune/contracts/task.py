@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedtune.config.bounds import require
 from fedtune.config.registry import TASKS
+from fedtune.contracts.rows import RowSet
 from fedtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import datasets
     import numpy as np
     from torch import Tensor
 
@@ -147,7 +147,7 @@ class Task(abc.ABC):
     # -- rows and batches -----------------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
+    def encode(self, rows: RowSet, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
         """Encode rows as examples of at most `settings.max_length` tokens.
 
         Args:
@@ -160,7 +160,7 @@ class Task(abc.ABC):
             DataError: A row has no target.
         """
 
-    def unusable(self, rows: "datasets.Dataset", tokenizer: Any) -> str:
+    def unusable(self, rows: RowSet, tokenizer: Any) -> str:
         """Why `encode` makes no example of these rows, for the end of an error."""
         return f"none of {len(rows)} rows has two tokens or more: give longer rows"
 

@@ -1,6 +1,6 @@
 """Data of a federation: sources (hub, local files, the demo), partition over clients, tokenization, batches.
 
-Names are imported on first use: `import fedtune.data` loads neither torch nor `datasets`.
+Names are imported on first use: `import fedtune.data` does not load torch.
 """
 
 import importlib

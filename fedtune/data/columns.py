@@ -3,17 +3,15 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedtune.config import Config, DataConfig, template_text
-from fedtune.contracts.task import Task, task_of, tasks
+from fedtune.contracts.rows import RowSet
+from fedtune.contracts.task import task_of, tasks
 from fedtune.data import messages
 from fedtune.data.local import Columns
 from fedtune.data.values import fields, fill, in_order, names_of, numbers, texts, to_ids
 from fedtune.errors import ConfigError, DataError
-
-if TYPE_CHECKING:  # commands that only check names start faster without it
-    import datasets
 
 PARTITION_BY = {"natural": ("client",), "dirichlet": ("label",), "pathological": ("label",), "prior": ("label",)}
 DEMO_PROMPT, DEMO_ANSWER = "Request: {request}\nAction:", " {action}"
@@ -23,7 +21,7 @@ DEMO_CHAT = ("{request}", "{action}")  # what the user and the assistant say
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows in fedtune's columns.
+    """RowSet in fedtune's columns.
 
     Args:
         columns: Column → one value a row. `label` is a class id; the task defines the types of its own columns; the others are strings.
@@ -38,7 +36,7 @@ class Table:
         return len(next(iter(self.columns.values())))
 
 
-def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tuple[str, ...] | None = None) -> Table:
+def canonical(source: RowSet, config: Config, what: str, labels: tuple[str, ...] | None = None) -> Table:
     """`source` in fedtune's columns.
 
     A column comes from, in this order: the templates `data.prompt` and `data.answer`; `data.columns` (a name, or a template if it contains
@@ -62,7 +60,7 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
         if kind == "messages":
             out[ours] = _conversations(source, maps, templates, what)
             if messages.TOOLS in source.column_names and messages.form(source.column_names, maps, templates) not in ("pair", "alpaca"):
-                out["tools"] = messages.read_tools(source.with_format(None)[messages.TOOLS][:], what)
+                out["tools"] = messages.read_tools(source[messages.TOOLS][:], what)
             out["row"] = [f"{what} row {number}" for number in range(1, len(source) + 1)]
         else:
             out[ours] = _values(source, ours, maps, templates, what)
@@ -75,9 +73,7 @@ def canonical(source: "datasets.Dataset", config: Config, what: str, labels: tup
         if required or (theirs in source.column_names and (ours in wanted or _usable(source, theirs))):
             out[ours] = _values(source, ours, maps, templates, what)
     if "label" in out:
-        own = source.features.get(maps.get("label", "label")) if "label" not in templates else None
-        named = getattr(own, "names", None)  # a ClassLabel's
-        declared = None if named is None else tuple(named)
+        declared = source.classes.get(maps.get("label", "label")) if "label" not in templates else None
         values = names_of(out["label"], declared, what)
         names = (declared or in_order(values)) if labels is None else labels
         out["label"] = to_ids(values, names, what)
@@ -218,25 +214,25 @@ def class_names(data: DataConfig) -> tuple[str, ...]:
     return tuple(name.strip() for name in data.labels)
 
 
-def _usable(source: "datasets.Dataset", column: str) -> bool:
+def _usable(source: RowSet, column: str) -> bool:
     """Whether an optional column can be a label or an id: it has a name or a whole number in every row."""
     kinds = ("string", "large_string", "int", "uint", "bool")  # a ClassLabel is int64
-    return str(getattr(source.features[column], "dtype", "")).startswith(kinds) and not source.data.column(column).null_count
+    return source.types[column].startswith(kinds) and None not in source[column][:]
 
 
-def _values(source: "datasets.Dataset", ours: str, maps: Mapping[str, str], templates: Mapping[str, str], what: str) -> list[Any]:
+def _values(source: RowSet, ours: str, maps: Mapping[str, str], templates: Mapping[str, str], what: str) -> list[Any]:
     """One of fedtune's columns; raises DataError with the number of a row without a value."""
     if ours in templates:
         return fill(templates[ours], source, f"the {ours} template")
     theirs = maps.get(ours, ours)
-    values = source.with_format(None)[theirs][:]
+    values = source[theirs][:]
     for number, value in enumerate(values, 1):
         if value is None:
             raise DataError(f"{what} row {number} has no '{theirs}': fill it or remove the row")
     return values
 
 
-def _conversations(source: "datasets.Dataset", maps: Mapping[str, str], templates: Mapping[str, str], what: str) -> list[str]:
+def _conversations(source: RowSet, maps: Mapping[str, str], templates: Mapping[str, str], what: str) -> list[str]:
     """The column `messages`, from any form of conversations."""
     kind = messages.form(source.column_names, maps, templates)
     if kind == "pair":
@@ -245,24 +241,13 @@ def _conversations(source: "datasets.Dataset", maps: Mapping[str, str], template
         asked, answers = (texts(_values(source, name, {}, {}, what), name, name) for name in messages.ALPACA)
         extra, system = (_optional(source, name) for name in messages.ALPACA_OPTIONAL)
         return messages.paired([messages.with_input(a, b) for a, b in zip(asked, extra, strict=True)], answers, system)
-    return messages.read_messages(source.with_format(None)[kind][:], what)
+    return messages.read_messages(source[kind][:], what)
 
 
-def _optional(source: "datasets.Dataset", column: str) -> list[str]:
+def _optional(source: RowSet, column: str) -> list[str]:
     """A column as text; "" where it, or the column, is missing."""
-    values = source.with_format(None)[column][:] if column in source.column_names else [""] * len(source)
+    values = source[column][:] if column in source.column_names else [""] * len(source)
     return texts(["" if value is None else value for value in values], column, column)
 
 
 _READ = {"text": texts, "number": numbers}  # converters by kind of column; `raw` columns stay unchanged
-
-
-def features(columns: Mapping[str, Any], task: Task) -> "datasets.Features | None":
-    """The types of a table's columns; None if a column is raw, whose type is inferred from its values."""
-    import datasets
-
-    kinds = {ours: "class" if ours == "label" else task.columns.get(ours, "text") for ours in columns}
-    if "raw" in kinds.values():
-        return None
-    types = {"text": "string", "messages": "string", "class": "int64", "number": "float64"}
-    return datasets.Features({ours: datasets.Value(types[kind]) for ours, kind in kinds.items()})

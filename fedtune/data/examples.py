@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import IGNORED, Example, task_of
 
 
 def encode(
-    rows: datasets.Dataset, indices: np.ndarray, tokenizer: Any, task: TaskConfig, *, seq2seq: bool = False, keep_short: bool = False
+    rows: RowSet, indices: np.ndarray, tokenizer: Any, task: TaskConfig, *, seq2seq: bool = False, keep_short: bool = False
 ) -> list[Example]:
     """The rows at `indices` as examples of at most `task.max_length` tokens.
 
@@ -21,7 +21,7 @@ def encode(
     as in generation.
 
     Args:
-        rows: Rows with the task's columns.
+        rows: RowSet with the task's columns.
         indices: (n,) indices of the rows, in order.
         tokenizer: The backbone's tokenizer.
         task: The task, with the maximum length.

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 
 from fedtune.config import Config, DeviceClass
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.seeds import derive_seed
-from fedtune.contracts.task import Task, task_of
+from fedtune.contracts.task import task_of
 from fedtune.data.check import no_classes, unpartitioned
-from fedtune.data.columns import Table, canonical, class_names, features, read_columns
+from fedtune.data.columns import Table, canonical, class_names, read_columns
 from fedtune.data.local import has_files, read_test
 from fedtune.data.partition import partition, rows_of_large_clients
 from fedtune.data.sources import read_source
@@ -51,8 +51,8 @@ class Federation:
         labels: Name of each class id of the column `label`, which is the task's target or only for histograms; () without labels.
     """
 
-    rows: datasets.Dataset
-    test: datasets.Dataset
+    rows: RowSet
+    test: RowSet
     clients: Mapping[str, ClientRows]
     labels: tuple[str, ...]
 
@@ -89,8 +89,7 @@ def load_federation(config: Config) -> Federation:
     if data.client is not None:
         parts = _only(data.client, parts)
     clients = {name: _client(name, rows, devices[name], config) for name, rows in parts.items()}
-    task = task_of(config.task)
-    return Federation(rows=_dataset(table, task), test=_dataset(tests, task), clients=clients, labels=table.labels)
+    return Federation(rows=RowSet(table.columns), test=RowSet(tests.columns), clients=clients, labels=table.labels)
 
 
 def _read(config: Config) -> tuple[Config, Table, Table]:
@@ -137,7 +136,7 @@ def load_test(config: Config) -> Federation:
     if data.source != "local" or has_files(data.path):
         tests = _read(unpartitioned(config))[2]
         _check_classes(config, tests.labels)
-        return _coordinator(tests, task_of(config.task))
+        return _coordinator(tests)
     if data.path:
         log.warning("data.path=%s is not on this machine: the server has no training rows, each client needs its own", data.path)
     labels = class_names(data)
@@ -149,12 +148,12 @@ def load_test(config: Config) -> Federation:
         tests = Table(columns={ours: [] for ours in task_of(config.task).columns}, labels=labels)
     if task_of(config.task).classes and len(tests.labels) < 2:
         raise no_classes()
-    return _coordinator(tests, task_of(config.task))
+    return _coordinator(tests)
 
 
-def _coordinator(tests: Table, task: Task) -> Federation:
-    rows = _dataset(_select(tests, np.arange(0)), task)
-    return Federation(rows=rows, test=_dataset(tests, task), clients={}, labels=tests.labels)
+def _coordinator(tests: Table) -> Federation:
+    none = _select(tests, np.arange(0))
+    return Federation(rows=RowSet(none.columns), test=RowSet(tests.columns), clients={}, labels=tests.labels)
 
 
 def split(rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +225,3 @@ def deal(classes: Mapping[str, DeviceClass], clients: int, seed: int) -> list[st
 def _select(table: Table, rows: np.ndarray) -> Table:
     chosen = rows.tolist()
     return Table(columns={name: [values[i] for i in chosen] for name, values in table.columns.items()}, labels=table.labels)
-
-
-def _dataset(table: Table, task: Task) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(table.columns, features=features(table.columns, task))

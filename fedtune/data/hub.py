@@ -5,16 +5,28 @@ from pathlib import Path
 import datasets
 
 from fedtune.config import DataConfig
+from fedtune.contracts.rows import RowSet
 from fedtune.errors import DataError
 
 
-def read_hub(config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def read_hub(config: DataConfig) -> tuple[RowSet, RowSet | None]:
     """`data.split` of the data set and, if set, `data.test_split`, with the data set's columns.
 
     Raises:
         DataError: The data set, subset or split does not exist, or there is no network.
     """
-    return load_split(config, config.split), (load_split(config, config.test_split) if config.test_split else None)
+    return _rows(load_split(config, config.split)), (_rows(load_split(config, config.test_split)) if config.test_split else None)
+
+
+def _rows(found: datasets.Dataset) -> RowSet:
+    """The data set's columns, which are read when they are indexed."""
+    plain, features = found.with_format(None), found.features
+    types = {name: str(getattr(feature, "dtype", "")) for name, feature in features.items()}
+    return RowSet(
+        {name: plain[name] for name in found.column_names},
+        types,
+        {name: tuple(feature.names) for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)},
+    )
 
 
 def load_split(config: DataConfig, split: str) -> datasets.Dataset:

@@ -12,19 +12,18 @@ import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedtune.config import DataConfig
+from fedtune.contracts.rows import RowSet
 from fedtune.data.decoding import decode
 from fedtune.data.records import compile_pattern, lines, matches
 from fedtune.data.tables import read_csv, read_tsv
+from fedtune.data.values import typed
 from fedtune.errors import ConfigError, DataError
 from fedtune.storage.parsing import content_of, parse_json
 
-if TYPE_CHECKING:  # commands that only look for files start faster without it
-    import datasets
-
-Rows = list[dict[str, Any]]
+Records = list[dict[str, Any]]
 
 SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text"
@@ -53,7 +52,7 @@ class Columns:
         return self.required | self.optional
 
 
-def read_local(config: DataConfig, columns: Columns | None = None) -> "tuple[datasets.Dataset, datasets.Dataset | None]":
+def read_local(config: DataConfig, columns: Columns | None = None) -> tuple[RowSet, RowSet | None]:
     """The training rows of `data.path` and, if set, the test rows of `data.test_path`, with the files' columns.
 
     Columns not in `columns` keep their names but are empty; None reads all columns. Files matched by both paths are test files only, so
@@ -87,7 +86,7 @@ def local_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
     return files, test_files
 
 
-def read_test(config: DataConfig, columns: Columns | None = None) -> "datasets.Dataset":
+def read_test(config: DataConfig, columns: Columns | None = None) -> RowSet:
     """The rows of `data.test_path` alone.
 
     Raises:
@@ -145,12 +144,9 @@ def check_stems(files: list[Path]) -> None:
             raise DataError(f"data.client_from_file: {other} and {file} are both client '{stem(file)}': rename one of them")
 
 
-def read_files(files: list[Path], config: DataConfig, client_from_file: bool, read: Columns | None = None) -> "datasets.Dataset":
+def read_files(files: list[Path], config: DataConfig, client_from_file: bool, read: Columns | None = None) -> RowSet:
     """All rows of the files in order, with the union of their columns; columns not in `read` are empty."""
-    import datasets
-    import pyarrow as pa
-
-    rows: Rows = []
+    rows: Records = []
     for file in files:
         found = read_file(file, config, None if read is None else read.used)
         if client_from_file:
@@ -162,25 +158,25 @@ def read_files(files: list[Path], config: DataConfig, client_from_file: bool, re
     if not rows:
         raise DataError(f"{files[0]}{f' and {len(files) - 1} more files' if len(files) > 1 else ''}: no rows")
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
-    arrays = {}
+    columns, types = dict[str, list[Any]](), dict[str, str]()
     for name in dict.fromkeys(name for row in rows for name in row):
         try:
             unread = read is not None and name not in read.used
             values = [row.get(name) for row in rows]
             if read is not None and name in read.conversations:
                 values = [json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list) else value for value in values]
-            arrays[name] = pa.nulls(len(rows)) if unread else pa.array(values)
+            columns[name], types[name] = typed([None] * len(rows) if unread else values)
         except UnicodeEncodeError as bad:  # JSON can contain half a surrogate pair, which is not text
             raise DataError(f"{where}: column '{name}' has {bad.object[bad.start]!r}, which is not a character: clean the file") from None
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as bad:
+        except (TypeError, ValueError, OverflowError) as bad:  # Arrow's
             if read is None or name in read.required or name not in _UNUSED:
                 reason = str(bad).splitlines()[0][:100]
                 raise DataError(f"{where}: column '{name}' has values of several types ({reason}): give all its values one type") from None
-            arrays[name] = pa.nulls(len(rows))
-    return datasets.Dataset(pa.table(arrays))
+            columns[name], types[name] = typed([None] * len(rows))
+    return RowSet(columns, types)
 
 
-def read_file(file: Path, config: DataConfig, used: Collection[str] | None = None) -> Rows:
+def read_file(file: Path, config: DataConfig, used: Collection[str] | None = None) -> Records:
     """The rows of one file.
 
     Args:
@@ -232,7 +228,7 @@ def read_bytes(file: Path) -> bytes:
         raise DataError(f"cannot read {file}: {bad.strerror}") from None
 
 
-def read_jsonl(text: str, where: str) -> Rows:
+def read_jsonl(text: str, where: str) -> Records:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -240,7 +236,7 @@ def read_jsonl(text: str, where: str) -> Rows:
     return rows
 
 
-def read_json(text: str, where: str) -> Rows:
+def read_json(text: str, where: str) -> Records:
     values = _json(text, where, "a JSON array of objects (for one object a line set data.format=jsonl)")
     if not isinstance(values, list):
         raise DataError(f"{where} is a JSON {type(values).__name__}: write an array of objects")
@@ -262,7 +258,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def read_parquet(raw: bytes, where: str, used: Collection[str] | None = None) -> Rows:
+def read_parquet(raw: bytes, where: str, used: Collection[str] | None = None) -> Records:
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -276,4 +272,4 @@ def read_parquet(raw: bytes, where: str, used: Collection[str] | None = None) ->
 
 
 TABLES = {"csv": read_csv, "tsv": read_tsv}
-READERS: dict[str, Callable[[str, str], Rows]] = {"jsonl": read_jsonl, "json": read_json}
+READERS: dict[str, Callable[[str, str], Records]] = {"jsonl": read_jsonl, "json": read_json}

@@ -5,13 +5,37 @@ import decimal
 import math
 import string
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedtune.contracts.rows import RowSet
 from fedtune.data.messages import ALPACA, ALPACA_OPTIONAL
 from fedtune.errors import ConfigError, DataError
 
-if TYPE_CHECKING:
-    import datasets
+_TYPES: dict[type, str] = {str: "string", int: "int64", float: "double", bool: "bool"}
+
+
+def typed(values: list[Any]) -> tuple[list[Any], str]:
+    """A column's values as Arrow stores them, and Arrow's name of their type. Only lists, mappings, dates and mixed types load Arrow.
+
+    Raises:
+        UnicodeEncodeError: A string has half a surrogate pair.
+        TypeError, ValueError, OverflowError: Arrow has no type for all values.
+    """
+    kinds = {type(value) for value in values if value is not None}
+    if not kinds:
+        return values, "null"
+    if len(kinds) == 1 and (name := _TYPES.get(kind := kinds.pop())):
+        if kind is str:
+            for value in values:
+                if value is not None and not value.isascii():
+                    value.encode()
+            return values, name
+        if kind is not int or all(-(2**63) <= value < 2**63 for value in values if value is not None):
+            return values, name
+    import pyarrow as pa
+
+    array = pa.array(values)
+    return array.to_pylist(), str(array.type)
 
 
 def fields(template: str, what: str) -> set[str]:
@@ -36,7 +60,7 @@ class _Values(string.Formatter):
         return value, used
 
 
-def fill(template: str, source: "datasets.Dataset", what: str) -> list[str]:
+def fill(template: str, source: RowSet, what: str) -> list[str]:
     """`template` formatted for every row by str.format; raises DataError for a field without a text form."""
     used, formatter = sorted(fields(template, what)), _Values()
     columns = [source[name][:] for name in used]

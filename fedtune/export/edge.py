@@ -25,11 +25,11 @@ from fedtune.inference.engine.package_writer import PackageWriter
 from fedtune.inference.engine.reference.tensors import as_array
 from fedtune.inference.engine.shape import text_config
 from fedtune.inference.engine.text import Text, read_text
-from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.model import FOLDING, QuantizeSettings, quantize_model
 from fedtune.inference.quantize.perplexity import Piece, answers, engine_score, windows
 from fedtune.inference.quantize.rtn import GROUP, QuantizedLinear
 from fedtune.models.tokens import load_tokenizer
+from fedtune.storage.heap import give_back
 
 __all__ = ["describe_package", "export_edge", "texts"]
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from fedtune.export.merged import Merged
 from fedtune.inference.engine.package import tensor_shapes
 from fedtune.inference.engine.reference.attention import soft_cap
-from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import embedded, pass_layer, prefix_of
 from fedtune.inference.quantize.perplexity import Piece, Score
 from fedtune.inference.quantize.weights import Weights
+from fedtune.storage.heap import give_back
 
 __all__ = ["streamed_score"]
 

@@ -37,7 +37,7 @@ def ensure_template(tokenizer: Any) -> None:
     Raises:
         ModelError: The tokenizer has no end token.
     """
-    from fedtune.data.examples import begin  # late: it loads datasets
+    from fedtune.data.examples import begin  # late: it loads torch
 
     if tokenizer.chat_template is not None:
         return

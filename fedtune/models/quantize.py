@@ -11,6 +11,7 @@ Sources: Dettmers et al. 2023, QLoRA, arXiv:2305.14314 (NF4, double quantization
 """
 
 import copy
+import gc
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from fedtune.models.backbone import head_names
 from fedtune.models.checkpoint import digest, fingerprint, first_line
 from fedtune.models.parts import is_linear, other_weights
 from fedtune.storage.atomic import new_folder
+from fedtune.storage.heap import give_back, own_pages
 from fedtune.storage.parsing import parse_json, read_text
 
 __all__ = [
@@ -196,7 +198,9 @@ def load_quantized(
         if built is None:
             built, fresh = _build(kind, hf_config, tensors(), check, recipe)
         return cast(PreTrainedModel, nn.Module.to(built, device)), fresh
-    del built  # frees its memory before the file is mapped
+    del built
+    gc.collect()  # the model refers to itself
+    give_back()  # before the file is mapped
     try:
         model = _read(kind, hf_config, recipe, device, place)
     except Exception as bad:  # some architectures' own code fails on quantized weights
@@ -299,16 +303,17 @@ def _build(
     kind: type[PreTrainedModel], hf_config: Any, tensors: Mapping[str, Any], check: Check, recipe: Recipe
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model quantized from the checkpoint's tensors, always on the CPU, so that every machine gets the same values."""
-    model, info = cast(Any, kind).from_pretrained(
-        None,
-        output_loading_info=True,
-        config=copy.deepcopy(hf_config),
-        state_dict=dict(tensors),
-        ignore_mismatched_sizes=True,  # `check` detects mismatches
-        device_map={"": "cpu"},
-        quantization_config=recipe.config(),
-        dtype=recipe.compute,
-    )
+    with own_pages():  # quantized weights, which stay, are allocated between whole ones
+        model, info = cast(Any, kind).from_pretrained(
+            None,
+            output_loading_info=True,
+            config=copy.deepcopy(hf_config),
+            state_dict=dict(tensors),
+            ignore_mismatched_sizes=True,  # `check` detects mismatches
+            device_map={"": "cpu"},
+            quantization_config=recipe.config(),
+            dtype=recipe.compute,
+        )
     _steady(model)
     return model, check(model, info)
 

@@ -1,4 +1,7 @@
-"""All private Flower names that the server uses; `_flwr_client` has the client's. `tests/contracts/test_flower.py` checks them."""
+"""All private Flower names that the server uses; `_flwr_client` and `_flwr_worker` have a client's.
+
+`tests/contracts/test_flower.py` checks them.
+"""
 
 import math
 import time

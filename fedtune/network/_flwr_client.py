@@ -1,6 +1,6 @@
-"""All private Flower names that a client uses; `_flwr` has the server's.
+"""All private Flower names that a client's node uses; `_flwr_worker` has its worker's, and `_flwr` the server's.
 
-They are separate because Flower's SuperLink (FastAPI, SQLAlchemy) would enlarge each of a client's two processes by half.
+They are separate because Flower's SuperLink (FastAPI, SQLAlchemy) would enlarge the node by half.
 """
 
 from flwr.app.message import make_message, remove_content_from_message
@@ -22,7 +22,6 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
-from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node as NodeProto
 from flwr.proto.recorddict_pb2 import ArrayRecord as ArrayRecordProto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
@@ -39,7 +38,6 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, private_key_to_bytes, public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -53,7 +51,6 @@ __all__ = [
     "FleetHttpClient",
     "FlowerError",
     "GetRunRequest",
-    "MessageProto",
     "NodeAuthHttpInterceptor",
     "NodeProto",
     "ObjectPullError",
@@ -70,7 +67,6 @@ __all__ = [
     "RegisterNodeFleetRequest",
     "RuntimeVersionMetadata",
     "SendNodeHeartbeatRequest",
-    "TaskIdentity",
     "array_record_from_proto",
     "array_record_to_proto",
     "generate_key_pairs",

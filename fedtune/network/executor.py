@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from flwr.app import Error, Message
 
-from fedtune.network._flwr_client import ErrorCode, MessageProto, message_from_proto, message_to_proto
+from fedtune.network._flwr_worker import ErrorCode, MessageProto, message_from_proto, message_to_proto
 from fedtune.network.frames import CutFrame, FrameError, Kind, read_frame, write_frame
 from fedtune.storage.parent import child_environment
 

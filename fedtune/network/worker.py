@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.network._flwr_client import ErrorCode, MessageProto, TaskIdentity, message_from_proto, message_to_proto
+from fedtune.network._flwr_worker import ErrorCode, MessageProto, TaskIdentity, message_from_proto, message_to_proto
 from fedtune.network.frames import FrameError, Kind, read_frame, write_frame
 from fedtune.storage.parent import exit_with_parent
 from fedtune.storage.parsing import parse_json

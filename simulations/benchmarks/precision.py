@@ -156,6 +156,9 @@ def cell(args: argparse.Namespace) -> None:
         make(folder, args.sizes[0], max(length, 64))
         print("{}")
         return
+    from fedtune.models.light import import_models
+
+    import_models()  # as a device's worker does
     from fedtune.clients.meter import peak_mb, reset_peak
     from fedtune.clients.trainer import train
     from fedtune.clients.turns import Work

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from fedtune.config import Config, DataConfig, ModelConfig, PeftConfig, TaskConfig
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import task_of
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone
 from fedtune.models.backbone import checkpoint_activations
@@ -221,13 +222,11 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the tokenizer has no end token, so the row has no target: remove such rows")
 def _(place: Place) -> Iterator[str]:
-    import datasets
-
     tokens = transformers.AutoTokenizer.from_pretrained(checkpoint(place.folder / "m"))
     tokens.eos_token = None
     rows = [{"prompt": "turn on", "answer": "light"}, {"prompt": "turn", "answer": ""}]
     for kept in (rows, rows[:1]):
-        table = datasets.Dataset.from_list(kept)
+        table = RowSet({name: [row[name] for row in kept] for name in kept[0]})
         yield raised(lambda table=table: task_of(ASKS).encode(table, tokens, encoder_decoder=False, keep_short=False))
 
 

@@ -5,24 +5,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from numpy.testing import assert_array_equal
 
 from fedtune.config import TaskConfig
+from fedtune.contracts.rows import RowSet
 from fedtune.data.examples import Example, collate, encode, pad_id, prompts
 from fedtune.errors import DataError
 from tests.data.words import word_tokenizer
 
 
 def instruction(prompt: str, answer: str, longest: int = 16, **kinds: bool) -> Example:
-    rows = Dataset.from_dict({"prompt": [prompt], "answer": [answer]})
+    rows = RowSet({"prompt": [prompt], "answer": [answer]})
     return encode(rows, np.array([0]), word_tokenizer(**kinds), TaskConfig(kind="instruction", max_length=longest))[0]
 
 
 def texts(values: list[str], longest: int = 4, indices: list[int] | None = None, stride: bool = True, **kinds: bool) -> list[list[int]]:
     chosen = np.arange(len(values)) if indices is None else np.array(indices)
     task = TaskConfig(kind="causal_lm", max_length=longest, stride_texts=stride)
-    result = encode(Dataset.from_dict({"text": values}), chosen, word_tokenizer(**kinds), task)
+    result = encode(RowSet({"text": values}), chosen, word_tokenizer(**kinds), task)
     for example in result:
         assert_array_equal(example.input_ids, example.labels)
     return [example.input_ids.tolist() for example in result]
@@ -104,7 +104,7 @@ def test_only_the_selected_rows_in_order() -> None:
 
 
 def test_classification_cuts_and_carries_the_class() -> None:
-    rows = Dataset.from_dict({"text": ["a b c d", ""], "label": [1, 0]})
+    rows = RowSet({"text": ["a b c d", ""], "label": [1, 0]})
     long, empty = encode(rows, np.arange(2), word_tokenizer(), TaskConfig(kind="classification", max_length=3))
     assert (long.input_ids.tolist(), long.labels.tolist()) == ([0, 3, 4], [1])
     assert (empty.input_ids.tolist(), empty.labels.tolist()) == ([0], [0])
@@ -113,7 +113,7 @@ def test_classification_cuts_and_carries_the_class() -> None:
 
 
 def test_an_encoder_decoder_reads_the_prompt_and_writes_the_answer() -> None:
-    rows = Dataset.from_dict({"prompt": ["a b c d e", "", "a"], "answer": ["f g h a b", "c", ""]})
+    rows = RowSet({"prompt": ["a b c d e", "", "a"], "answer": ["f g h a b", "c", ""]})
     task = TaskConfig(kind="instruction", max_length=4)
     long, empty, silent = encode(rows, np.arange(3), word_tokenizer(bos=False), task, seq2seq=True)
     # the prompt loses its beginning, the answer its end; each ends with </s> where it is not cut
@@ -133,7 +133,7 @@ def test_an_encoder_decoder_reads_the_prompt_and_writes_the_answer() -> None:
 
 
 def test_an_encoder_decoder_classifies_at_the_one_end_token() -> None:
-    rows = Dataset.from_dict({"text": ["a b c d", "a </s> b", ""], "label": [1, 0, 2]})
+    rows = RowSet({"text": ["a b c d", "a </s> b", ""], "label": [1, 0, 2]})
     examples = encode(rows, np.arange(3), word_tokenizer(bos=False), TaskConfig(kind="classification", max_length=3), seq2seq=True)
     assert [e.input_ids.tolist() for e in examples] == [[3, 4, 1], [3, 4, 1], [1]]
     assert [e.labels.tolist() for e in examples] == [[1], [0], [2]]

@@ -12,6 +12,7 @@ import pytest
 from fedtune.config import DataConfig
 from fedtune.data.local import find_files, read_local
 from fedtune.data.records import compile_pattern, matches
+from fedtune.data.values import typed
 from fedtune.errors import DataError
 
 ROWS = [{"text": "one, two", "label": "x"}, {"text": 'say "hi"\tnow', "label": "y"}]
@@ -23,7 +24,8 @@ AS = {
 
 
 def read(path: Path | str, **settings: object) -> list[dict[str, object]]:
-    return read_local(DataConfig(source="local", path=str(path), **settings))[0].to_list()  # type: ignore[arg-type]
+    rows, _ = read_local(DataConfig(source="local", path=str(path), **settings))  # type: ignore[arg-type]
+    return [rows[i] for i in range(len(rows))]
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -120,3 +122,20 @@ def test_mixed_types_name_the_column(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
     with pytest.raises(DataError, match="column 'text' has values of several types"):
         read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("values", [
+    ["a", None, "é"], [1, None, -(2**63)], [2**63], [1.5, float("inf")], [True, None], [None, None], [],
+    [1, 2.5], [[1], []], [{"a": 1}, {"b": 2}], [b"x"],
+], ids=str)  # fmt: skip
+def test_a_column_is_what_arrow_makes_of_it(values: list[object]) -> None:
+    array = pa.array(values)
+    assert typed(values) == (array.to_pylist(), str(array.type))
+
+
+@pytest.mark.parametrize("values", [["a", 1], [True, 1], [2**64], ["\ud800"]], ids=repr)
+def test_what_arrow_refuses_is_refused(values: list[object]) -> None:
+    with pytest.raises((TypeError, ValueError, OverflowError)) as theirs:
+        pa.array(values)
+    with pytest.raises(theirs.type):
+        typed(values)

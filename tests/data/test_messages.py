@@ -10,9 +10,11 @@ from datasets import Dataset
 
 from fedtune.config import Config, DataConfig, PartitionConfig, TaskConfig
 from fedtune.config.compose import compose
+from fedtune.contracts.rows import RowSet
 from fedtune.data import load_federation
 from fedtune.data.check import check_data
 from fedtune.data.columns import canonical, check_names
+from fedtune.data.hub import _rows
 from fedtune.data.sources import read_source
 from fedtune.errors import ConfigError, DataError, FedtuneError
 
@@ -25,7 +27,7 @@ def config(**data: Any) -> Config:
 
 
 def messages(rows: list[dict[str, Any]], **data: Any) -> list[Any]:
-    table = canonical(Dataset.from_list(rows), config(**data), "training")
+    table = canonical(_rows(Dataset.from_list(rows)), config(**data), "training")
     assert list(table.columns) == ["messages", "row"]
     return [json.loads(text) for text in table.columns["messages"]]
 
@@ -99,7 +101,7 @@ def test_tools_reach_the_rows_in_every_form(tmp_path: Path, suffix: str) -> None
 @pytest.mark.parametrize("value", ["search", ["search"], "{", {"name": "capital"}])
 def test_tools_that_are_no_schemas_are_named(value: Any) -> None:
     with pytest.raises(DataError, match=r"^training row 1 has tools that are no list of JSON schemas \(.*\): correct them, or rename"):
-        canonical(Dataset.from_list([{"messages": json.dumps(WANTED), "tools": value}]), config(), "training")
+        canonical(RowSet({"messages": [json.dumps(WANTED)], "tools": [value]}), config(), "training")
 
 
 def test_tools_of_other_forms_are_another_column() -> None:

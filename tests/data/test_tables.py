@@ -36,7 +36,8 @@ def written(delimiter: str, end: str, head: str = "text{}label", first: str = ""
 
 
 def read(file: Path, **settings: Any) -> list[dict[str, Any]]:
-    return read_local(DataConfig(source="local", path=str(file), **settings))[0].to_list()
+    rows, _ = read_local(DataConfig(source="local", path=str(file), **settings))
+    return [rows[i] for i in range(len(rows))]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
@@ -83,7 +84,8 @@ def test_an_irregular_table(tmp_path: Path, content: str, expected: list[dict[st
     config = DataConfig(source="local", path=str(tmp_path / "a.csv"))
     task = {"task": {"kind": "causal_lm"}, "partition": {"kind": "iid"}, "data": {"source": "local"}}
     used = read_columns(from_dict(task))
-    assert [{k: v for k, v in row.items() if v is not None} for row in read_local(config, used)[0].to_list()] == [
+    rows, _ = read_local(config, used)
+    assert [{k: v for k, v in row.items() if v is not None} for row in map(rows.__getitem__, range(len(rows)))] == [
         {k: v for k, v in row.items() if k in used.used} for row in expected
     ]
     if content.count("\n") > 1 and "price" not in content:  # without the help of the columns' names

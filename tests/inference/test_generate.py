@@ -7,10 +7,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from fedtune.cli import main as cli
 from fedtune.config import DataConfig
+from fedtune.contracts.rows import RowSet
 from fedtune.data import encode
 from fedtune.errors import ConfigError, FedtuneError, ModelError
 from fedtune.export import export_hf
@@ -69,7 +69,7 @@ def test_a_foreign_folder_generates_without_a_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "full", "ptuning_v2"])
 def test_an_encoder_decoder_answers_as_its_run_evaluated_it(tmp_path: Path, method: str) -> None:
     run, live = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", "t5", seed=3)), ASK, data=TEMPLATE, method=method, std=1.0)
-    rows = Dataset.from_list([{"prompt": f"set {q} to", "answer": "on"} for q in ("lamp", "heat the room", "light")])
+    rows = RowSet({"prompt": [f"set {q} to" for q in ("lamp", "heat the room", "light")], "answer": ["on"] * 3})
     examples = encode(rows, np.arange(3), live.backbone.tokenizer, ASK, seq2seq=True)
     want = generate_answers(live.model, live.backbone.tokenizer, examples, ASK, batch_size=1)
     out = export_hf(run, run / "merged")

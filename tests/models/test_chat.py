@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
 
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, EvalConfig, InferenceConfig, TaskConfig
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import IGNORED, Example, task_of
 from fedtune.errors import ConfigError, DataError
 from fedtune.experiment import simulate
@@ -40,7 +40,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 
 def encode(backbone: Backbone, *chats: list[dict[str, Any]], keep_short: bool = False, **changes: Any) -> list[Example]:
-    rows = Dataset.from_dict({"messages": [json.dumps(chat) for chat in chats]})
+    rows = RowSet({"messages": [json.dumps(chat) for chat in chats]})
     task = task_of(dataclasses.replace(CHAT, **changes))
     return task.encode(rows, backbone.tokenizer, encoder_decoder=False, keep_short=keep_short)
 
@@ -103,7 +103,7 @@ def test_conversations_whose_tool_calls_are_not_shown_are_left_out(backbone: Bac
 def test_tools_of_a_row_are_in_its_prompt(backbone: Backbone) -> None:
     tokenizer = copy.deepcopy(backbone.tokenizer)
     tokenizer.chat_template = "{% for tool in tools or [] %}<{{ tool.name }}>{% endfor %}" + tokenizer.chat_template
-    rows = Dataset.from_dict({"messages": [json.dumps(turns("?", "!"))] * 2, "tools": [json.dumps([{"name": "capital"}]), ""]})
+    rows = RowSet({"messages": [json.dumps(turns("?", "!"))] * 2, "tools": [json.dumps([{"name": "capital"}]), ""]})
     with_tools, without = task_of(CHAT).encode(rows, tokenizer, encoder_decoder=False, keep_short=False)
     assert tokenizer.decode(with_tools.input_ids[: with_tools.prompt_length].tolist()).startswith("<capital><|im_start|>")
     assert tokenizer.decode(without.input_ids.tolist()).startswith("<|im_start|>") and with_tools.answer == without.answer == "!"
@@ -113,9 +113,9 @@ def test_a_row_that_the_template_refuses_is_named(backbone: Backbone) -> None:
     tokenizer = copy.deepcopy(backbone.tokenizer)
     tokenizer.chat_template = "{% if messages[0].content == 'b' %}{{ raise_exception('no b here') }}{% endif %}" + tokenizer.chat_template
     chats = {"messages": [json.dumps(turns(text, "!")) for text in "abc"]}
-    rows = Dataset.from_dict({**chats, "row": [f"training row {n}" for n in (3, 5, 8)]})
+    rows = RowSet({**chats, "row": [f"training row {n}" for n in (3, 5, 8)]})
     sentence = "the model's chat template refuses a conversation (no b here): correct or remove it"
-    for table, where in ((rows, "training row 5"), (Dataset.from_dict(chats), "row 2")):
+    for table, where in ((rows, "training row 5"), (RowSet(chats), "row 2")):
         with pytest.raises(DataError) as refused:
             task_of(CHAT).encode(table, tokenizer, encoder_decoder=False, keep_short=False)
         assert str(refused.value) == f"{where}: {sentence}"
@@ -124,7 +124,7 @@ def test_a_row_that_the_template_refuses_is_named(backbone: Backbone) -> None:
 def test_the_date_of_a_template_is_fixed(backbone: Backbone) -> None:
     tokenizer = copy.deepcopy(backbone.tokenizer)
     tokenizer.chat_template = "{{- strftime_now('%d %m %Y') }}" + tokenizer.chat_template
-    rows = Dataset.from_dict({"messages": [json.dumps(turns("?", "!"))]})
+    rows = RowSet({"messages": [json.dumps(turns("?", "!"))]})
     for changes, date in (({}, "01 01 2026"), ({"date": "2024-02-29"}, "29 02 2024")):
         (example,) = task_of(dataclasses.replace(CHAT, **changes)).encode(rows, tokenizer, encoder_decoder=False, keep_short=False)
         assert tokenizer.decode(example.input_ids.tolist()).startswith(date)

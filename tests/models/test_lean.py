@@ -17,6 +17,7 @@ from fedtune.data.examples import pack
 from fedtune.experiment import simulate
 from fedtune.models import LiveAdapter, lean, load_backbone, loss_sum
 from fedtune.models.lean import functions
+from fedtune.models.lean.decoder import Pass
 from fedtune.models.lean.step import LeanStep, step_of
 from fedtune.models.shift import FrozenWeights
 from tests.architectures import ROWS, checkpoint
@@ -208,6 +209,31 @@ def test_the_layers_that_compute_tensors_again_are_the_first_and_the_gradients_s
     lean.disable(live)
     with lean.keeping(live.model, 1) as keep_none:
         assert not keep_none()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+def test_the_layers_share_a_block_of_memory_which_changes_no_bit(again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = live_model(tmp_path, model={"checkpointing": again})
+    lean.enable(live)
+    stored = list[list[Tensor]]()
+
+    def store(run: Pass, y: Tensor, kept: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+        y, kept = original(run, y, kept)
+        stored.append([t for t in (y, *kept) if t is not None])
+        return y, kept
+
+    original, batch = Pass.store, collate(rows(), 0)
+    monkeypatch.setattr(Pass, "store", store)
+    inside = gradients(live, batch)
+    assert [len(layer) for layer in stored] == [1 if again else 8] * 2  # y; and x2, q, k, v, attention, gate, up
+    assert len({t.untyped_storage().data_ptr() for layer in stored for t in layer}) == 1
+    del stored[:]
+    with lean.keeping(live.model, 1):
+        gradients(live, batch)
+    assert len({t.untyped_storage().data_ptr() for layer in stored for t in layer}) == (1 if again else 2)
+    monkeypatch.setattr(Pass, "store", lambda run, y, kept: (y, kept))
+    outside = gradients(live, batch)
+    assert inside.keys() == outside.keys() and all(torch.equal(inside[n], outside[n]) for n in inside)
 
 
 def test_an_evaluation_and_a_trained_weight_use_the_models_own_modules(tmp_path: Path) -> None:

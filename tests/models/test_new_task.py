@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -21,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fedtune.config import Config, DataConfig, EngineConfig, EvalConfig, InferenceConfig, TaskConfig, check, reference
 from fedtune.config.registry import TASKS
 from fedtune.contracts.adapter_state import AdapterState
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import Score, find, higher_is_better, metrics, task_of, tasks
 from fedtune.data import Example, load_federation
 from fedtune.data.examples import whole_texts
@@ -53,7 +53,7 @@ class Tags(RowTask):
     def model_settings(self, outputs: int) -> dict[str, Any]:
         return {"num_labels": outputs, "problem_type": "multi_label_classification"}
 
-    def encode(self, rows: Dataset, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
+    def encode(self, rows: RowSet, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
         coded = whole_texts(rows["text"][:], tokenizer, self.settings.max_length, one_end=encoder_decoder)
         hot = [np.isin(np.arange(3), tags).astype(np.float32) for tags in rows["tags"][:]]
         return [Example(ids, tags) for ids, tags in zip(coded, hot, strict=True)]

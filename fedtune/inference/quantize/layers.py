@@ -22,9 +22,9 @@ from fedtune.inference.engine.reference.passes import Attend, run_layers
 from fedtune.inference.engine.reference.tensors import as_array
 from fedtune.inference.engine.rope import Rope, pairs
 from fedtune.inference.engine.shape import Shape
-from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.weights import Read
+from fedtune.storage.heap import give_back
 
 __all__ = ["Prefix", "Stats", "InputStats", "embedded", "observe", "pass_layer", "prefix_of"]
 

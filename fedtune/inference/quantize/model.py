@@ -22,12 +22,12 @@ from fedtune.inference.engine.shape import Shape
 from fedtune.inference.quantize.awq import awq_scale, output_loss
 from fedtune.inference.quantize.fold import Fold, folds
 from fedtune.inference.quantize.gptq import inverse_factor, quantize_gptq
-from fedtune.inference.quantize.heap import give_back
 from fedtune.inference.quantize.hidden import Hidden
 from fedtune.inference.quantize.layers import InputStats, Stats, embedded, observe, pass_layer, prefix_of
 from fedtune.inference.quantize.rtn import GROUP, Kind, QuantizedLinear, dequantize, packed, portable_tensors, quantize_rtn
 from fedtune.inference.quantize.smoothquant import smooth_scale
 from fedtune.inference.quantize.weights import Read, Weights
+from fedtune.storage.heap import give_back
 
 __all__ = ["FOLDING", "METHODS", "Method", "QuantizeSettings", "quantize_model", "quantize_rows"]
 

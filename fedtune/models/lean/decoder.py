@@ -32,6 +32,7 @@ __all__ = ["LAYERS", "Layer", "Pass"]
 
 Kept = list[Tensor | None]
 
+_ALIGNMENT = 64  # bytes
 # transformers' class of a decoder layer → the norms' `offset` and `early` (see `Norm`)
 LAYERS = {
     "LlamaDecoderLayer": (0.0, True),
@@ -48,10 +49,17 @@ LAYERS = {
 
 
 class Pass:
-    """What the layers of one forward pass share."""
+    """What the layers of one forward pass share.
 
-    def __init__(self) -> None:
+
+    Args:
+        layers: Number of layers.
+    """
+
+    def __init__(self, *, layers: int) -> None:
+        self._left = layers
         self._shared: dict[int, tuple[Any, Any]] = {}
+        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def mask(self, given: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The mask to add to scores, (B or 1, 1, T, T), from transformers' mask: bool, float, or None for a causal one."""
@@ -66,6 +74,27 @@ class Pass:
         """cos and sin, (B or 1, T, R)."""
         return self._once(given[0], lambda: (given[0].to(dtype), given[1].to(dtype)))
 
+    def store(self, y: Tensor, kept: Kept) -> tuple[Tensor, Kept]:
+        """A layer's output and what it keeps, copied to one block of memory for all layers that keep as much; unchanged on a GPU.
+
+        In the heap, a layer's temporary tensors would leave holes between the tensors that stay, too small for those of the next layer. A
+        large block also returns to the system as soon as it is free.
+        """
+        if y.device.type != "cpu":
+            return y, kept
+        sizes = [0 if t is None else -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in (y, *kept)]
+        if self._used + sum(sizes) > len(self._block):  # the first layer, or the first of the last layers, which keep more
+            self._block, self._used = torch.empty(sum(sizes) * self._left, dtype=torch.uint8), 0
+        self._left -= 1
+        out, memory = Kept(), self._block.untyped_storage()
+        for tensor, size in zip((y, *kept), sizes, strict=True):
+            if tensor is not None:  # not as views of the block: a change of one would count as a change of all
+                own = cast(Any, tensor.new_empty(0))
+                tensor = own.set_(memory, self._used // tensor.itemsize, tensor.shape).copy_(tensor)
+            out.append(tensor)
+            self._used += size
+        return cast(Tensor, out[0]), out[1:]
+
     def _once(self, source: Any, make: Callable[[], Any]) -> Any:
         if id(source) not in self._shared:
             self._shared[id(source)] = source, make()  # the source too, so that its id is not given to another tensor
@@ -76,7 +105,7 @@ class _Call:
     """One call of a layer: its mask, its rotary embedding, the generator's states before dropout, and whether it keeps tensors."""
 
     def __init__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor], *, keeps: bool) -> None:
-        self.keeps, self.size = keeps, x.shape[:2]
+        self.run, self.keeps, self.size = run, keeps, x.shape[:2]
         self.mask, self.rotation = run.mask(mask, x.dtype), run.rotation(rotation, x.dtype)
         self.states: States = {}
 
@@ -235,8 +264,9 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, call: _Call, x: Tensor, *factors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, kept = layer.forward(x, _pairs(factors), call)
+        y, kept = call.run.store(y, kept if call.keeps else [])
         ctx.layer, ctx.call = layer, call
-        ctx.save_for_backward(x, *factors, *(kept if call.keeps else ()))
+        ctx.save_for_backward(x, *factors, *kept)
         return y
 
     @staticmethod

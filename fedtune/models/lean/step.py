@@ -106,7 +106,7 @@ class LeanStep:
         """A context in which a forward pass of the model uses the lean layers."""
         again = [m.gradient_checkpointing for m in self._stack.layers]
         # the last layers: their tensors are freed before the first layers compute theirs again
-        run, first = Pass(), self.layers - (0 if any(again) and self._stack.training else self.kept)
+        run, first = Pass(layers=self.layers), self.layers - (0 if any(again) and self._stack.training else self.kept)
         try:
             for i, layer in enumerate(self._layers):
                 layer.module.gradient_checkpointing = False  # the lean layer recomputes by itself

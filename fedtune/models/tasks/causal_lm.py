@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import IGNORED, Example, Score
 from fedtune.errors import ConfigError
 from fedtune.models.tasks._tokens import TokenTask, perplexity
 
 if TYPE_CHECKING:
-    import datasets
-
     from fedtune.config import Config
 
 
@@ -32,7 +31,7 @@ class CausalLM(TokenTask):
                 " classification"
             )
 
-    def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
+    def encode(self, rows: RowSet, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
         """Texts with end tokens: with `stride_texts` joined in order and split into blocks; otherwise one truncated text per example.
 
         A block of fewer than two tokens has no target and is dropped, so the list may be empty. With `keep_short` it becomes an example

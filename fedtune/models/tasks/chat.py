@@ -6,14 +6,13 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import IGNORED, Example
 from fedtune.errors import ConfigError
 from fedtune.models.tasks._answers import AnswerTask
 from fedtune.storage.parsing import parse_json
 
 if TYPE_CHECKING:
-    import datasets
-
     from fedtune.config import Config
     from fedtune.models.chat_template import Conversation
 
@@ -32,7 +31,7 @@ class Chat(AnswerTask):
     encoder_decoder = False
     conversational = True
 
-    def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
+    def encode(self, rows: RowSet, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
         """One example per conversation. Later turns that do not fit are left out. A conversation becomes an example without a target with
         `keep_short`, and otherwise is left out, if its first answer does not fit or the template does not show one of its tool calls."""
         import numpy as np
@@ -63,7 +62,7 @@ class Chat(AnswerTask):
             )
         return out
 
-    def unusable(self, rows: "datasets.Dataset", tokenizer: Any) -> str:
+    def unusable(self, rows: RowSet, tokenizer: Any) -> str:
         from fedtune.models.chat_template import encode_start, located
 
         lengths: list[int] = []
@@ -82,7 +81,7 @@ class Chat(AnswerTask):
             " tokens: raise task.max_length"
         )
 
-    def _conversations(self, rows: "datasets.Dataset", tokenizer: Any) -> "Iterator[tuple[Conversation, str]]":
+    def _conversations(self, rows: RowSet, tokenizer: Any) -> "Iterator[tuple[Conversation, str]]":
         """Each row as a conversation, and the row's name in the source."""
         from fedtune.models.chat_template import Conversation
 

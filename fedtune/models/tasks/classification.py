@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import Example, Score
 from fedtune.errors import ModelError
 from fedtune.models.tasks._rows import RowTask
 
 if TYPE_CHECKING:
-    import datasets
     from torch import Tensor
 
 
@@ -34,7 +34,7 @@ class Classification(RowTask):
             raise ModelError(f"a classifier needs at least 2 classes, but the data has {outputs}: see data.columns.label")
         return {"num_labels": outputs, "problem_type": "single_label_classification"}
 
-    def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
+    def encode(self, rows: RowSet, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
         """One truncated text per example, with the tokenizer's special tokens; the label is the class id."""
         import numpy as np
 

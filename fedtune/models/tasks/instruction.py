@@ -1,13 +1,11 @@
 """Instruction tuning: an answer to a prompt, scored by exact match of the greedily generated answer."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import IGNORED, Example
 from fedtune.errors import DataError
 from fedtune.models.tasks._answers import AnswerTask
-
-if TYPE_CHECKING:
-    import datasets
 
 
 class Instruction(AnswerTask):
@@ -17,7 +15,7 @@ class Instruction(AnswerTask):
     columns_hint = " or the templates data.prompt and data.answer"
     adapter_types = ("SEQ_2_SEQ_LM",)
 
-    def encode(self, rows: "datasets.Dataset", tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
+    def encode(self, rows: RowSet, tokenizer: Any, *, encoder_decoder: bool, keep_short: bool) -> list[Example]:
         """Prompt, answer, end token. If they are too long, the prompt is truncated from its start, down to one token, and then the answer
         from its end.
 
