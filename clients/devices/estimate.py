@@ -153,10 +153,12 @@ def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: i
 def _lean_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: int, kept_layers: int) -> int:
     """`kept_bytes` of a lean step: the larger of two moments, the loss and the backward pass of a layer.
 
-    A layer keeps x; x2, what o reads, the outputs of q, k, v, gate and up only if it is one of `kept_layers`.
+    A layer keeps x; x2, what o reads, the outputs of q, k, v, gate and up only if it is one of `kept_layers` (an encoder's: x2 before its
+    norm, and what the last norm reads instead of gate's output).
     """
     s, size, tokens = shapes, shapes.width_of(precision), rows * width
-    inside = tokens * size * (s.hidden + 2 * s.query + 2 * s.keys + 2 * s.inner)
+    mlp = 2 * s.inner if s.gated else s.inner + s.hidden
+    inside = tokens * size * (s.hidden + 2 * s.query + 2 * s.keys + mlp)
     stored = tokens * (size * s.hidden * (s.layers + 1) + 4 * s.hidden) + kept_layers * inside  # with the last norm's
     table = 0 if s.classifies else s.logits * s.hidden  # on a CPU, oneDNN copies a weight before a product
     loss = size * (2 * rows * counted * s.hidden + min(rows * counted * s.logits, max(PIECE, ROWS * s.logits)) + table)

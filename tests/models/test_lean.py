@@ -17,7 +17,7 @@ from fedtune.data.examples import pack
 from fedtune.experiment import simulate
 from fedtune.models import LiveAdapter, lean, load_backbone, loss_sum
 from fedtune.models.lean import functions
-from fedtune.models.lean.decoder import Pass
+from fedtune.models.lean.layer import Pass
 from fedtune.models.lean.step import LeanStep, step_of
 from fedtune.models.shift import FrozenWeights
 from tests.architectures import ROWS, checkpoint

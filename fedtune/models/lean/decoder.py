@@ -7,34 +7,29 @@ norm? is a norm that some architectures have there; in OLMo 2 the other norms ar
 outputs of q, k, v, gate and up, the input of o, and x2 (with norm?, also its input); or only x, from which it computes the others again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fedtune.models.lean.functions import (
     ACTIVATIONS,
     Gradients,
-    Linear,
     Linears,
     Needed,
     Norm,
     Pairs,
-    States,
     attend,
     attend_backward,
     rotate,
 )  # fmt: skip
+from fedtune.models.lean.layer import Call, Kept, Layer
 
-__all__ = ["LAYERS", "Layer", "Pass"]
+__all__ = ["DECODERS", "DecoderLayer"]
 
-Kept = list[Tensor | None]
-
-_ALIGNMENT = 64  # bytes
 # transformers' class of a decoder layer → the norms' `offset` and `early` (see `Norm`)
-LAYERS = {
+DECODERS = {
     "LlamaDecoderLayer": (0.0, True),
     "MistralDecoderLayer": (0.0, True),
     "Qwen2DecoderLayer": (0.0, True),
@@ -46,68 +41,6 @@ LAYERS = {
     "Gemma2DecoderLayer": (1.0, False),
     "Gemma3DecoderLayer": (1.0, False),
 }
-
-
-class Pass:
-    """What the layers of one forward pass share.
-
-
-    Args:
-        layers: Number of layers.
-    """
-
-    def __init__(self, *, layers: int) -> None:
-        self._left = layers
-        self._shared: dict[int, tuple[Any, Any]] = {}
-        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
-
-    def mask(self, given: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """The mask to add to scores, (B or 1, 1, T, T), from transformers' mask: bool, float, or None for a causal one."""
-        if given is None:
-            return None
-        lowest = torch.finfo(dtype).min
-        if given.dtype is torch.bool:
-            return self._once(given, lambda: torch.zeros_like(given, dtype=dtype).masked_fill_(~given, lowest))
-        return self._once(given, lambda: given.to(dtype).clamp(min=lowest))
-
-    def rotation(self, given: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, (B or 1, T, R)."""
-        return self._once(given[0], lambda: (given[0].to(dtype), given[1].to(dtype)))
-
-    def store(self, y: Tensor, kept: Kept) -> tuple[Tensor, Kept]:
-        """A layer's output and what it keeps, copied to one block of memory for all layers that keep as much; unchanged on a GPU.
-
-        In the heap, a layer's temporary tensors would leave holes between the tensors that stay, too small for those of the next layer. A
-        large block also returns to the system as soon as it is free.
-        """
-        if y.device.type != "cpu":
-            return y, kept
-        sizes = [0 if t is None else -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in (y, *kept)]
-        if self._used + sum(sizes) > len(self._block):  # the first layer, or the first of the last layers, which keep more
-            self._block, self._used = torch.empty(sum(sizes) * self._left, dtype=torch.uint8), 0
-        self._left -= 1
-        out, memory = Kept(), self._block.untyped_storage()
-        for tensor, size in zip((y, *kept), sizes, strict=True):
-            if tensor is not None:  # not as views of the block: a change of one would count as a change of all
-                own = cast(Any, tensor.new_empty(0))
-                tensor = own.set_(memory, self._used // tensor.itemsize, tensor.shape).copy_(tensor)
-            out.append(tensor)
-            self._used += size
-        return cast(Tensor, out[0]), out[1:]
-
-    def _once(self, source: Any, make: Callable[[], Any]) -> Any:
-        if id(source) not in self._shared:
-            self._shared[id(source)] = source, make()  # the source too, so that its id is not given to another tensor
-        return self._shared[id(source)][1]
-
-
-class _Call:
-    """One call of a layer: its mask, its rotary embedding, the generator's states before dropout, and whether it keeps tensors."""
-
-    def __init__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor], *, keeps: bool) -> None:
-        self.run, self.keeps, self.size = run, keeps, x.shape[:2]
-        self.mask, self.rotation = run.mask(mask, x.dtype), run.rotation(rotation, x.dtype)
-        self.states: States = {}
 
 
 class _Attention:
@@ -125,7 +58,7 @@ class _Attention:
         self.cap = getattr(module, "attn_logit_softcapping", None) if type(module).__name__ == "Gemma2Attention" else None
         self.rotates = bool(getattr(module, "use_rope", True))
 
-    def forward(self, x: Tensor, pairs: Pairs, call: _Call) -> tuple[Tensor, Kept]:
+    def forward(self, x: Tensor, pairs: Pairs, call: Call) -> tuple[Tensor, Kept]:
         given = self.qkv.forward(_forward(self.norm, x), pairs[:-1], call.states)
         if len(given) == 1:
             given = list(given[0].split(self.widths, dim=1))
@@ -136,7 +69,7 @@ class _Attention:
         return _forward(self.post, y).add_(x), [*given, a, y if self.post else None]
 
     def backward(
-        self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: _Call, *, dx: bool
+        self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: Call, *, dx: bool
     ) -> tuple[Tensor | None, Gradients]:
         *given, a, y = cast(list[Tensor], kept)
         da, o_grads = self.o.backward([_backward(self.post, dy, y)], a, pairs[-1:], needed[-1:], call.states)
@@ -155,7 +88,7 @@ class _Attention:
         dn, grads = self.qkv.backward(dheads, _forward(self.norm, x), pairs[:-1], needed[:-1], call.states, dx=dx)
         return None if dn is None else _backward(self.norm, dn, x).add_(dy), grads + o_grads
 
-    def _heads(self, given: Sequence[Tensor], call: _Call) -> list[Tensor]:
+    def _heads(self, given: Sequence[Tensor], call: Call) -> list[Tensor]:
         """q (B, H, T, D), k and v (B, K, T, D) as attention reads them, from the linear layers' outputs."""
         normed = [t if n is None else n.forward(self._by_head(t)) for t, n in zip(given, (*self.norms, None), strict=True)]
         q, k, v = (t.reshape(*call.size, -1, self.width) for t in normed)
@@ -179,7 +112,7 @@ class _Mlp:
         self.linears = [*self.inputs.layers, *self.down.layers]
         self.act, self.act_backward = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor, pairs: Pairs, call: _Call, *, last: bool = True) -> tuple[Tensor, Kept]:
+    def forward(self, x: Tensor, pairs: Pairs, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
         """y and what `backward` needs; without `last`, y is x."""
         given = self.inputs.forward(_forward(self.norm, x), pairs[:-1], call.states)
         gate, up = given if len(given) == 2 else given[0].chunk(2, dim=1)
@@ -188,7 +121,7 @@ class _Mlp:
         (y,) = self.down.forward(self.act(gate).mul_(up), pairs[-1:], call.states)
         return _forward(self.post, y).add_(x) if last else x, [gate, up, y if self.post else None]
 
-    def backward(self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: _Call) -> tuple[Tensor, Gradients]:
+    def backward(self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: Call) -> tuple[Tensor, Gradients]:
         gate, up, y = cast(list[Tensor], kept)
         a = self.act(gate)
         dh, down_grads = self.down.backward([_backward(self.post, dy, y)], a * up, pairs[-1:], needed[-1:], call.states)
@@ -201,56 +134,34 @@ class _Mlp:
         return _backward(self.norm, cast(Tensor, dn), x).add_(dy), grads + down_grads
 
 
-class Layer:
-    """A decoder layer of transformers.
+class DecoderLayer(Layer):
+    """A decoder layer.
 
     Args:
         module: The layer, in which PEFT may have adapted linear layers.
         activation: Name of the feed-forward block's activation, in `ACTIVATIONS`.
-
-    Attributes:
-        module: The layer.
-        linears: Its linear layers.
-        frozen: Its parameters that are not LoRA factors.
     """
 
     def __init__(self, module: Any, activation: str) -> None:
-        kind = LAYERS[type(module).__name__]
+        kind = DECODERS[type(module).__name__]
         found = {n: _norm(m, kind) for n, m in module.named_children() if n.endswith("layernorm")}
         first, second = found.get("input_layernorm"), found.get("post_attention_layernorm")
         if "post_feedforward_layernorm" in found:  # Gemma 2 and 3, OLMo 2: norms of the blocks' outputs
             attention, mlp = (first, second), (found.get("pre_feedforward_layernorm"), found["post_feedforward_layernorm"])
         else:
             attention, mlp = (first, None), (second, None)
-        self.module = module
         self._attention = _Attention(module.self_attn, *attention, kind)
         self._mlp = _Mlp(module.mlp, *mlp, activation)
-        self.linears: list[Linear] = [*self._attention.linears, *self._mlp.linears]
-        factors = {id(f) for linear in self.linears for f in linear.factors}
-        self.frozen = [p for p in module.parameters() if id(p) not in factors]
+        super().__init__(module, [*self._attention.linears, *self._mlp.linears])
 
-    def __call__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor], *, keeps: bool) -> Tensor:
-        """The layer's output, (B, T, hidden).
-
-        Args:
-            run: The forward pass.
-            x: (B, T, hidden).
-            mask, rotation: As in `Pass`.
-            keeps: Whether to keep intermediate tensors; otherwise the backward pass computes them again.
-        """
-        call = _Call(run, x, mask, rotation, keeps=keeps)
-        flat = [f for linear in self.linears for f in linear.factors]
-        return cast(Tensor, _Step.apply(self, call, x.flatten(0, 1), *flat)).view_as(x)
-
-    def forward(self, x: Tensor, pairs: Pairs, call: _Call, *, last: bool = True) -> tuple[Tensor, Kept]:
-        """y (N, hidden) and what `backward` needs; without `last`, y is not computed."""
+    def forward(self, x: Tensor, pairs: Pairs, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
         at = len(self._attention.linears)
         x2, first = self._attention.forward(x, pairs[:at], call)
         y, second = self._mlp.forward(x2, pairs[at:], call, last=last)
         return y, [x2, *first, *second]
 
     def backward(
-        self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: _Call, *, dx: bool
+        self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: Call, *, dx: bool
     ) -> tuple[Tensor | None, Gradients]:
         at = len(self._attention.linears)
         dx2, mlp_grads = self._mlp.backward(dy, cast(Tensor, kept[0]), kept[-3:], pairs[at:], needed[at:], call)
@@ -258,30 +169,6 @@ class Layer:
             return None, [None] * (2 * at) + mlp_grads
         out, grads = self._attention.backward(dx2, x, kept[1:-3], pairs[:at], needed[:at], call, dx=dx)
         return out, grads + mlp_grads
-
-
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, layer: Layer, call: _Call, x: Tensor, *factors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, kept = layer.forward(x, _pairs(factors), call)
-        y, kept = call.run.store(y, kept if call.keeps else [])
-        ctx.layer, ctx.call = layer, call
-        ctx.save_for_backward(x, *factors, *kept)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        layer, call, at = ctx.layer, ctx.call, 1 + 2 * len(ctx.layer.linears)
-        x, pairs, kept = ctx.saved_tensors[0], _pairs(ctx.saved_tensors[1:at]), list(ctx.saved_tensors[at:])
-        if not call.keeps:
-            kept = layer.forward(x, pairs, call, last=False)[1]
-        dx, grads = layer.backward(dy, x, kept, pairs, _pairs(ctx.needs_input_grad[3:]), call, dx=ctx.needs_input_grad[2])
-        return None, None, dx, *grads
-
-
-def _pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _norm(module: Any, kind: tuple[float, bool]) -> Norm | None:

@@ -215,6 +215,28 @@ class Norm:
         return size.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
 
 
+@dataclass(frozen=True)
+class LayerNorm:
+    """torch's layer norm over the last dimension.
+
+    Args:
+        module: The norm.
+    """
+
+    module: nn.LayerNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normed(x)[0]
+
+    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
+        m, (_, mean, scale) = self.module, self._normed(x)
+        return _aten.native_layer_norm_backward(dy, x, m.normalized_shape, mean, scale, m.weight, m.bias, [True, False, False])[0]
+
+    def _normed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        m = self.module
+        return _aten.native_layer_norm(x, m.normalized_shape, m.weight, m.bias, m.eps)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """Rotary embedding of x (B, T, H, D), as (B, H, T, D); or, with `back`, its transpose on (B, H, T, D), as (B, T, H, D).
 

@@ -14,8 +14,10 @@ from fedtune.config.method_files import factored
 from fedtune.contracts.task import task_of
 from fedtune.models.adapter import LiveAdapter
 from fedtune.models.backbone import dropout_rates
-from fedtune.models.lean.decoder import LAYERS, Layer, Pass
+from fedtune.models.lean.decoder import DECODERS, DecoderLayer
+from fedtune.models.lean.encoder import ENCODERS, EncoderLayer
 from fedtune.models.lean.functions import ACTIVATIONS
+from fedtune.models.lean.layer import Layer, Pass
 from fedtune.models.lean.loss import cross_entropy
 from fedtune.models.tasks._tokens import TokenTask
 
@@ -82,7 +84,7 @@ class LeanStep:
         model: Any = live.backbone.model
         text = model.config.get_text_config()
         self._stack = _stack(model)
-        self._layers = [Layer(m, _activation(text)) for m in self._stack.layers]
+        self._layers = [_lean(m, text) for m in _modules(model)]
         self._head = model.get_output_embeddings()
         self._cap = getattr(text, "final_logit_softcapping", None)
         self.layers = self.kept = len(self._layers)
@@ -104,7 +106,7 @@ class LeanStep:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """A context in which a forward pass of the model uses the lean layers."""
-        again = [m.gradient_checkpointing for m in self._stack.layers]
+        again = [layer.module.gradient_checkpointing for layer in self._layers]
         # the last layers: their tensors are freed before the first layers compute theirs again
         run, first = Pass(layers=self.layers), self.layers - (0 if any(again) and self._stack.training else self.kept)
         try:
@@ -150,24 +152,34 @@ class LeanStep:
         return cross_entropy(hidden, self._head.weight, self._head.bias, targets, self._cap)
 
 
-def _forward(
-    layer: Layer, run: Pass, keeps: bool, hidden_states: Tensor, *, attention_mask: Any = None, position_embeddings: Any, **_: Any
-) -> Tensor:
-    return layer(run, hidden_states, attention_mask, position_embeddings, keeps=keeps)
+def _forward(layer: Layer, run: Pass, keeps: bool, x: Tensor, attention_mask: Any = None, *_: Any, **more: Any) -> Tensor:
+    return layer(run, x, attention_mask, more.get("position_embeddings"), keeps=keeps)
 
 
 def _stack(model: Any) -> Any:
-    """The module whose `layers` are the decoder layers."""
+    """The model without its output layer."""
     return getattr(model, model.base_model_prefix, None)
+
+
+def _modules(model: Any) -> Any:
+    """The decoder layers, or the encoder layers, in order; None if there are none."""
+    stack = _stack(model)
+    inner = next((m for n in ("encoder", "transformer") if (m := getattr(stack, n, None)) is not None), None)
+    found = getattr(stack, "layers", None) if inner is None else getattr(inner, "layer", None)
+    return found if isinstance(found, nn.ModuleList) else None
+
+
+def _lean(module: Any, text: Any) -> Layer:
+    return (DecoderLayer if type(module).__name__ in DECODERS else EncoderLayer)(module, _activation(text))
 
 
 def _is_known(layer: type) -> bool:
     """Whether a class of a layer is one of transformers' own; code that comes with a checkpoint may have the same names."""
-    return layer.__name__ in LAYERS and layer.__module__.startswith("transformers.models.")
+    return layer.__name__ in DECODERS.keys() | ENCODERS.keys() and layer.__module__.startswith("transformers.models.")
 
 
 def _activation(text: Any) -> str:
-    return str(getattr(text, "hidden_activation", None) or text.hidden_act)
+    return str(next(a for n in ("hidden_activation", "hidden_act", "activation") if (a := getattr(text, n, None))))
 
 
 def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
@@ -178,10 +190,10 @@ def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
         method: The adapter's method.
         parameters: Canonical name → trainable parameter.
     """
-    text, layers = model.config.get_text_config(), getattr(_stack(model), "layers", None)
+    text, layers = model.config.get_text_config(), _modules(model)
     if method not in factored(exactly=True):
         return f"peft.method={method} has no lean form"
-    if not isinstance(layers, nn.ModuleList) or any(not _is_known(type(m)) for m in layers):
+    if layers is None or any(not _is_known(type(m)) for m in layers):
         return f"the architecture '{model.config.model_type}' has no lean form"
     if (how := text._attn_implementation) not in ("sdpa", "eager"):
         return f"attn_implementation={how} has no lean form"
@@ -191,7 +203,9 @@ def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
         return f"the activation '{_activation(text)}' has no lean form"
     if getattr(text, "use_bidirectional_attention", False):
         return "attention is bidirectional"
-    factors = {id(f) for m in layers for linear in Layer(m, _activation(text)).linears for f in linear.factors}
-    if odd := [n for n, p in parameters.items() if n.endswith((".lora_A", ".lora_B")) and id(p) not in factors]:
-        return f"'{odd[0]}' does not belong to a linear layer of a decoder layer"
+    if type(layers[0]).__name__ in ENCODERS and getattr(text, "is_decoder", False):
+        return "an encoder is used as a decoder"
+    inside = {id(p) for m in layers for p in m.parameters()} - {id(f) for m in layers for x in _lean(m, text).linears for f in x.factors}
+    if odd := [n for n, p in parameters.items() if n.endswith((".lora_A", ".lora_B")) and id(p) in inside]:
+        return f"'{odd[0]}' belongs to a module that the lean layer does not know"
     return ""
