@@ -182,9 +182,8 @@ def test_a_step_keeps_little_and_no_logits(tmp_path: Path) -> None:
     assert tokens * 2 * 48 <= sum(sizes[1].values()) / 4 <= tokens * 2 * 48 + rest
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-def test_the_layers_share_a_block_of_memory_which_changes_no_bit(again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    live = live_model(tmp_path, model={"checkpointing": again})
+def test_the_layers_share_a_block_of_memory_which_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = live_model(tmp_path)
     lean.enable(live)
     stored = list[list[Tensor]]()
 
@@ -196,7 +195,7 @@ def test_the_layers_share_a_block_of_memory_which_changes_no_bit(again: bool, tm
     original, batch = Pass.store, collate(rows(), 0)
     monkeypatch.setattr(Pass, "store", store)
     inside = gradients(live, batch)
-    assert [len(layer) for layer in stored] == [1 if again else 8] * 2  # y; and x2, q, k, v, attention, gate, up
+    assert [len(layer) for layer in stored] == [8, 8]  # y; and x2, q, k, v, attention, gate, up
     assert len({t.untyped_storage().data_ptr() for layer in stored for t in layer}) == 1
     del stored[:]
     monkeypatch.setattr(Pass, "store", lambda run, y, kept: (y, kept))

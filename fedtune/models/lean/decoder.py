@@ -255,7 +255,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, call: _Call, x: Tensor, *factors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, kept = layer.forward(x, _pairs(factors), call)
-        y, kept = call.run.store(y, kept if call.run.keeps else [])
+        y, kept = call.run.store(y, kept) if call.run.keeps else (y, [])
         ctx.layer, ctx.call = layer, call
         ctx.save_for_backward(x, *factors, *kept)
         return y
