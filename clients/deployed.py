@@ -29,7 +29,6 @@ from fedtune.data.columns import demo_columns, own_rows_columns
 from fedtune.errors import ConfigError, Decline, PlanError
 from fedtune.privacy.floor import Floor
 from fedtune.storage.atomic import write_text
-from fedtune.storage.heap import give_back
 from fedtune.storage.ids import is_run_name
 from fedtune.storage.parsing import parse_yaml, read_text
 
@@ -99,12 +98,6 @@ def make_app(settings: Mapping[str, Any], installer: Callable[[Device], Install]
     def current_app() -> ClientApp:
         return current[0][2] if current else start(_load_hello(device))
 
-    def answer(message: Message, context: Context) -> Message:
-        try:
-            return current_app()(message, context)
-        finally:
-            give_back()  # the device's other programs have the memory until the next round
-
     def current_host() -> ClientHost:
         current_app()
         return current[0][1]
@@ -121,12 +114,12 @@ def make_app(settings: Mapping[str, Any], installer: Callable[[Device], Install]
     @app.train()
     @decline_on_error
     def turn(message: Message, context: Context) -> Message:
-        return answer(message, context)
+        return current_app()(message, context)
 
     @app.evaluate()
     @decline_on_error
     def evaluate(message: Message, context: Context) -> Message:
-        return answer(message, context)
+        return current_app()(message, context)
 
     @app.query("deliver")
     @decline_on_error

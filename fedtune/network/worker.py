@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.network._flwr_worker import ErrorCode, MessageProto, TaskIdentity, message_from_proto, message_to_proto
 from fedtune.network.frames import FrameError, Kind, read_frame, write_frame
+from fedtune.storage.heap import give_back
 from fedtune.storage.parent import exit_with_parent
 from fedtune.storage.parsing import parse_json
 
@@ -73,6 +74,8 @@ def _answer(app: ClientApp, requests: BinaryIO, replies: BinaryIO) -> None:
         except (FrameError, ValueError) as bad:  # too large for a frame or for protobuf
             reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=f"the reply cannot be sent: {bad}"), reply_to=message)
             write_frame(replies, Kind.MESSAGE, message_to_proto(reply).SerializeToString())
+        del message, reply
+        give_back()  # the device's other programs have the memory until the next message
 
 
 def _settings(requests: BinaryIO) -> Mapping[str, Any]:

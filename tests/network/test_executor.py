@@ -96,6 +96,19 @@ def test_twenty_megabytes_pass_the_pipes_in_both_directions(make: Make) -> None:
     assert np.array_equal(reply.content.array_records["a"]["w"].numpy(), np.arange(5 * 2**20, dtype=np.float32))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_child_that_waits_holds_neither_the_message_nor_its_reply(make: Make) -> None:
+    def resident() -> int:
+        return int(Path(f"/proc/{child.pid}/statm").read_text().split()[1]) * 4096
+
+    child = make()
+    child.answer(order("a"), 7)
+    before = resident()
+    assert status_of(child.answer(order("b", size=5_000_000), 7))
+    wait_until(lambda: resident() < before + 10e6)  # the arrays alone are 20 MB
+
+
 # -- a child that dies -------------------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ class Pass:
 
 
     Args:
-        layers: Number of layers.
+        layers: Number of layers that keep intermediate tensors.
     """
 
     def __init__(self, *, layers: int) -> None:
@@ -44,7 +44,7 @@ class Pass:
         return self._once(given[0], lambda: (given[0].to(dtype), given[1].to(dtype)))
 
     def store(self, y: Tensor, kept: Kept) -> tuple[Tensor, Kept]:
-        """A layer's output and what it keeps, copied to one block of memory for all layers that keep as much; unchanged on a GPU.
+        """A layer's output and what it keeps, copied to one block of memory for all layers; unchanged on a GPU.
 
         In the heap, a layer's temporary tensors would leave holes between the tensors that stay, too small for those of the next layer. A
         large block also returns to the system as soon as it is free.
@@ -52,7 +52,7 @@ class Pass:
         if y.device.type != "cpu":
             return y, kept
         sizes = [0 if t is None else -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in (y, *kept)]
-        if self._used + sum(sizes) > len(self._block):  # the first layer, or the first of the last layers, which keep more
+        if self._used + sum(sizes) > len(self._block):  # the first layer, or one of another size
             self._block, self._used = torch.empty(sum(sizes) * self._left, dtype=torch.uint8), 0
         self._left -= 1
         out, memory = Kept(), self._block.untyped_storage()
@@ -126,7 +126,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, call: Call, x: Tensor, *factors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, kept = layer.forward(x, _pairs(factors), call)
-        y, kept = call.run.store(y, kept if call.keeps else [])
+        y, kept = call.run.store(y, kept) if call.keeps else (y, [])
         ctx.layer, ctx.call = layer, call
         ctx.save_for_backward(x, *factors, *kept)
         return y

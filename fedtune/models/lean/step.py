@@ -108,7 +108,8 @@ class LeanStep:
         """A context in which a forward pass of the model uses the lean layers."""
         again = [layer.module.gradient_checkpointing for layer in self._layers]
         # the last layers: their tensors are freed before the first layers compute theirs again
-        run, first = Pass(layers=self.layers), self.layers - (0 if any(again) and self._stack.training else self.kept)
+        kept = 0 if any(again) and self._stack.training else self.kept
+        run, first = Pass(layers=kept), self.layers - kept
         try:
             for i, layer in enumerate(self._layers):
                 layer.module.gradient_checkpointing = False  # the lean layer recomputes by itself
