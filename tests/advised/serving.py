@@ -18,7 +18,7 @@ from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
-from fedtune.inference.serve.offer import ServedModel
+from fedtune.inference.serve.served_model import ServedModel
 from tests.advised.rows import ROWS, Place, Row, follows
 from tests.inference.serve.served import serve_model, tiny_model
 
@@ -74,8 +74,8 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the
     ),
     "does not support moderation: leave out 'moderation'": (CHAT, {"moderation": {"model": "x"}}),
     "does not support web search: leave out 'web_search_options'": (CHAT, {"web_search_options": {"x": 1}}),
-    "the model's chat template shows no tools: leave out 'tools'": (CHAT, {"tools": [TOOL]}),
-    "the model's chat template shows no tool calls: leave out 'tool_calls'": (CHAT, {"messages": [CALLS, *CHAT["messages"]]}),
+    "the model's chat template ignores tools: leave out 'tools'": (CHAT, {"tools": [TOOL]}),
+    "the model's chat template ignores tool calls: leave out 'tool_calls'": (CHAT, {"messages": [CALLS, *CHAT["messages"]]}),
     "does not constrain answers to a schema: leave out 'strict'": (CHAT, {"tools": [TOOL | {"function": {"name": "f", "strict": True}}]}),
     "does not force tool calls: give 'tool_choice' as auto or none, or leave it out": (CHAT, {"tool_choice": "required"}),
     "does not limit the number of tool calls: leave out 'parallel_tool_calls'": (CHAT, {"tools": [TOOL], "parallel_tool_calls": False}),
@@ -118,7 +118,7 @@ def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
     return follow
 
 
-@follows("this model has no chat template, so it takes no tools: leave out 'tools'")
+@follows("this model has no chat template, so it cannot use tools: leave out 'tools'")
 def _(place: Place) -> Iterator[str]:
     engine = copy.copy(engine_of(place))
     engine.text = copy.copy(engine.text)

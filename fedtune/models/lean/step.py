@@ -34,7 +34,7 @@ def enable(live: LiveAdapter) -> str:
 
 
 def disable(live: LiveAdapter) -> None:
-    """Let PEFT's modules compute all steps again."""
+    """Return to PEFT's modules for all steps."""
     _steps.pop(live.model, None)
 
 
@@ -48,7 +48,7 @@ def step_of(model: nn.Module) -> "LeanStep | None":
 def keeping(model: nn.Module, layers: int | None) -> Iterator[Callable[[], bool]]:
     """A context in which only the last `layers` layers keep intermediate tensors, and the others compute them again; None: all keep them.
 
-    Yields a function for when memory runs out: it lets all layers compute them again, and returns whether that takes less memory.
+    Yields a function to call when memory runs out: it makes all layers compute them again. It returns False if that saves no memory.
     """
     step = _steps.get(model)
 
@@ -115,7 +115,7 @@ class LeanStep:
         finally:
             for layer, flag in zip(self._layers, again, strict=True):
                 layer.module.gradient_checkpointing = flag
-                layer.module.__dict__.pop("forward", None)  # the cache of lower layers may have removed it
+                layer.module.__dict__.pop("forward", None)  # `clients.lower_layers` may have removed it
 
     def token_loss(self, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, int] | None:
         """`loss_sum` without all logits; None for a task with another loss or without an output layer."""

@@ -19,7 +19,7 @@ from fedtune.inference.engine.text import Text
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.listener import listen, url
-from fedtune.inference.serve.offer import ServedModel
+from fedtune.inference.serve.served_model import ServedModel
 from fedtune.inference.serve.server import Server
 from fedtune.inference.serve.start import make_caches
 from tests.tiny import tiny_llama

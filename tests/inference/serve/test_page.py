@@ -57,7 +57,7 @@ def test_trying_the_model(engine: Engine, tmp_path: Path) -> None:
 def _completes(server: Served, page: Page) -> None:
     page.run("document.getElementById('complete').click()")
     ask(page, "turn on", temperature="0", tokens="9")
-    page.wait("/9 tokens .* tok.s .* cut at the most tokens/.test(document.querySelector('.figures')?.textContent)")
+    page.wait("/9 tokens .* tok.s .* stopped at max tokens/.test(document.querySelector('.figures')?.textContent)")
     outputs = alone(server.engine, server.engine.text.encode("turn on"), Sampling(), 9, joins=True)
     assert page.run("document.querySelector('.turn').textContent") == "turn on" + text_of(outputs)
 

@@ -29,7 +29,7 @@ from fedtune.inference.generate import read_card
 from fedtune.inference.generate_transformers import HubModel, load_model
 from fedtune.inference.sequential import CONTEXT, SequentialScheduler
 from fedtune.inference.serve.limits import Limits
-from fedtune.inference.serve.offer import ServedModel
+from fedtune.inference.serve.served_model import ServedModel
 from fedtune.inference.serve.server import Server
 from tests.export.test_huggingface import ASK, make_run
 from tests.inference.serve.chromium import open_page
@@ -363,7 +363,7 @@ def test_the_page(gpt2: HubModel, folder: Path) -> None:
     with serve_model(gpt2, prompt="set {q} to") as server, open_page(server.url) as page:
         ready(page)
         ask(page, "lamp", temperature="0", tokens="7")  # a chat: the run's template is there
-        page.wait("/7 tokens .* cut at the most tokens/.test(document.querySelector('.figures')?.textContent)")
+        page.wait("/7 tokens .* stopped at max tokens/.test(document.querySelector('.figures')?.textContent)")
         wanted = generate_text(folder, "set lamp to", max_new_tokens=7)
         assert page.run("[...document.querySelectorAll('.turn')].map((turn) => turn.textContent)") == ["lamp", wanted]
         page.run("document.getElementById('complete').click()")
