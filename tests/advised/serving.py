@@ -38,7 +38,7 @@ def engine_of(place: Place) -> Engine:
 
 
 def shows_tools(place: Place) -> Engine:
-    """The engine with a chat template that shows tools."""
+    """The engine with a chat template that writes the tools into the prompt."""
     engine = copy.copy(engine_of(place))
     engine.text = copy.copy(engine.text)
     engine.text.template = "{{ tools }}" + str(engine.text.template)
@@ -49,7 +49,7 @@ _JSON = {"Content-Type": "application/json"}
 
 
 def refusal_of(answer: httpx.Response) -> str:
-    """The sentence of a refusal, "" of an answer."""
+    """The sentence of a refusal; "" for an answer."""
     return answer.json()["error"]["message"] if answer.is_error else ""
 
 
@@ -60,7 +60,7 @@ def post(url: str, body: Any, **more: Any) -> str:
 
 # -- one field too many -------------------------------------------------------------------------------------------------------------------
 
-FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the request, and what is wrong in it
+FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the request, and the faulty fields to add to it
     "gives one answer per request: leave out 'n' or give 1": (CHAT, {"n": 2}),
     "gives one answer per request: leave out 'best_of' or give 1": (ASK, {"best_of": 2}),
     "does not support 'presence_penalty': leave it out; 'repetition_penalty' is supported": (CHAT, {"presence_penalty": 0.5}),
@@ -196,7 +196,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _over(app: Any, body: Any = None, **more: Any) -> httpx.Response:
-    """The answer to a completion, or without a body to the question which models there are."""
+    """The answer to a completion; without a body, the answer to GET /v1/models."""
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -244,7 +244,7 @@ def _(place: Place) -> Iterator[str]:
             with server.raw() as line:
                 for part in parts:
                     line.sendall(part)
-                answer = http.client.HTTPResponse(line)  # head and body come in packets of their own
+                answer = http.client.HTTPResponse(line)  # head and body arrive in separate packets
                 answer.begin()
                 body_of = answer.read().decode()
             yield "" if answer.status == 200 else body_of
@@ -312,7 +312,7 @@ def _(place: Place) -> Iterator[str]:
     yield from _without_template(place, "Request: {x}\nAction:")
 
 
-# -- not now ------------------------------------------------------------------------------------------------------------------------------
+# -- temporary refusals -------------------------------------------------------------------------------------------------------------------
 
 
 def _later(place: Place, **first: Any) -> Iterator[str]:
@@ -358,7 +358,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.inference.serve.prompts.LONG", 3)
     with serve_model(engine_of(place)) as server:
-        place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 0)  # as where others wait
+        place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 0)  # as if the queue were full
         yield post(server.url, ASK)
         place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 1)
         yield post(server.url, ASK)

@@ -1,4 +1,4 @@
-"""Six capitals learned as chat come out right of every program that runs the exported model."""
+"""A model that has learned six capitals as chats answers them correctly in every program that runs the export."""
 
 import json
 import re
@@ -42,7 +42,7 @@ CHATML = (
 
 
 def chatml(folder: Path) -> ModelConfig:
-    """A random Llama whose answers end with <|im_end|>, which is not its eos token and stands in no config."""
+    """A random Llama whose answers end with <|im_end|>, which is not its eos token and is in no config."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

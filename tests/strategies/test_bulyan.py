@@ -1,4 +1,4 @@
-"""Bulyan on numbers that can be checked by hand, and against Flower's class left to itself."""
+"""Bulyan on numbers that can be checked by hand, and against Flower's unmodified class."""
 
 import itertools
 
@@ -57,7 +57,7 @@ def test_the_selection_does_not_change_under_any_gauge(monkeypatch: pytest.Monke
     assert all(s == seen[0] for s in seen) and len(seen) == 4 and len(seen[0]) == 6
 
 
-def test_selecting_everyone_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selecting_all_clients_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "krum", lambda apart, malicious, select: list(range(len(apart))))
     out = Bulyan().aggregate(1, ServerState(adapter=plain(0.0)), [update(f"c{i}", plain(x)) for i, x in enumerate(LINE)])
     assert out.adapter["w"].item() == pytest.approx((2.5 + 4.5 + 7.0) / 3)  # near the median of all, 4.5

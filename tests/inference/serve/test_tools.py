@@ -130,7 +130,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         (None, {"tools": [TOOL]}, "this model has no chat template, so it cannot use tools: leave out 'tools'"),
     ],
 )
-def test_tools_that_the_template_does_not_show_are_refused(engine: Engine, template: str | None, more: Any, sentence: str) -> None:
+def test_tools_that_the_template_ignores_are_refused(engine: Engine, template: str | None, more: Any, sentence: str) -> None:
     with pytest.raises(openai.BadRequestError, match=sentence):
         ask(engine, ["Rome."], template, **more)
 

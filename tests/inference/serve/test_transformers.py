@@ -245,7 +245,7 @@ def test_a_stop_completes_an_answer_within_the_grace_period(gpt2: HubModel, grac
         thread.start()
         wait_for(lambda: server.scheduler.load == (1, 0))
         server.server.stop()
-        if grace > 1:  # else it is gone already
+        if grace > 1:  # else the server has closed the stream
             assert server.post(ASKED).status_code == 503
         thread.join()
         assert got[0].status_code == status
@@ -278,7 +278,7 @@ def test_an_answer_may_be_abandoned_for_another(gpt2: HubModel) -> None:
 def test_an_encoder_decoder_is_served(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "tiny", "t5", seed=1)
     model = load_model(folder, {})
-    assert SequentialScheduler(model).limit == CONTEXT  # T5 names none
+    assert SequentialScheduler(model).limit == CONTEXT  # T5's config has no context length
     with serve_model(model) as server:
         ids = [*read_text(folder).encode("turn on"), 1]
         tokens = by_hand(folder, ids, 7, AutoModelForSeq2SeqLM)

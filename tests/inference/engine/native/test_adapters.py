@@ -64,7 +64,7 @@ def run(decoder: Decoder, hidden: Tensor, spans: Sequence[Span], **layers: int) 
 
 
 def both(decoder: Decoder, measured: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What native code and torch give."""
+    """The logits of native code and of torch."""
     with patch("fedtune.inference.engine.reference.passes.run_layers", side_effect=AssertionError("a pass ran by torch")):
         found = measured()
     with by_torch(decoder):
@@ -154,7 +154,7 @@ def test_each_module_alone(only: str) -> None:
     hidden = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
     found, wanted = both(decoder, lambda: run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 5, adapter="mine")]))
     assert_equal_but_for_rounding(found, wanted)
-    assert (found - run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 5)])).abs().max() > 1e-3  # the adapter is seen
+    assert (found - run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 5)])).abs().max() > 1e-3  # the adapter has an effect
 
 
 def test_two_pieces_of_the_same_columns_are_both_added() -> None:
@@ -259,7 +259,7 @@ def set_whole(name: str, value: int | None) -> Callable[[LoraStructure], None]:
 
 def begin_before_the_first(lora: LoraStructure) -> None:
     """The pieces of the second layer begin before the array, where there is a fitting one."""
-    ctypes.c_int64.from_buffer(lora, LoraStructure.pieces.offset).value += ctypes.sizeof(LoraPiece)  # an assignment would free them
+    ctypes.c_int64.from_buffer(lora, LoraStructure.pieces.offset).value += ctypes.sizeof(LoraPiece)  # an assignment would free the pieces
     lora.count, lora.starts[1], lora.starts[2] = 13, -1, 13
 
 

@@ -39,7 +39,7 @@ Floats = NDArray[np.float32]
 def paged(dtype: str = "float32") -> Make:
     def make(shape: Shape) -> Callable[[], Cache]:
         pool = PagedPool(shape, 200, 3, dtype)
-        pool.take(2)  # no sequence begins with the first block
+        pool.take(2)  # so that no sequence begins with the first block
         return pool.cache
 
     return make
@@ -265,7 +265,7 @@ def test_a_text_too_long_for_one_pass_runs_as_several(cache: str) -> None:
         parts.append(decoder.run(decoder.embed(ids[at : at + n]), [Span(other, n)]))
         at += n
     assert len(runs) > 1 and at == 120 and np.array_equal(whole, np.concatenate(parts))
-    # with another sequence, of which two tokens are kept
+    # with another sequence, which keeps the rows of two tokens
     mixed = decoder.forward([*ids, *ids[:5]], [Span(make(), 120, keep=3), Span(make(), 5, keep=2)])
     assert np.array_equal(mixed, decoder.logits(np.concatenate([whole[-3:], whole[3:5]])))
     # a text that does not fit changes nothing
@@ -318,14 +318,14 @@ def test_numbers_that_are_not_finite_spoil_their_sequence_alone(tmp_path: Path) 
     assert not np.isfinite(logits[1:3]).any() and np.array_equal(logits[3:], wanted)
 
 
-def test_what_torch_runs_is_said(tmp_path: Path) -> None:
+def test_the_reason_why_torch_runs_a_pass_is_stated(tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": "off"}):
         plain = load_engine(tmp_path, "fp32", keep=False).decoder
     assert plain.native_step() is None and describe_passes(plain) == "by torch (fp32 linear layers are not native)"
     decoder = native_engine("llama", tmp_path).decoder
     assert describe_passes(decoder) == "in native code"
-    decoder.layers[1].down = plain.layers[1].down  # a linear that is exchanged is noticed
+    decoder.layers[1].down = plain.layers[1].down  # an exchanged linear is detected
     assert decoder.native_step() is None
 
 
