@@ -100,14 +100,8 @@ OF_TRAINING = {
     "inference.quantize": {"torch"},
     "inference.generate_transformers": {"torch"},
 }
-DEVICE_PACKAGES = (
-    "errors",
-    "storage",
-    "config",
-    "contracts",
-    "templates",
-    "inference",
-)  # all that a device runs, with a few modules of models/
+# all packages that a device runs, besides a few modules of models/
+DEVICE_PACKAGES = ("errors", "storage", "config", "contracts", "templates", "inference")
 OTHERS = {"llama_cpp", "openvino", "optimum", "gguf", "ray"}  # other programs' that a benchmark measures, and extras of their own
 
 

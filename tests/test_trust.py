@@ -90,9 +90,8 @@ def test_no_command_obeys_a_run_directory_s_trust(run: Path, tmp_path: Path, cap
 
 @pytest.mark.slow
 def test_the_command_line_allows_remote_code(tmp_path: Path, modules: None) -> None:
-    config = tiny_config(
-        tmp_path, rounds=1, inference=InferenceConfig(samples=0, export="hf")
-    )  # the merged model has the run's trust setting
+    # the merged model has the run's trust setting
+    config = tiny_config(tmp_path, rounds=1, inference=InferenceConfig(samples=0, export="hf"))
     bring_code(tmp_path / "model", tmp_path / "ran")
     config.model.trust_remote_code = True
     run = simulate(config)

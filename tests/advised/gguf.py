@@ -193,7 +193,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.warned if "may be lost" in place.warned else ""
 
 
-# -- what lies on the disk ----------------------------------------------------------------------------------------------------------------
+# -- damaged files on the disk -------------------------------------------------------------------------------------------------------------
 
 
 @follows("which can run code when it is opened: save it as safetensors")

@@ -130,7 +130,7 @@ def test_the_settled_share_by_hand() -> None:
 
 
 def test_the_density_is_smoothed_by_its_range() -> None:
-    # range 4 → σ = √(4e-5); one σ above a node lies Φ(1) = .8413 of its mass
+    # range 4 → σ = √(4e-5); Φ(1) = .8413 of a node's mass is below one σ above it
     values, weights = torch.tensor([1.0, 5.0], dtype=torch.float64), torch.tensor([0.5, 0.5], dtype=torch.float64)
     assert share_above(1.0 + math.sqrt(4e-5), values, weights) == pytest.approx(1.0 - 0.5 * 0.841345, abs=1e-6)
 

@@ -101,7 +101,7 @@ def test_scores_of_a_backbone_are_those_of_the_bare_one(space: Workspace) -> Non
     examples = space.examples("c0", "train")[:6]  # one batch has all rows
     assert len({len(e.input_ids) for e in examples}) > 1
     with torch.no_grad():
-        for p in space.live.parameters.values():  # prompts that would show
+        for p in space.live.parameters.values():  # nonzero prompts: scores must not depend on them
             p.normal_(0.0, 3.0, generator=torch.Generator().manual_seed(0))
     space.live.model.train()
     seen = measure(space, examples)

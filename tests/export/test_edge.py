@@ -41,12 +41,8 @@ def test_the_card_names_the_models_origin(tmp_path: Path) -> None:
         assert card["task"] == "instruction" and card["max_new_tokens"] == 6 and card["base"] == live.backbone.fingerprint
         assert card["metric"] == {"name": "exact_match", "value": 0.5, "round": 3}
         unit = "one training row of a client"
-        assert card["privacy"] == {
-            "kind": "record",
-            "unit": unit,
-            "epsilon": 3.25,
-            "delta": 1e-6,
-        }  # of the README: the ledgers had more costs than metrics.jsonl
+        # of the README: the ledgers had more costs than metrics.jsonl
+        assert card["privacy"] == {"kind": "record", "unit": unit, "epsilon": 3.25, "delta": 1e-6}
         assert card["provenance"] == {
             "method": "lora", "round": 3, "base": live.backbone.fingerprint, "run": "run", "name": "run", "strategy": "FedAvg",
             "rounds": 10, "clients_per_round": 10, "seed": 5, "model": "m",

@@ -104,9 +104,8 @@ def test_the_file_holds_what_the_quantizer_chose(tmp_path: Path, monkeypatch: py
     scales = tensors["model.layers.0.mlp.down_proj.scales"]
     assert scales.shape == (160 // 32, 64) and scales.dtype == torch.float16  # 160 columns: groups of 32
     if to == "gptq":
-        assert set(tensors["model.layers.0.self_attn.q_proj.qzeros"].flatten().tolist()) == {
-            0x77777777
-        }  # zero points are 8, stored minus 1
+        # zero points are 8, stored minus 1
+        assert set(tensors["model.layers.0.self_attn.q_proj.qzeros"].flatten().tolist()) == {0x77777777}
         assert tensors["model.layers.0.mlp.down_proj.g_idx"].tolist() == [i // 32 for i in range(160)]
 
 

@@ -130,8 +130,8 @@ def refusal(call: Callable[[], object]) -> int:
     return error.value.response.status_code
 
 
-def wait_for(true: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT_S
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -114,7 +114,7 @@ def live(folder: Path, task: TaskConfig, peft: PeftConfig | None = None) -> Live
 def test_a_composite_model_trains_its_text_part(tmp_path: Path, config: Callable[[], Any], task: TaskConfig, method: str) -> None:
     folder, peft = composite(tmp_path / "m", config()), PeftConfig(method=method, rank=2)
     slot = live(folder, task, peft)
-    probe(slot, task)  # every trained tensor has a gradient, so none of them lies in the vision tower
+    probe(slot, task)  # every trained tensor has a gradient, so none of them is in the vision tower
     slot.load(initial_adapter(hub(folder), task, peft, num_labels=3, seed=0))
     assert all("vis" not in n for n in slot.parameters)
     assert all(p.grad is None for p in slot.parameters.values())

@@ -96,9 +96,8 @@ def test_the_fingerprint_distinguishes_weights_and_configs(tmp_path: Path) -> No
     raw = json.loads((c / "config.json").read_text())
     (c / "config.json").write_text(json.dumps({**raw, "rms_norm_eps": 1e-3}))
     d = checkpoint(tmp_path / "d")
-    (d / "config.json").write_text(
-        json.dumps({**raw, "transformers_version": "0", "use_cache": False})
-    )  # these fields do not affect the model
+    # these fields do not affect the model
+    (d / "config.json").write_text(json.dumps({**raw, "transformers_version": "0", "use_cache": False}))
     assert len({fingerprint(a), fingerprint(b), fingerprint(c)}) == 3 and fingerprint(d) == fingerprint(a)
 
 

@@ -59,9 +59,8 @@ def batch(task: TaskConfig, pad: int = 1) -> dict[str, torch.Tensor]:
     mask[1, 6:] = 0
     ids[1, 6:] = pad
     labels = {"classification": torch.tensor([0, 1, 2]), "causal_lm": ids.masked_fill(mask == 0, -100)}
-    labels["instruction"] = torch.tensor(
-        [[-100, 5, 6, 1], [-100, 7, 1, -100], [-100, 9, 8, 1]]
-    )  # T5's labels: the answers after the start token
+    # T5's labels: the answers after the start token
+    labels["instruction"] = torch.tensor([[-100, 5, 6, 1], [-100, 7, 1, -100], [-100, 9, 8, 1]])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels[task.kind]}
 
 

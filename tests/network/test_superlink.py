@@ -163,9 +163,9 @@ def test_only_allowed_keys_are_admitted_and_no_secret_is_written(tmp_path: Path)
             with pytest.raises(httpx.TransportError):  # plain HTTP to the TLS port
                 httpx.post(f"http://127.0.0.1:{link.port}/v1/fleet/pull-messages")
             with pytest.raises(httpx.HTTPError):  # an allowed key cannot be registered again
-                anew = Echo(link.port, a, ca)
-                anew.secured = False
-                anew.activate()
+                again = Echo(link.port, a, ca)
+                again.secured = False
+                again.activate()
             assert round_trip(grid, small(2), node.node.node_id).content.config_records["c"]["value"] == 2
         token = grid._token
     finally:

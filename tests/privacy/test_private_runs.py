@@ -44,9 +44,8 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 
 def tiny(tmp_path: Path, privacy: PrivacyConfig, **changes: Any) -> Config:
-    six = ClientConfig(
-        steps=2, epochs=None, batch_size=6, lr=1e-2, schedule="constant"
-    )  # of 8 rows; with a rate of 1/2 Opacus would take seconds
+    # of 8 rows; with a rate of 1/2 Opacus would take seconds
+    six = ClientConfig(steps=2, epochs=None, batch_size=6, lr=1e-2, schedule="constant")
     return check(tiny_config(tmp_path, privacy=privacy, **{"client": six, **changes}))
 
 
@@ -198,9 +197,8 @@ def test_kill_9_at_any_point_of_a_turn_loses_no_privacy_cost(tmp_path: Path, poi
     privacy = dataclasses.replace(RECORD, epsilon=None, noise=1.0)
     config, begun = tiny(tmp_path, privacy), tmp_path / "begun"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["fedtune.experiment", "transformers", "peft"]
-    )  # as in tests/runs/test_resume.py, so that both share the server
+    # as in tests/runs/test_resume.py, so that both share the server
+    context.set_forkserver_preload(["fedtune.experiment", "transformers", "peft"])
     process = context.Process(target=run_and_die, args=(config, point, begun))
     process.start()
     process.join(600)

@@ -103,9 +103,8 @@ def test_a_fixed_noise_must_equal_the_plan_s() -> None:
 
 def test_an_update_without_its_clip_is_dropped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.clients.app.privacy_measurements", lambda *args: {})  # a client that reports no privacy
-    run = simulate(
-        tiny(tmp_path, dataclasses.replace(RECORD, epsilon=None, noise=1.0), rounds=1)
-    )  # fixed noise, because solving for ε takes two seconds
+    # fixed noise, because solving for ε takes two seconds
+    run = simulate(tiny(tmp_path, dataclasses.replace(RECORD, epsilon=None, noise=1.0), rounds=1))
     dropped = [r["dropped"] for r in lines(run) if r["client"] is not None and r["round"] == 1]
     assert len(dropped) == 4 and all("refused: the update must be private (privacy=record)" in d for d in dropped)
 

@@ -272,9 +272,8 @@ def test_the_loop_is_used_if_int8_depends_on_the_whole_batch(tmp_path: Path, mon
     def on_cuda(x: torch.Tensor) -> torch.Tensor:
         return functions.MatMul8bitLt.apply(x, layer.weight, None, None, layer.state)
 
-    assert not torch.equal(
-        on_cuda(given)[1:], on_cuda(given[1:])
-    )  # on CUDA it changes the other rows, so removing it removes more than its own gradient
+    # on CUDA it changes the other rows, so removing it removes more than its own gradient
+    assert not torch.equal(on_cuda(given)[1:], on_cuda(given[1:]))
     samples._chosen.clear()
     object.__setattr__(live.backbone, "device", torch.device("cuda"))
     assert samples._mixes_rows(live)

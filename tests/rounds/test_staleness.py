@@ -125,9 +125,8 @@ def test_updates_older_than_max_staleness_never_count(tmp_path: Path) -> None:
     )
     assert value(bridge.loop()) == pytest.approx(alone[3]) and [r["cohort"] for r in observer.records[1:]] == [2, 2, 2, 2]
     bridge, observer = on_slow_node(tmp_path / "n", available=99, rounds=4, max_staleness=2)
-    assert value(bridge.loop()) == pytest.approx(
-        1 + 1 + 1 + 1
-    )  # b's reply is dropped after round 3, and b is paused, because it still does not answer
+    # b's reply is dropped after round 3, and b is paused, because it still does not answer
+    assert value(bridge.loop()) == pytest.approx(1 + 1 + 1 + 1)
     assert [r["cohort"] for r in observer.records[1:]] == [2, 1, 1, 1] and not any("staleness" in r for r in observer.clients)
 
 

@@ -178,8 +178,7 @@ def test_status_from_a_server_s_private_port(tmp_path: Path, control: str, capsy
     assert main(["status", "--control", control]) == 0
     assert "round 3 of 5, waiting for b" in capsys.readouterr().out
     run = a_run(tmp_path)
-    Answers.body = json.dumps(
-        {**SERVER, "pid": os.getpid(), "run": str(run)}
-    ).encode()  # the run directory is on this machine, so everything is shown
+    # the run directory is on this machine, so everything is shown
+    Answers.body = json.dumps({**SERVER, "pid": os.getpid(), "run": str(run)}).encode()
     assert main(["status", "--control", control]) == 0
     assert "3 counted" in capsys.readouterr().out

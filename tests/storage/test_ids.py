@@ -34,9 +34,8 @@ def test_an_invalid_id_is_refused_in_the_partition(tmp_path: Path, client: str) 
     with pytest.raises(DataError, match=f"the client id '.+' of training row 2 {FLAWS[client]}: give it another") as caught:
         load_federation(from_dict(config | {"partition": {"kind": "natural"}}))
     assert str(caught.value).isprintable()
-    load_federation(
-        from_dict(config | {"partition": {"kind": "iid", "clients": 2}})
-    )  # with a partition whose ids do not come from the data
+    # with a partition whose ids do not come from the data
+    load_federation(from_dict(config | {"partition": {"kind": "iid", "clients": 2}}))
 
 
 def test_an_invalid_id_is_refused_in_the_config() -> None:

@@ -35,10 +35,8 @@ def read_all(path: Path) -> dict[str, Any]:
 def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
     path, dtypes = tmp_path / "x.safetensors", (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
     tensors = {f"{t}": torch.arange(-3000, 3000).reshape(3, 20, 100).to(t) for t in dtypes}
-    tensors |= {
-        "i8": torch.arange(-128, 128, dtype=torch.int8),
-        "u8": torch.arange(256, dtype=torch.uint8)[1:],
-    }  # 255 bytes, so later tensors are not aligned
+    # 255 bytes, so later tensors are not aligned
+    tensors |= {"i8": torch.arange(-128, 128, dtype=torch.int8), "u8": torch.arange(256, dtype=torch.uint8)[1:]}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(3, 0, 2), "half": torch.randn(1001).bfloat16()}
     save_file(tensors, path, {"format": "pt", "more": "ü"})
     found, metadata = read_header(path)

@@ -47,7 +47,7 @@ def test_order_does_not_matter() -> None:
     assert all(close(o, outs[0], atol=0) for o in outs)
 
 
-def test_the_selection_does_not_change_under_any_gauge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_selection_depends_only_on_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, own = [], module.krum
     monkeypatch.setattr(module, "krum", lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1])
     adapters = [random_adapter(i + 1, 0.3) for i in range(8)]

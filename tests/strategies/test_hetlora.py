@@ -112,10 +112,8 @@ def test_zero_products_have_equal_and_negligible_weights() -> None:
 def test_rows_that_nobody_trained_can_still_learn(variant: str, column: float) -> None:
     state = HetLoRA().start(module([[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]))
     out = HetLoRA(variant=variant).aggregate(1, state, iter([update("a", module([[7.0, 8.0]], [[9.0]]))])).adapter
-    assert out["q.lora_A"].tolist() == [
-        [7.0, 8.0],
-        [3.0, 4.0],
-    ]  # if both this row and B's column were zero, neither would ever have a gradient
+    # if both this row and B's column were zero, neither would ever have a gradient
+    assert out["q.lora_A"].tolist() == [[7.0, 8.0], [3.0, 4.0]]
     assert out["q.lora_B"].tolist() == [[9.0, column]]
 
 

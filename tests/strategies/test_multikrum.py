@@ -69,9 +69,8 @@ def test_a_config_without_the_guarantee_is_refused() -> None:
         MultiKrum().check(Config(min_clients=5))
     with pytest.raises(ConfigError, match="strategy.select=0 is out of range"):
         MultiKrum(select=0).check(Config())
-    with pytest.raises(
-        ConfigError, match="2·malicious \\+ 3 = 9 good updates .*: set min_clients=9"
-    ):  # with a small `select` this bound is the larger one
+    # with a small `select` this bound is the larger one
+    with pytest.raises(ConfigError, match="2·malicious \\+ 3 = 9 good updates .*: set min_clients=9"):
         MultiKrum(malicious=3, select=1).check(Config(min_clients=8))
     MultiKrum().check(Config(min_clients=6))
 

@@ -120,9 +120,8 @@ def test_the_broadcasts_rounding_stays_out_of_the_servers_state(down: str) -> No
     reply, _ = encode_update(Codec.from_name(given.plan.codec), client, client.tensors, {}, 0)
     kept = read_update(replied(given, reply), given).adapter
     assert all(torch.equal(kept[n], t) for n, t in server.tensors.items())
-    plain = read_update(
-        replied(assigned(""), client), assigned("")
-    ).adapter  # if the client sent its tensors instead of a difference, the rounding would return
+    # if the client sent its tensors instead of a difference, the rounding would return
+    plain = read_update(replied(assigned(""), client), assigned("")).adapter
     assert not any(torch.equal(plain[n], t) for n, t in server.tensors.items())
 
 

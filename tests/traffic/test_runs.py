@@ -16,14 +16,8 @@ from fedtune.runs.directory import read_config
 from tests.quick import quick
 from tests.tiny import tiny_config
 
-UP = {
-    "fp32": 1.0,
-    "fp16": 0.5,
-    "bf16": 0.5,
-    "int8": 1.0625 / 4,
-    "nf4": 0.5625 / 4,
-    "topk": 0.24 / 4,
-}  # share of fp32's bytes, without headers
+# share of fp32's bytes, without headers
+UP = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 1.0625 / 4, "nf4": 0.5625 / 4, "topk": 0.24 / 4}
 
 
 def traffic(choice: str) -> TrafficConfig:

@@ -85,9 +85,8 @@ def test_the_server_adds_the_difference_to_its_own_tensors() -> None:
     sent, _ = encode_update(codec, trained, client.tensors, {}, 0)
     decoded = decode_update(codec, sent, server)
     assert list(decoded.tensors) == list(server.tensors)
-    assert all(
-        torch.allclose(decoded[n], server[n] + 1.0, atol=1e-5) for n in decoded.tensors
-    )  # the client's start, which was off by 0.5, has no effect
+    # the client's start, which was off by 0.5, has no effect
+    assert all(torch.allclose(decoded[n], server[n] + 1.0, atol=1e-5) for n in decoded.tensors)
 
 
 def test_dtypes_are_the_servers_and_integers_are_unchanged() -> None:

@@ -126,10 +126,8 @@ def test_the_engine_generates_the_same_tokens_where_torch_is_not_installed(tmp_p
         command = [sys.executable, "-c", script + ANSWERS, models]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT.parents[2], env=environment)
 
-    without, normal = (
-        run(WITHOUT_TORCH),
-        run("import torch\n", FEDTUNE_NATIVE=best.instructions),
-    )  # the best set, because torch may be faster in int8
+    # the best set, because torch may be faster in int8
+    without, normal = run(WITHOUT_TORCH), run("import torch\n", FEDTUNE_NATIVE=best.instructions)
     assert without.returncode == 0, without.stderr
     assert normal.returncode == 0, normal.stderr
     assert len(list(tmp_path.glob("cache*/fedtune/ready/*/weights.bin"))) == 4  # both models were packed and mapped

@@ -355,7 +355,7 @@ def test_the_real_decoder_gives_the_same_answers_in_a_batch(engine: Engine) -> N
 def test_withheld_text_is_sent_at_the_end(engine: Engine) -> None:
     ids = engine.text.encode("turn on")
     plain = text_of(alone(engine, ids, Sampling(), 6))
-    # a stop string that begins like the answer's end, but goes on otherwise, holds text back until the end
+    # the stop string begins like the answer's end but continues differently, so text is held back until the end
     outputs = alone(engine, ids, Sampling(stop=(plain[-2:] + "~~~",)), 6)
     assert text_of(outputs) == plain
     assert outputs[-1].end == "length"

@@ -66,8 +66,8 @@ def ask(engine: Engine, pieces: list[str], template: str | None = TEMPLATE, **mo
     text = copy.copy(engine.text)
     text.template = template
     scheduler: Any = SimpleNamespace(submit=submit, cancel=lambda request: None, full=False, draining=False, limit=512)
-    offer = ServedModel(name="tiny", text=text, prompt="{request}" if template is None else None)
-    app = create_app(scheduler, offer, Limits(), ApiKeys(), local=False)
+    served = ServedModel(name="tiny", text=text, prompt="{request}" if template is None else None)
+    app = create_app(scheduler, served, Limits(), ApiKeys(), local=False)
 
     here: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app))
 

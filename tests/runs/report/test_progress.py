@@ -148,25 +148,19 @@ def test_the_best_perplexity_is_the_lowest() -> None:
 
 
 def test_the_devices_choices_are_shown_as_ranges() -> None:
-    chosen = {"device_class": "phone", "batch": 16.0, "length": 64.0, "steps": 9, "peak_mb": 2.74, "out_of_memory": 0.0}
+    chosen = {"device_class": "phone", "batch": 16.0, "length": 64.0, "steps": 9, "peak_mb": 2.74, "out_of_memory": 0.0, "kept_layers": 5.0}
     records: list[dict[str, Any]] = [{"round": r, "client": None, "exact_match": 0.1 * r} for r in range(3)]
     records += [
         {"round": 1, "client": "a", **chosen, "precision": "nf4", "rank": 2.0, "micro_batch": 1.0, "virtual_s": 10.0},
         {"round": 2, "client": "a", **chosen, "precision": "nf4", "rank": 2.0, "micro_batch": 2.0, "virtual_s": 20.0, "out_of_memory": 1.0},
-        {
-            "round": 2,
-            "client": "b",
-            "device_class": "hub",
-            "steps": 3,
-            "virtual_s": 0.0,
-        },  # a line of an older run, without devices' choices
+        {"round": 2, "client": "b", "device_class": "hub", "steps": 3, "virtual_s": 0.0},  # an older run, without choices
     ]
     console = plain()
     print_results(records, console)
     _, _, chose = shown(console).partition("Devices' choices per turn")
     rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in chose.splitlines() if "│" in line}
     # the mean of 10 s and 20 s
-    assert rows == {"phone": ["nf4", "2", "1–2", "16", "64", "9", "0–1", "15.0 s"]}
+    assert rows == {"phone": ["nf4", "2", "1–2", "5", "16", "64", "9", "0–1", "15.0 s"]}
     assert "2.7 MB" in shown(console)
     bare = plain()
     print_results([records[0], records[1], records[-1]], bare)

@@ -120,9 +120,8 @@ def cases(kind: str) -> Iterator[Case]:
         for wide in (False, True) if kind == "int4" else (False,):
             tensors = {**portable(kind, torch.randn(n_out, n_in) + 0.1), "bias": as_array(torch.randn(n_out))}
             if wide:
-                tensors["scale"] = to_bfloat16(
-                    -as_float32(tensors["scale"])
-                )  # negative scales, which unsigned 8-bit scales cannot represent
+                # negative scales, which unsigned 8-bit scales cannot represent
+                tensors["scale"] = to_bfloat16(-as_float32(tensors["scale"]))
             parts = pack(kind, tensors, n_in, 32)
             assert kind != "int4" or n_in == 1 or (parts["scales"].shape[-1] == 64) == wide
             for rows in (1, 2, 3, 5, 8, 11, MANY):

@@ -82,7 +82,7 @@ def texts(count: int, length: int) -> list[NDArray[np.int64]]:
     return list(some_ids(VOCAB, (count, length), 7))
 
 
-def story(decoder: Decoder, make: Callable[[], Cache]) -> Floats:
+def pass_logits(decoder: Decoder, make: Callable[[], Cache]) -> Floats:
     """Logits of passes of every form: a prefill, two sequences of different lengths, decoding, several rows, after a crop."""
     first, second = make(), make()
     a, b = texts(2, 60)
@@ -106,9 +106,9 @@ def assert_alike(found: Floats, wanted: Floats) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_architecture_gives_torchs_logits(name: str, cache: str, tmp_path: Path) -> None:
     decoder = native_engine(name, tmp_path).decoder
-    found = story(decoder, CACHES[cache](decoder.shape))
+    found = pass_logits(decoder, CACHES[cache](decoder.shape))
     with by_torch(decoder):
-        wanted = story(decoder, CACHES[cache](decoder.shape))
+        wanted = pass_logits(decoder, CACHES[cache](decoder.shape))
     assert_alike(found, wanted)
 
 
@@ -118,9 +118,9 @@ def test_every_architecture_gives_torchs_logits(name: str, cache: str, tmp_path:
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
     of(instructions)
     decoder = native_engine(name, tmp_path, kind, instructions).decoder
-    found = story(decoder, CACHES["full"](decoder.shape))
+    found = pass_logits(decoder, CACHES["full"](decoder.shape))
     with by_torch(decoder):
-        assert_alike(found, story(decoder, CACHES["full"](decoder.shape)))
+        assert_alike(found, pass_logits(decoder, CACHES["full"](decoder.shape)))
 
 
 @pytest.mark.parametrize("instructions", SETS)
@@ -128,7 +128,7 @@ def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str,
 def test_entries_of_16_bits_lose_no_more_than_their_rounding(cache: str, instructions: str, tmp_path: Path) -> None:
     of(instructions)
     decoder = native_engine("qwen3_biases", tmp_path, "bf16", instructions).decoder
-    found, exact = (story(decoder, CACHES[name](decoder.shape)) for name in (cache, "full"))
+    found, exact = (pass_logits(decoder, CACHES[name](decoder.shape)) for name in (cache, "full"))
     off = np.abs(found - exact) / np.abs(exact).max()
     assert 1e-4 < np.median(off) < 5e-3 and off.max() < 0.06, (np.median(off), off.max())
 
