@@ -1,4 +1,4 @@
-"""The advice of clients: what a device refuses, and turns that fail."""
+"""The advice of clients: refusals of a device, and turns that fail."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The advice of the engine: what it loads, reads and writes."""
+"""The advice of the engine: loading models, reading prompts and writing answers."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The advice of `fedtune export` and of the commands that answer from what it wrote."""
+"""The advice of `fedtune export` and of the commands that run exported models."""
 
 import json
 import re

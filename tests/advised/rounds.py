@@ -1,4 +1,4 @@
-"""The advice of the server's rounds: strategies, members, plans, and what is sent."""
+"""The advice of the server's rounds: strategies, members, plans and messages."""
 
 import errno
 import importlib
@@ -242,7 +242,7 @@ def _(place: Place) -> Iterator[str]:
         yield raised(lambda name=name: turns.find(name))
 
 
-# -- what is sent -------------------------------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------------------------------------
 
 
 @follows("but this client knows {}: update fedtune on the client")

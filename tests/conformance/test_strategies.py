@@ -27,16 +27,16 @@ from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 NEED_A_MODEL = {"slora": "its first stage trains the backbone's own weights", "fedpeptao": "it scores layers, and its tensors are prompts"}
 NAMES = [n for n in choices("strategy") if n not in NEED_A_MODEL]
-SERVER_STEPS = {  # the new state is not the mean of what came back, and why
+SERVER_STEPS = {  # strategy → why the new state is not the mean of the updates
     "fedadam": "normalized steps",
     "fedyogi": "normalized steps",
     "fedadagrad": "normalized steps",
     "qfedavg": "steps by the clients' losses",
 }
 NOT_ALONE = {  # rules that need several clients
-    "krum": "tolerates liars among several",
-    "multikrum": "tolerates liars among several",
-    "bulyan": "tolerates liars among several",
+    "krum": "tolerates malicious clients among several",
+    "multikrum": "tolerates malicious clients among several",
+    "bulyan": "tolerates malicious clients among several",
     "fedtrimmedavg": "trims the ends of several",
 }
 NEEDS = {name: ["client.optimizer=sgd", "client.clip_norm=null"] for name in ("scaffold", "fednova")} | {

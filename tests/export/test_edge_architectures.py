@@ -1,4 +1,4 @@
-"""Edge packages of decoders that differ from Llama: the run's logits, whatever the form of the package."""
+"""Edge packages of decoders that differ from Llama: every form of package has the run's logits."""
 
 import math
 from pathlib import Path

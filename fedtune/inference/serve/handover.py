@@ -67,7 +67,7 @@ def _serve(fd: int, model: Path, name: str, shared: _Shared, out: IO[str]) -> in
     from fedtune.inference.serve.start import log_to_stderr, make_server
 
     def rename(served: ServedModel) -> ServedModel:
-        """The names for the parent; a package with one separate adapter is served with that adapter."""
+        """Set the served names. A package with one separate adapter is served with that adapter."""
         return replace(served, name=name, aliases=(ALIAS,), chosen=served.adapters[0] if len(served.adapters) == 1 else None)
 
     def ready() -> None:

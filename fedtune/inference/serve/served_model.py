@@ -126,8 +126,8 @@ def make_generation_request(
     Raises:
         Refused: 400 (prompt and requested answer do not fit).
     """
-    room = context - len(ids)
-    if room < 1:
+    space = context - len(ids)
+    if space < 1:
         raise Refused(
             400,
             f"the prompt's {len(ids)} tokens fill the model's context of {context}: shorten it",
@@ -136,11 +136,11 @@ def make_generation_request(
     count = asked.limit
     if count is None:  # without a requested length, the limits may shorten the answer
         count = COMPLETION_TOKENS if isinstance(asked, CompletionRequest) else served.answer or limits.max_tokens
-        count = min(count, limits.max_tokens, room)
+        count = min(count, limits.max_tokens, space)
     elif count > limits.max_tokens:
-        more = f", or start it with --max-tokens {count}" if count <= room else ""
+        more = f", or start it with --max-tokens {count}" if count <= space else ""
         raise Refused(400, f"{count} new tokens exceed this server's limit of {limits.max_tokens}: request fewer{more}", param="max_tokens")
-    elif count > room:
+    elif count > space:
         raise Refused(
             400,
             f"the prompt's {len(ids)} tokens and {count} new tokens exceed the model's context of {context}: shorten one",

@@ -147,7 +147,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def tiny_model(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = VOCAB) -> Any:
-    """A random model of a shape, saved in the folder and given back for comparison; biases and norms are not left at 0 and 1."""
+    """A random model of a shape, saved in the folder and returned for comparison; biases and norms are random too."""
     torch.manual_seed(seed)
     config = SHAPES[name]()
     config.vocab_size = vocab

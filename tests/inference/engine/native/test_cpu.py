@@ -122,7 +122,7 @@ def instructions(machine: str, compiler: list[str], source: Path, folder: Path) 
 
 
 def refused(machine: str, several: set[str], allowed: str, folder: Path) -> list[str]:
-    """What the assembler says about instructions that are not among the allowed ones."""
+    """The assembler's errors about instructions that are not allowed."""
     file, out = folder / "one.s", str(folder / "one.o")
     file.write_text("".join(f"{text}\n" for text in sorted(several)))
     zig = [*(build.compiler(machine) or [])[:-1], f"-mcpu={allowed}", "-c"]
@@ -132,7 +132,7 @@ def refused(machine: str, several: set[str], allowed: str, folder: Path) -> list
 
 
 def of_other_sets(machine: str, compiler: list[str], folder: Path) -> dict[str, list[str]]:
-    """File and allowed extensions -> what the assembler refuses."""
+    """File and allowed extensions → the assembler's errors."""
     together = dict[tuple[str, str], set[str]]()
     for source in build.sources():
         for function, several in instructions(machine, compiler, source, folder).items():

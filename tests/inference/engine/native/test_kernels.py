@@ -52,7 +52,7 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 
 
 def unpacked(arrays: dict[str, Array], kind: str, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
-    """The weights [N, K] by the formulas of kernels.h, in float64; and the sum of magnitudes of what is added for each."""
+    """The weights [N, K] by the formulas of kernels.h, in float64, and for each the sum of the magnitudes of its terms."""
     parts = {name: as_tensor(array) for name, array in arrays.items()}
     codes = parts["codes"]
     if kind == "fp32":
