@@ -231,8 +231,10 @@ def _in_pieces(
             size, least = 1, keep_none()
             if not least:
                 width = max(len(e.input_ids) for batch in batches for e in batch)
-                advice = "lower task.max_length, or take a smaller backbone"
-                raise Decline("memory", f"out of memory with a single row of {width} tokens: {advice}")
+                raise Decline(
+                    "memory",
+                    f"out of memory with a single row of {width} tokens: lower task.max_length, or take a smaller backbone",
+                )
         for p in live.parameters.values():
             p.grad = None
         torch.set_rng_state(drawn[0])

@@ -12,9 +12,9 @@ The paper prunes (λ > 0); `covered` does not by default. In the paper's variant
 increase them and rarely prune. Without these zeros, ranks fall every few turns, and trained components are lost.
 
 The paper discusses only one matrix and does not specify these points. Our choices: each module has its own weights and its own rank; heads
-are averaged by examples; the scaling s is the same at every rank, so that truncation leaves the rest of the product unchanged; a row of A
-that no client trained stays unchanged. (In the paper's variant, its column of B is zero from the padding; if both were zero, both gradients
-would vanish.)
+are averaged with weights proportional to examples; the scaling s is the same at every rank, so that truncation leaves the rest of the
+product unchanged; a row of A that no client trained stays unchanged. (In the paper's variant, its column of B is zero from the padding; if
+both were zero, both gradients would vanish.)
 
 Source: Cho et al. 2024, Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024, arXiv:2401.06432.
 """
@@ -38,7 +38,7 @@ from fedtune.errors import ConfigError
 from fedtune.strategies._lowrank import FACTORS, norm, require_product
 from fedtune.strategies._mean import Mean
 
-_FAINT = 1e-30  # weight of a zero product: negligible compared with others, and equal for all clients if all products are zero
+_MIN_WEIGHT = 1e-30  # weight of a zero product: negligible compared with others, and equal for all clients if all products are zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class _Components:
         """Adds one client's factors; with `padding_counts`, the components beyond its rank count as zeros."""
         rank, spec = own.spec.ranks[self._module], self._adapter.spec
         a, b = padded(own, self._module, spec.ranks[self._module], spec.scaling[self._module])
-        weight = max(norm((1.0, a, b)), _FAINT)
+        weight = max(norm((1.0, a, b)), _MIN_WEIGHT)
         self._a.add_(a, alpha=weight)
         self._b.add_(b, alpha=weight)
         self._weight[: None if padding_counts else rank] += weight

@@ -3,10 +3,10 @@
     Ā = Σ p_k A_k,  B̄ = Σ p_k B_k,  E = Σ p_k s_k B_k A_k / s − B̄ Ā,  B = B̄ + ΔB
     ΔB = argmin ‖E − ΔB Ā‖² + λ‖ΔB‖² = E Āᵀ (Ā Āᵀ + λI)⁻¹
 
-The part of E outside the row space of Ā is lost. The server sends only the adapter, as in FedAvg. With DoRA, this applies to the direction.
+The part of E outside the row space of Ā is lost. The server sends only the adapter, as in FedAvg. With DoRA, B·A changes the direction.
 
 Source: Bian et al. 2024, LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement, arXiv:2411.14961. The paper
-finds ΔB by gradient steps on a similarity with the same penalty; the squared error used here has the closed form above.
+finds ΔB by gradient steps on a similarity measure with the same penalty; the squared error used here has the closed form above.
 """
 
 from collections.abc import Iterable

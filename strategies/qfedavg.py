@@ -28,8 +28,8 @@ class QFedAvg(Strategy):
 
     Args:
         q: Exponent of the losses.
-        lr: 1 / L, where L estimates the Lipschitz constant of the gradient. The paper uses the client's learning rate of plain SGD. An
-            adaptive optimizer moves further than learning rate times gradient, so with the client's rate the model would barely move.
+        lr: 1 / L, where L estimates the Lipschitz constant of the gradient. The paper sets it to the client's learning rate of plain SGD.
+            An adaptive optimizer moves further than learning rate times gradient, so with its rate here the model would barely move.
     """
 
     q: float = 0.1

@@ -11,7 +11,7 @@ from tests.syntax import nodes
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("fedtune", "clients", "strategies", "simulations")
-HOLE = "\0"  # stands for a value that is known only when the sentence is printed
+HOLE = "\0"  # replaces a value that is known only when the sentence is printed
 SETTING = re.compile(r"(?<![\w./\0+-])([a-z_]+(?:\.(?:_target_|[a-z_]+|\0))*)=([^\s,;:)'\"`|\]]*)")
 _ONE = r"[a-z_]+(?:\.[a-z_]+)*=[^\s,;:)]+"
 _OTHER = r"(?:,? or (?!take|set|add|give|name|leave|raise)\w+(?![\w.=]))*"

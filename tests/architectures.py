@@ -1,4 +1,4 @@
-"""What trains, exports and serves, found by doing it: `python -m tests.architectures --write` rewrites the table of docs/architectures.md.
+"""Measures what trains, exports and serves: `python -m tests.architectures --write` rewrites the table of docs/architectures.md.
 
 Each row is a random model of a few thousand parameters. One federated round of LoRA trains it; the exports are compared with the trained
 model, logit by logit or token by token. What is not supported must be refused in one sentence.
@@ -108,7 +108,7 @@ ROWS: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What a row does in a column (`yes`, a setting that it needs, `engine`, `transformers` or `no`), and the sentence of a refusal."""
+    """The entry of a row in a column: `yes`, a required setting, `engine`, `transformers` or `no`, with the sentence of a refusal."""
 
     says: str
     why: str = ""
@@ -134,10 +134,10 @@ def checkpoint(folder: Path, row: Row) -> Path:
 
 
 def measure(row: Row, folder: Path) -> dict[str, Cell]:
-    """Do each column for real in an empty folder.
+    """Run every column in an empty folder.
 
     Raises:
-        AssertionError: An export does not compute what the trained model does.
+        AssertionError: An export does not compute the trained model's results.
     """
     task = TaskConfig(kind=row.task, max_length=40, stride_texts=False, max_new_tokens=8)
     rows = [{**r, "prompt": r["question"], "answer": r["reply"]} for r in texts(24)]
@@ -235,7 +235,7 @@ def _sentence(bad: FedtuneError, folder: Path) -> str:
 
 
 def table(found: Mapping[str, Mapping[str, Cell]]) -> str:
-    """The page's table, and the reasons of what is not supported."""
+    """The page's table, and the reasons for everything that is not supported."""
     lines = ["| architecture | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     lines += [f"| {name} | " + " | ".join(cells[c].says for c in COLUMNS) + " |" for name, cells in found.items()]
     reasons = dict[tuple[str, str], list[str]]()

@@ -1,10 +1,10 @@
 """Short runs that together use every turn, exchange, codec and task, and digests of their results.
 
     python -m tests.bits --write before.json      # at the commit to compare with
-    python -m tests.bits --compare before.json    # at the other; prints what differs and ends with 1
+    python -m tests.bits --compare before.json    # at the other; prints the differences and ends with 1
 
-A digest covers names, shapes, dtypes and bytes of the tensors: of the final adapter, and of what was merged into the frozen weights. One
-thread and one machine: another processor may round otherwise, so the digests are not stored here.
+A digest covers names, shapes, dtypes and bytes of the tensors: of the final adapter and of the shifts of the frozen weights. The runs use
+one thread. Another processor may round differently, so no digests are stored here.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def run(overrides: list[str], folder: Path) -> dict[str, Any]:
     text, label = "data.columns.text=text", "data.columns.label=label"
     file = [f"model.name={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", f"data.test_path={folder / 'test.jsonl'}", text]
     file += [label] if "task=classification" in overrides else []
-    batched = [] if any("batched" in o for o in overrides) else ["engine.batched=none"]  # auto measures times
+    batched = [] if any("batched" in o for o in overrides) else ["engine.batched=none"]  # auto depends on measured times
     common = ["engine.threads=1", *batched, "inference=none", "inference.samples=0", f"output_dir={folder / 'outputs'}"]
     last = {o.partition("=")[0]: o for o in [*overrides, *(file if "data=local" in overrides else []), *common]}
     (job,) = compose([*last.values()])

@@ -1,4 +1,4 @@
-"""One torch thread in every test: two are slower where anything else runs, and results must not depend on it."""
+"""One torch thread in every test: two are slower beside other processes, and results must not depend on the number."""
 
 import functools
 import gc
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 gc.disable()  # imported modules and collected tests stay to the end: scanning them again and again is a tenth of the suite's time
-os.fsync = lambda _: None  # no test cuts the power, and thousands of flushes would wait for the disk; processes that tests start do flush
+os.fsync = lambda _: None  # no test has a power failure, and thousands of flushes would wait for the disk; child processes do flush
 
 
 def reuse_public_certificates() -> None:
-    """Read the public certificates once: most requests of a test ask a server without TLS, and each would read them, 20 ms."""
+    """Read the public certificates once: each HTTP client would read them again (20 ms), although most test servers have no TLS."""
     import httpx
 
     create = httpx.create_ssl_context
@@ -33,9 +33,9 @@ def reuse_public_certificates() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with more than four cases, every fourth is quick, of more than thirty every eighth, and the last; the others are slow.
+    """Mark cases as slow: of a test with more than four cases, every fourth and the last stay quick; with more than thirty, every eighth.
 
-    `tests.quick` chooses by hand.
+    `tests.quick` selects cases explicitly.
     """
     tests = dict[str, list[pytest.Item]]()
     for item in items:
@@ -58,13 +58,13 @@ def prepare() -> None:
 
 
 def pytest_collectstart() -> None:
-    """Import what is heavy only here: xdist's first process, which collects nothing, starts the others seconds earlier."""
+    """Import heavy modules only here: xdist's first process collects nothing, so it starts the others seconds earlier."""
     prepare()
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)  # the default, 700, is reached 16 times in a test; few cycles hold much
+    gc.set_threshold(20_000, 20, 50)  # the default, 700, triggers a collection 16 times in a test, but few cycles hold much memory
     gc.enable()
 
 

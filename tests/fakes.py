@@ -39,7 +39,7 @@ def lora_state(*, fill: float | None = None, seed: int = 0, version: int = 0) ->
 def fake_client_app(examples: Mapping[str, int], faults: Mapping[str, Any] | None = None) -> ClientApp:
     """Client `c` adds its number of examples to each tensor that its plan trains. `faults[c]`: (round, arrays, text) → the same, or raises.
 
-    Tensors that it is not sent it takes from `lora_state(fill=0.0)`, as the server does.
+    Tensors that it does not receive are those of `lora_state(fill=0.0)`, as on the server.
     """
     app, ids, faults = ClientApp(), sorted(examples), faults or {}
 

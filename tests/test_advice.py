@@ -19,7 +19,7 @@ from tests.advice import HOLE, SETTING, Sentence, sentences, ways
 from tests.cli.test_simulate import REFUSED
 from tests.data.test_bad_input import CASES
 
-PROGRAMS = ("simulations/benchmarks/", "simulations/studies/")  # with commands and options of their own
+PROGRAMS = ("simulations/benchmarks/", "simulations/studies/")  # programs with commands and options of their own
 OTHERS = {
     "--federation-config",
     "--ink",
@@ -30,7 +30,7 @@ OTHERS = {
     "--rule",
     "--page",
     "--card",
-}  # Flower's, and colors of the report
+}  # options of Flower, and colors of the report
 NEEDS = {"model=hub": ["model.name=x"], "data=hub": ["data.name=x"], "data=local": ["data.path=x"]}
 
 

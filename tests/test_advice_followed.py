@@ -12,7 +12,7 @@ from tests.advice import FOLDERS, HOLE, Sentence, advice
 from tests.advised.rows import Place, Row, load_tables
 
 PARTS = tuple(f"{folder}/" for folder in FOLDERS)
-NO_ADVICE = {  # files whose sentences instruct nobody
+NO_ADVICE = {  # files whose sentences give no advice
     "fedtune/config/schema.py": "descriptions of settings, for --help",
     "fedtune/data/demo_grammar.py": "requests of the demo's homes",
     "fedtune/runs/report/style.py": "the report's style sheet",
@@ -46,7 +46,7 @@ OTHER_TESTS = {  # part of a sentence → the test that follows it
     "the adapter cannot be merged into weights: load it with": "tests.runs.report.test_card.test_a_card_loads_the_trained_model",
 }
 ROWS = load_tables()
-SAID = [*(row.says for row in ROWS), *NOT_FOLLOWED, *OTHER_TESTS]
+COVERED = [*(row.says for row in ROWS), *NOT_FOLLOWED, *OTHER_TESTS]
 
 
 @functools.cache
@@ -59,21 +59,21 @@ def shown(sentence: Sentence) -> str:
 
 
 def texts_of(says: str) -> Set[str]:
-    """The sentences that a row is about: one, which may stand at several places."""
+    """The sentences that contain this text: one, which may occur at several places."""
     found = {sentence.text: shown(sentence) for sentence in followed() if says in shown(sentence)}
     return {text for text, full in found.items() if full == says} or found.keys()
 
 
 def test_all_advice_is_followed() -> None:
     assert len(followed()) > 600
-    known = set[str]().union(*(texts_of(says) for says in SAID))
+    known = set[str]().union(*(texts_of(says) for says in COVERED))
     missing = [f"{s.where}: {shown(s)}" for s in followed() if s.text not in known]
     assert not missing, "\n".join(missing)
 
 
 def test_each_row_is_about_one_sentence() -> None:
     assert all(hasattr(importlib.import_module(module), name) for module, _, name in (t.rpartition(".") for t in OTHER_TESTS.values()))
-    assert not {says: found for says in SAID if len(found := texts_of(says)) != 1}
+    assert not {says: found for says in COVERED if len(found := texts_of(says)) != 1}
     assert len(NOT_FOLLOWED) < len(ROWS) / 10
     assert all(len(reason.split()) > 3 for reason in NOT_FOLLOWED.values())
 

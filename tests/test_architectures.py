@@ -1,4 +1,4 @@
-"""The table of docs/architectures.md is what the code does."""
+"""The table of docs/architectures.md matches the code."""
 
 from pathlib import Path
 
@@ -14,5 +14,5 @@ def test_the_page_has_a_row_for_each_architecture() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
-def test_the_page_says_what_the_architecture_does(tmp_path: Path, name: str) -> None:
+def test_the_page_matches_the_architecture(tmp_path: Path, name: str) -> None:
     assert measure(ROWS[name], tmp_path) == read_table(written())[name]

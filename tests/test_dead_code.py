@@ -96,7 +96,7 @@ def unused(trees: Mapping[str, ast.Module], outside: Counter[str]) -> list[str]:
     for file, tree in trees.items():
         path = file.removesuffix(".py").removesuffix("/__init__").removeprefix("fedtune/")
         module = "fedtune" if path == "fedtune/__init__" else f"fedtune.{path.replace('/', '.')}"
-        packages = {module, module.rpartition(".")[0]}  # a package gives out what its modules define
+        packages = {module, module.rpartition(".")[0]}  # a package exports definitions of its modules
         for name, node, of_module in definitions(tree, own):
             itself = Uses(node)
             used = dotted[name] > itself.dotted[name]

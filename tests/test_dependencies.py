@@ -1,4 +1,4 @@
-"""A device that only answers needs no training library; a missing one is a sentence that says what to install."""
+"""A device that only runs inference needs no training library; if one is missing, a sentence says what to install."""
 
 import ast
 import functools
@@ -52,11 +52,11 @@ def closure(wanted: Iterable[str]) -> set[str]:
 
 
 def _requires(name: str, extra: str) -> list[str]:
-    if name == "fedtune":  # as the file says it, not as it was when this environment was made
+    if name == "fedtune":  # from the file, because this environment may be older
         return EXTRAS[extra] if extra else BASE
     try:
         return metadata.requires(name) or []
-    except metadata.PackageNotFoundError:  # such as an extra's, which nobody has installed here
+    except metadata.PackageNotFoundError:  # for example of an extra that is not installed here
         return []
 
 
@@ -76,12 +76,12 @@ def blocked() -> list[str]:
     return sorted(name for name, found in modules().items() if not found & base and name.isidentifier() and name != "fedtune")
 
 
-# -- what pyproject.toml says -------------------------------------------------------------------------------------------------------------
+# -- pyproject.toml -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_device_installs_no_training_library() -> None:
     assert not closure(BASE) & NOT_ON_A_DEVICE and closure(["fedtune[edge]"]) == closure(BASE) | {"fedtune"}
-    assert closure(["fedtune[train]", "fedtune[ray]"]) >= NOT_ON_A_DEVICE  # so the names are right
+    assert closure(["fedtune[train]", "fedtune[ray]"]) >= NOT_ON_A_DEVICE  # so the names are spelled correctly
     assert {"flwr", "transformers", "torch"} <= set(blocked()) and not {"numpy", "tokenizers", "safetensors"} & set(blocked())
 
 
@@ -100,7 +100,8 @@ OF_TRAINING = {
     "inference.quantize": {"torch"},
     "inference.generate_transformers": {"torch"},
 }
-ROOMS = ("errors", "storage", "config", "contracts", "templates", "inference")  # all that a device runs, with a few modules of models/
+# all packages that a device runs, besides a few modules of models/
+DEVICE_PACKAGES = ("errors", "storage", "config", "contracts", "templates", "inference")
 OTHERS = {"llama_cpp", "openvino", "optimum", "gguf", "ray"}  # other programs' that a benchmark measures, and extras of their own
 
 
@@ -118,7 +119,7 @@ def test_every_imported_library_is_declared() -> None:
         for name in set(third_party(file)) - OTHERS:
             distributions = {"protobuf"} if name == "google" else modules()[name]
             late = next((names for at, names in OF_TRAINING.items() if f"{module}.".startswith(f"{at}.")), set[str]())
-            wanted = base if module.startswith(ROOMS) and name not in late else everything
+            wanted = base if module.startswith(DEVICE_PACKAGES) and name not in late else everything
             assert distributions & wanted, (
                 f"{module} imports {name}, and pyproject.toml does not ask for {distributions} where a device needs it"
             )
@@ -259,7 +260,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(process.stdout)
 
 
-def test_a_device_answers(device: dict[str, Any]) -> None:
+def test_inference_commands_run_on_a_device(device: dict[str, Any]) -> None:
     for name in ("generate", "folder", "adapter", "chat", "bench", "serve"):
         assert device[name][0] == 0, device[name]
     assert device["generate"][1] == device["folder"][1] != device["adapter"][1]

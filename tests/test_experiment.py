@@ -55,19 +55,19 @@ def test_adapter_and_merged_model_give_the_runs_logits(tmp_path: Path, capsys: p
     untouched = auto.from_pretrained(config.model.name, **labels).eval()
     if kind == "causal_lm":
         with torch.inference_mode():
-            assert (untouched(input_ids=TOKENS).logits - expected).abs().max() > 1e-3  # the run did change the model
+            assert (untouched(input_ids=TOKENS).logits - expected).abs().max() > 1e-3  # the run has changed the model
 
 
 def test_a_second_run_in_the_process_starts_from_the_original_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flora = {"_target_": "fedtune.strategies.flora.FLoRA"}
-    # nobody is evaluated, so nobody but the start can bring the frozen weights back
+    # without evaluations, only the start of a run restores the frozen weights
     config = tiny_config(tmp_path, task=TaskConfig(kind="classification", max_length=16), strategy=flora, rounds=3, clients_per_round=1)
     first, second = simulate(config), simulate(config)
     shifts = [f"shift-000{round}.safetensors" for round in (1, 2, 3)]
     for name in ("fedtune.safetensors", *shifts):
         assert (first / "adapter" / name).read_bytes() == (second / "adapter" / name).read_bytes()
     assert all(line.get("counted") == 1 for line in read_metrics(second) if line["client"] is None and line["round"] > 0)
-    # what a round wrote that no checkpoint knows of is not handed over
+    # files of a round without a checkpoint are not used
     (first / "adapter" / "shift-0001.safetensors").rename(first / "adapter" / "shift-0009.safetensors")
     simulate(dataclasses.replace(config, resume=str(first)))
     assert sorted(p.name for p in (first / "adapter").glob("shift-*")) == shifts
@@ -82,7 +82,7 @@ def test_the_run_directory_is_complete(tmp_path: Path, capsys: pytest.CaptureFix
     assert [r["round"] for r in rounds] == [0, 1, 2]
     for r in rounds:  # the untuned backbone is round 0, with the same metrics
         assert {"loss", "perplexity", "clients_mean", "clients_worst_decile"} <= set(r)
-        assert r["clients_worst_decile"] >= r["clients_mean"]  # perplexity: more is worse
+        assert r["clients_worst_decile"] >= r["clients_mean"]  # a higher perplexity is worse
     turn = next(r for r in records if r["round"] == 1 and r["client"] == "c0")
     assert {"examples", "steps", "train_loss", "perplexity", "seconds", "bytes_up", "bytes_down", "peak_mb"} <= set(turn)
     partition = json.loads((run / "partition.json").read_text())
@@ -119,7 +119,7 @@ def test_bfloat16_trains_float32_adapters(tmp_path: Path, capsys: pytest.Capture
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bf16"))
     a, b = (AdapterState.load(simulate(c) / "adapter" / "fedtune.safetensors") for c in (config, half))
     assert all(t.dtype is torch.float32 for t in b.tensors.values())
-    assert a.spec.base == b.spec.base  # one checkpoint, whatever its precision: such clients can meet in one cohort
+    assert a.spec.base == b.spec.base  # one checkpoint in any precision: such clients can be in one cohort
     moved = sum(float(t.norm()) for n, t in a.tensors.items() if n.endswith("lora_B"))
     assert sum(float((a[n] - b[n]).norm()) for n in a.tensors if n.endswith("lora_B")) < 0.5 * moved
 

@@ -35,7 +35,7 @@ def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "strategy" / "partial.yaml").write_text(group)
     here = os.getcwd()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", here)])  # as a command that pip installs has it
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", here)])  # as in a command that pip installs
     yield tmp_path
     for name in ("mine", "broken", "inside", "inside.code"):
         sys.modules.pop(name, None)
@@ -111,7 +111,7 @@ def test_all_three_commands_run_it(away: Path) -> None:
     assert process.returncode == 0 and "1/1 counted" in process.stderr, process.stderr
     program = [bin / "fedtune-server", *settings, "--insecure", "--address", f"127.0.0.1:{port}"]
     with subprocess.Popen(program, cwd=away, env=env, stderr=subprocess.PIPE, text=True) as server:
-        (elsewhere := away / "elsewhere").mkdir()  # no mine.py there
+        (elsewhere := away / "elsewhere").mkdir()  # a folder without mine.py
         ask = ["--server", f"127.0.0.1:{port}", "--insecure", "--client-id", "home-000", "--state", elsewhere / "state"]
         client = subprocess.Popen([bin / "fedtune-client", *ask], cwd=elsewhere, env=env, stderr=subprocess.DEVNULL)
         try:

@@ -58,7 +58,7 @@ def test_a_full_disk_is_one_sentence_and_resumable(tmp_path: Path, stop: type[Ba
         try:
             (path,) = (folder / mine.name).iterdir()
             path = simulate(dataclasses.replace(read_config(path), resume=str(path)))
-        except (FileNotFoundError, ValueError, CheckpointError):  # nothing, or no config yet: a run that had not begun is begun again
+        except (FileNotFoundError, ValueError, CheckpointError):  # nothing, or no config yet: the run had not started, so it starts again
             path = simulate(mine)
         assert (path / "adapter" / "fedtune.safetensors").read_bytes() == expected, operations
     assert stopped >= 10

@@ -17,7 +17,7 @@ from tests.syntax import nodes
 ROOT = Path(__file__).parents[1]
 BARE = ("strategies", "clients", "simulations", "conf")
 # Package → the packages that it may import, besides those of LOW. A package is a folder, or a module at the root of fedtune/.
-LOW = ("version", "errors", "storage", "config", "contracts")  # each may import those before it, and every other package all of them
+LOW = ("version", "errors", "storage", "config", "contracts")  # each may import those before it; every other package may import all of them
 MAY_IMPORT = {
     "traffic": set[str](),
     "templates": set[str](),
@@ -28,9 +28,9 @@ MAY_IMPORT = {
     "strategies": set[str](),
     "clients": {"models", "data", "privacy", "traffic"},
     "inference": {"models", "templates"},
-    "export": {"models", "data", "inference", "clients"},  # a personal model is the global adapter with what a client's store keeps
-    "delivery": {"models", "clients", "export", "inference"},  # a device installs and serves the model that its own rows favor
-    "runs": {"models", "privacy"},  # the card of an adapter says how it is loaded, and what was spent of each client's privacy
+    "export": {"models", "data", "inference", "clients"},  # a personal model is the global adapter with the client's stored tensors
+    "delivery": {"models", "clients", "export", "inference"},  # a device installs and serves the model with the best score on its own rows
+    "runs": {"models", "privacy"},  # an adapter's card states how to load it, and the clients' privacy costs
     "rounds": {"exchange", "traffic", "privacy", "runs"},
     "network": {"delivery"},  # the worker process is the client
     "simulations.engines": {"clients", "models", "data", "privacy"},
@@ -49,7 +49,7 @@ MAY_IMPORT = {
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    """(module, file) of everything in the product but the root's __init__, which names what is public."""
+    """(module, file) of the product, except the root's __init__, which lists the public names."""
     for folder in ("fedtune", *BARE):
         for file in sorted((ROOT / folder).rglob("*.py")):
             parts = file.relative_to(ROOT / "fedtune" if folder == "fedtune" else ROOT).with_suffix("").parts

@@ -37,17 +37,17 @@ class Disk:
         writes = event in ("os.mkdir", "os.rename") or (
             event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
         )
-        removes = event in ("os.remove", "os.rmdir") and self.stop is Killed  # a full disk lets go of files
+        removes = event in ("os.remove", "os.rmdir") and self.stop is Killed  # a full disk still allows deletions
         if (
             self.folder and (writes or removes) and (isinstance(args[0], int) or str(args[0]).startswith(self.folder))
-        ):  # int: opened already
+        ):  # int: a descriptor that is already open
             self.left -= 1
             if self.left < 0:
                 raise Killed if self.stop is Killed else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @functools.cache  # noqa: B019  there is one disk
     def listen(self) -> None:
-        sys.addaudithook(self)  # Python cannot take it away again, and calls it for every event of later tests: never on import
+        sys.addaudithook(self)  # added late, because Python cannot remove an audit hook and calls it in all later tests
 
     def stops(self, make: Make, folder: Path, operations: int, stop: type[BaseException]) -> bool:
         """Whether `make` was stopped before this operation; False if it has fewer. A full disk must be a sentence."""
@@ -91,7 +91,7 @@ def test_a_start_is_repeatable(tmp_path: Path, what: str, stop: type[BaseExcepti
         if not DISK.stops(make, folder, operations, stop):
             break
         try:
-            use(folder)  # it was stopped after the last step that counts: what it made is whole
+            use(folder)  # it was stopped after the decisive step, so its result is complete
         except FedtuneError:
             make(folder)
         use(folder)
@@ -133,7 +133,7 @@ def test_an_incomplete_database_is_created_again(tmp_path: Path, left: str) -> N
     assert is_whole(path, 1.0) and list(tmp_path.iterdir()) == [path]
     before = path.stat().st_mtime_ns
     make_database(path, 1.0)
-    assert path.stat().st_mtime_ns == before  # a whole one stays
+    assert path.stat().st_mtime_ns == before  # a complete database stays
 
 
 def test_a_kill_during_the_migrations_leaves_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_no_command_obeys_a_run_directory_s_trust(run: Path, tmp_path: Path, cap
         capsys.readouterr()
         assert command() == 2, name
         assert "contains its own code" in capsys.readouterr().err, name
-    for kind in ("edge", "gguf"):  # they read no code, only tensors
+    for kind in ("edge", "gguf"):  # these commands read only tensors, no code
         assert cli.main(["export", str(run), "--to", kind, "--out", str(tmp_path / kind)]) == 2
     assert read_calibration_texts(run) and privacy_disclosure(run) == ""
     again = RunDirectory.open(run, rounds=2)
@@ -90,7 +90,8 @@ def test_no_command_obeys_a_run_directory_s_trust(run: Path, tmp_path: Path, cap
 
 @pytest.mark.slow
 def test_the_command_line_allows_remote_code(tmp_path: Path, modules: None) -> None:
-    config = tiny_config(tmp_path, rounds=1, inference=InferenceConfig(samples=0, export="hf"))  # the merged model trusts as the run does
+    # the merged model has the run's trust setting
+    config = tiny_config(tmp_path, rounds=1, inference=InferenceConfig(samples=0, export="hf"))
     bring_code(tmp_path / "model", tmp_path / "ran")
     config.model.trust_remote_code = True
     run = simulate(config)
@@ -144,11 +145,11 @@ def test_a_restarted_service_keeps_its_command_line_s_permissions(tmp_path: Path
 
 def test_only_these_files_make_a_config_from_a_file_or_a_message() -> None:
     readers = {
-        "fedtune/config/__init__.py",  # which names it,
+        "fedtune/config/__init__.py",  # defines the setting,
         "fedtune/config/stored.py",  # a run directory: without trust
-        "clients/workspace.py",  # what this process's own config was turned into, for its workers,
+        "clients/workspace.py",  # this process's own config, serialized for its workers,
         "simulations/engines/ray.py",  # and for Ray's
-        "clients/deployed.py",  # a server's hello: refused where it asks for trust
+        "clients/deployed.py",  # a server's hello: refused if it asks for trust
     }
     root = Path(__file__).parents[1]
     files = [file for folder in ("fedtune", "clients", "simulations", "strategies") for file in (root / folder).rglob("*.py")]

@@ -32,7 +32,7 @@ WORDS = ["lamp", "kettle", "door", "window", "garden", "stairs", "radio", "oven"
 def tiny_llama(folder: Path, *, seed: int = 0) -> Path:
     """A random Llama (hidden 24, 2 layers, grouped-query attention) with the nano backbone's tokenizer."""
     made = _made(seed)
-    torch.manual_seed(seed)  # whether it was made now or before
+    torch.manual_seed(seed)  # the same state after making and after copying the checkpoint
     return Path(shutil.copytree(made, folder))
 
 

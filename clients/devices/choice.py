@@ -7,8 +7,8 @@ The choice keeps as much of the plan's work as possible. It reduces, in this ord
     for time       steps, then batch (halved)
 
 Of the micro-batches that fit, each with as many kept layers as fit, it takes the fastest. A pass over n tokens takes time in proportion to
-n + 64, because it also reads (and dequantizes) the weights, and up to a quarter more if layers compute tensors again. Measured on one core
-with 20 M and 125 M parameters in float32, bf16 and nf4, n = 32 to 1,024.
+n + 64, because it also reads (and dequantizes) the weights. It takes up to a quarter more if layers compute tensors again. Measured on one
+core with 20 M and 125 M parameters in float32, bf16 and nf4, n = 32 to 1,024.
 
 The rank is chosen first, by bandwidth and memory, and does not change between rounds, because a smaller rank would lose trained components.
 """

@@ -122,7 +122,7 @@ def dequantized_bytes(shapes: Shapes, precision: str) -> int:
 
 
 def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: int, kept_layers: int | None = None) -> int:
-    """Bytes of activations stored for the backward pass of a micro-batch, and of what a pass needs at once.
+    """Bytes that a micro-batch needs at its peak: the activations stored for the backward pass, and temporary tensors.
 
     Args:
         shapes, precision: The model.
@@ -151,16 +151,16 @@ def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: i
 
 
 def _lean_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: int, kept_layers: int) -> int:
-    """`kept_bytes` of a lean step: the larger of two moments, the loss and the backward pass of a layer.
+    """`kept_bytes` of a lean step: the stored tensors, plus the larger of what the loss and what the backward pass of a layer needs.
 
-    A layer keeps x; x2, what o reads, the outputs of q, k, v, gate and up only if it is one of `kept_layers` (an encoder's: x2 before its
-    norm, and what the last norm reads instead of gate's output).
+    Every layer stores its input x. The `kept_layers` also store x2, the input of o, and the outputs of q, k, v, gate and up
+    (`fedtune.models.lean.decoder` explains the names; an encoder stores the inputs of its two norms instead of x2 and gate).
     """
     s, size, tokens = shapes, shapes.width_of(precision), rows * width
     mlp = 2 * s.inner if s.gated else s.inner + s.hidden
     inside = tokens * size * (s.hidden + 2 * s.query + 2 * s.keys + mlp)
-    stored = tokens * (size * s.hidden * (s.layers + 1) + 4 * s.hidden) + kept_layers * inside  # with the last norm's
-    table = 0 if s.classifies else s.logits * s.hidden  # on a CPU, oneDNN copies a weight before a product
+    stored = tokens * (size * s.hidden * (s.layers + 1) + 4 * s.hidden) + kept_layers * inside  # the last norm stores its input too
+    table = 0 if s.classifies else s.logits * s.hidden  # the output layer: on a CPU, oneDNN copies a weight before a product
     loss = size * (2 * rows * counted * s.hidden + min(rows * counted * s.logits, max(PIECE, ROWS * s.logits)) + table)
     fused = s.query // s.keys * width**2 > SCORES
     scores = 0 if fused else min(rows * s.attention_heads * width**2, SCORES)

@@ -177,8 +177,8 @@ class Devices:
         return plan, examples, self._measured(plan, start, fit) if fit.simulated else fit
 
     def _measured(self, plan: Plan, start: AdapterState, fit: Fit) -> Fit:
-        """The fit with the memory that the probe measured. Until it fits the simulated device, the micro-batch is halved; at last, no layer
-        of a lean step keeps intermediate tensors.
+        """The fit with the memory that the probe measured. Until it fits the simulated device, the micro-batch is halved. If a single row
+        does not fit, a lean step's layers stop keeping intermediate tensors.
 
         Raises:
             Decline: A single row does not fit.

@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace) -> str:
         importlib.import_module("matplotlib")  # fails now if it is missing, not after minutes of measuring
     names = ("kind", "prompt_tokens", "new_tokens", "repeats", "speculate", "draft", "text")
     with Console(stderr=True).status("measuring") as line:
-        speeds = bench(args.model, tell=line.update, **{name: getattr(args, name) for name in names})
+        speeds = bench(args.model, report=line.update, **{name: getattr(args, name) for name in names})
     if args.out:
         write(speeds, args.out)
     return json.dumps(asdict(speeds), indent=1) if args.json else table(speeds)

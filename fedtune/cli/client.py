@@ -169,14 +169,14 @@ def _main(args: argparse.Namespace) -> int:
         insecure=args.insecure,
         answer=lambda message, node: _recorded(message, lambda: _news_reply(message) or executor.answer(message, node)),
         max_retries=args.max_retries,
-        report=_tell,
+        report=_report,
         ends=lambda message: args.exit_when_done and message.metadata.message_type == END,
     )
     server = None
     if args.serve is not None:
         from fedtune.delivery.serving import DeviceServer
 
-        server = DeviceServer(state, *host_and_port("--serve", args.serve, "127.0.0.1:8000"), _tell)
+        server = DeviceServer(state, *host_and_port("--serve", args.serve, "127.0.0.1:8000"), _report)
 
     def stop(signum: int, frame: FrameType | None) -> None:
         if stopping.is_set():  # second signal: do not wait for the current turn
@@ -190,19 +190,19 @@ def _main(args: argparse.Namespace) -> int:
         signal.signal(number, stop)
     with logging_to(state / "logs" / "client.jsonl"):
         if args.insecure:
-            _tell(
+            _report(
                 "WARNING: --insecure: no TLS, no key and no signature; anyone on the network path can read and change the messages and the"
                 " models"
             )
         elif args.signing_pub is None:
-            _tell("no --signing-pub: this device will not install the run's model")
-        _tell(f"client {client}: connecting to {args.server}; state folder {state}")
+            _report("no --signing-pub: this device will not install the run's model")
+        _report(f"client {client}: connecting to {args.server}; state folder {state}")
         try:
             if server is not None:
                 server.start()
             node.serve()
             if not stopping.is_set():
-                _tell("stops, because the run has ended (--exit-when-done)")
+                _report("stops, because the run has ended (--exit-when-done)")
         finally:
             executor.stop()
             if server is not None:
@@ -218,7 +218,7 @@ def _recorded(message: Message, answer: Callable[[], Message]) -> Message:
     reply = answer()
     text, fields = describe(message, reply, time.monotonic() - began)
     if text:
-        _tell(text, **fields)
+        _report(text, **fields)
     return reply
 
 
@@ -245,7 +245,7 @@ def _device(asked: str | None) -> str | None:
     return os.path.abspath(Path(asked).expanduser())
 
 
-def _tell(text: str, **fields: Any) -> None:
+def _report(text: str, **fields: Any) -> None:
     _log.info(text, extra=fields)
     print(f"fedtune-client: {text}", file=sys.stderr, flush=True)
 

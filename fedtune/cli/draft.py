@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> str:
             text=args.text,
             how=how,
             trust_remote_code=args.trust_remote_code,
-            tell=lambda step, nats: bar.update(row, completed=step, nats=nats),
+            report=lambda step, nats: bar.update(row, completed=step, nats=nats),
         )
     before, now = figures["acceptance_before"], figures["acceptance"]
     size = f"{100 * figures['parameters'] / figures['of']:.0f} % of the parameters"

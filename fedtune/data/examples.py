@@ -108,10 +108,10 @@ def pack(examples: Sequence[Example], pad_id: int, longest: int) -> dict[str, Te
     bins: list[list[Example]] = []
     for example in sorted(examples, key=lambda e: -len(e.input_ids)):  # first fit, the longest first
         size = len(example.input_ids)
-        room = next((row for row in bins if sum(len(e.input_ids) for e in row) + size <= longest), None)
-        if room is None:
-            bins.append(room := [])
-        room.append(example)
+        fitting = next((row for row in bins if sum(len(e.input_ids) for e in row) + size <= longest), None)
+        if fitting is None:
+            bins.append(fitting := [])
+        fitting.append(example)
     ids, mask = _pad([np.concatenate([e.input_ids for e in row]) for row in bins], pad_id, "right")
     labels, _ = _pad([np.concatenate([np.append(np.int32(IGNORED), e.labels[1:]) for e in row]) for row in bins], IGNORED, "right")
     width = ids.shape[1]

@@ -38,20 +38,20 @@ class DeviceServer:
         state: The client's state folder.
         host: Address to listen on.
         port: Port; 0 takes any free one.
-        tell: Called with each sentence for the operator, from another thread.
+        report: Called with each sentence for the operator, from another thread.
 
     Raises:
         NetworkError: The address is not available.
         ConfigError: The port or the API key is invalid.
     """
 
-    def __init__(self, state: Path, host: str, port: int, tell: Callable[[str], object]) -> None:
+    def __init__(self, state: Path, host: str, port: int, report: Callable[[str], object]) -> None:
         keyed = bool(ApiKeys.find(None))
         self._listener = listen(host, port, option="--serve")
         self.url = url(self._listener)
-        self._versions, self._log, self._tell = Versions(state), state / "logs" / "serve.log", tell
+        self._versions, self._log, self._report = Versions(state), state / "logs" / "serve.log", report
         if warning := public_warning(self._listener, keyed=keyed, option=f"variable {KEY_VARIABLE}"):
-            tell(warning)
+            report(warning)
         self._waiting = Waiting(self._listener)
         self._serving: Child | None = None
         self._loading: Child | None = None
@@ -91,7 +91,7 @@ class DeviceServer:
                 self._step()
         except Exception:
             _log.exception("the device server failed")
-            self._tell(f"{self.url} no longer answers, because of an error in fedtune: the log has it; start the client again")
+            self._report(f"{self.url} no longer answers, because of an error in fedtune: the log has it; start the client again")
         finally:
             self._end()
 
@@ -135,7 +135,7 @@ class DeviceServer:
         except CheckpointError as bad:
             if str(bad) != self._reported:
                 self._reported = str(bad)
-                self._tell(self._reported)
+                self._report(self._reported)
             return self._wanted
 
     def _change_to(self, current: str | None) -> None:
@@ -166,7 +166,7 @@ class DeviceServer:
         if old is not None:
             self._leave(old)
         self._deaths = 0
-        self._tell(f"the model {child.name} answers at {self.url} ({child.description})")
+        self._report(f"the model {child.name} answers at {self.url} ({child.description})")
         if self._current in self._broken:
             self._go_back(child.name)
 
@@ -181,7 +181,7 @@ class DeviceServer:
         if child.generates_no_text:
             self._mute = child.name
             self._waiting.change(f"the model {child.name} generates no text")
-            self._tell(f"the model {child.name} is not served: {child.failure}")
+            self._report(f"the model {child.name} is not served: {child.failure}")
         elif child.failure:
             self._break(child.name, child.failure)
         else:
@@ -195,7 +195,7 @@ class DeviceServer:
         self._deaths, self._not_before = 0, 0.0
         self._broken.add(name)
         self._waiting.change(f"the model {name} cannot be loaded")
-        self._tell(f"the model {name} cannot be loaded: {why}")
+        self._report(f"the model {name} cannot be loaded: {why}")
         if self._serving is not None:
             self._go_back(self._serving.name)
 
@@ -207,10 +207,10 @@ class DeviceServer:
                     return
                 self._versions.activate(name)
         except CheckpointError as bad:
-            self._tell(str(bad))
+            self._report(str(bad))
         else:
             self._change_to(name)  # now: if a broken version becomes current before the next step, it is tried again
-            self._tell(f"the model {name} is current again")
+            self._report(f"the model {name} is current again")
 
     def _replace(self, child: Child) -> None:
         """The child that serves has ended."""
@@ -222,7 +222,7 @@ class DeviceServer:
         self._retry(f"the process of the model {child.name} {child.end} while it served the model")
 
     def _retry(self, why: str) -> None:
-        self._tell(f"{why}: starting another one in {self._pause:g} s")
+        self._report(f"{why}: starting another one in {self._pause:g} s")
         self._not_before = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
 

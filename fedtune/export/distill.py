@@ -76,7 +76,7 @@ def distill(
     text: Path | None = None,
     how: Distillation = Distillation(),  # noqa: B008 - frozen
     trust_remote_code: bool = False,
-    tell: Callable[[int, float], None] | None = None,
+    report: Callable[[int, float], None] | None = None,
 ) -> dict[str, float]:
     """Distill a draft and write it as a Hugging Face folder for `fedtune generate --draft`.
 
@@ -87,7 +87,7 @@ def distill(
             target.
         how: Size and training of the draft.
         trust_remote_code: Whether code in the target's folder may run.
-        tell: Called with each step's number and divergence in nats per token.
+        report: Called with each step's number and divergence in nats per token.
 
     Returns:
         `acceptance_before` and `acceptance` on held-out text (shares), `divergence` (nats per token), `parameters` of the draft, `of`:
@@ -119,7 +119,7 @@ def distill(
         measured = [write(teacher.model, None, how, derive_seed(how.seed, "held out"), teacher.tokenizer)]
     before = acceptance(teacher.model, student, measured)
     student.train()
-    divergence = train(teacher, student, rows, how, generator, tell)
+    divergence = train(teacher, student, rows, how, generator, report)
     student.eval()
     figures = {
         "acceptance_before": before,
@@ -181,7 +181,7 @@ def train(
     rows: list[list[int]] | None,
     how: Distillation,
     order: random.Random,
-    tell: Callable[[int, float], None] | None,
+    report: Callable[[int, float], None] | None,
 ) -> float:
     """Train the draft in place. Returns the mean divergence of the last tenth of the steps, in nats per token."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=how.lr, weight_decay=0.0)
@@ -215,8 +215,8 @@ def train(
         if not math.isfinite(value := loss.item()):
             raise ModelError(f"the divergence is {value} at step {step + 1}: lower --lr")
         last = [*last, value][-max(1, how.steps // 10) :]
-        if tell:
-            tell(step + 1, value)
+        if report:
+            report(step + 1, value)
     return sum(last) / len(last)
 
 

@@ -86,7 +86,7 @@ def bench(
     draft: Path | None = None,
     speculate: bool = False,
     text: Path | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Speeds:
     """Measure a model.
 
@@ -100,7 +100,7 @@ def bench(
         draft: A draft model, to measure too.
         speculate: Measure prompt lookup and early exit.
         text: File whose lines are the prompts for speculation; None samples prompts from the model.
-        tell: Called with the current step.
+        report: Called with the current step.
 
     Raises:
         ConfigError: A number is out of range, or prompt and new tokens exceed the model's context.
@@ -108,7 +108,7 @@ def bench(
     """
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
         require(name, value, ge=1)
-    tell("loading")
+    report("loading")
     start = time.perf_counter()
     engine = load_engine(folder, kind)
     load_s = time.perf_counter() - start
@@ -119,7 +119,7 @@ def bench(
     numbers = np.random.default_rng(derive_seed(seed, "bench"))
     prefill, decode, first = [], [], []
     for repeat in range(repeats + 1):
-        tell(f"repeat {repeat} of {repeats}" if repeat else "warming up")
+        report(f"repeat {repeat} of {repeats}" if repeat else "warming up")
         ids = numbers.integers(engine.shape.vocab, size=prompt_tokens)
         took, rest = one_answer(engine, ids, new_tokens)
         if repeat:
@@ -130,8 +130,8 @@ def bench(
     memory = peak_mb()  # without the draft model
     if draft:
         ways["draft"] = partial(DraftModel, load_engine(draft, kind), engine)
-    seen = speculation(engine, ways, prompts(engine, text, repeats, prompt_tokens, seed), new_tokens, tell) if ways else {}
-    tell("bandwidth")
+    seen = speculation(engine, ways, prompts(engine, text, repeats, prompt_tokens, seed), new_tokens, report) if ways else {}
+    report("bandwidth")
     weights, speed = bytes_read(engine), bandwidth()
     return Speeds(
         model=str(folder),
@@ -191,7 +191,7 @@ def prompts(engine: Engine, text: Path | None, count: int, length: int, seed: in
 
 
 def speculation(
-    engine: Engine, ways: Mapping[str, Callable[[], Drafter]], rows: Sequence[list[int]], new: int, tell: Callable[[str], None]
+    engine: Engine, ways: Mapping[str, Callable[[], Drafter]], rows: Sequence[list[int]], new: int, report: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
     """Measure greedy answers to the same prompts without speculation and with each drafter, in turn.
 
@@ -201,7 +201,7 @@ def speculation(
     reports: dict[str, list[Report]] = {way: [] for way in ("none", *ways)}
     for i, row in enumerate(rows, 1):
         for way in reports:
-            tell(f"speculation, {way}: answer {i} of {len(rows)}")
+            report(f"speculation, {way}: answer {i} of {len(rows)}")
             how = Speculation(ways[way](), adapts[way]) if way in ways else None
             answer = Generation(engine, row, Sampling(), new, speculation=how)
             for _ in answer:

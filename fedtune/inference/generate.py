@@ -101,10 +101,10 @@ def generate_text(
         speculation = open_speculation(engine, speculate, draft)
         ids = encode_request(engine.text, prompt, card)
         chosen: list[str] = []
-        context = open_context(engine, kv_budget, adapter, tokens=len(ids) + length, tell=chosen.append)
+        context = open_context(engine, kv_budget, adapter, tokens=len(ids) + length, report=chosen.append)
         answer = Generation(engine, ids, sampling, length, context=context, speculation=speculation)
         for sentence in chosen:  # after all checks have passed
-            _tell(sentence)
+            _report(sentence)
         texts = (piece.text for piece in answer)
     pieces: list[str] = []
     with closing(texts):  # stop the generator if the consumer stops
@@ -172,7 +172,7 @@ def falls_back(folder: Path, card: dict[str, Any], **options: object) -> bool:
         raise ConfigError(f"{folder} runs on transformers, which has no --{asked[0].replace('_', '-')}: leave it out ({why})")
     if importlib.util.find_spec("transformers") is None:
         raise ModelError(f"{folder} needs transformers, which is not installed ({why}): pip install 'fedtune[train]'")
-    _tell(f"transformers runs this model: {why}")
+    _report(f"transformers runs this model: {why}")
     return True
 
 
@@ -192,7 +192,7 @@ def why_not_engine(folder: Path, card: dict[str, Any]) -> str:
     return ""
 
 
-def _tell(sentence: str) -> None:
+def _report(sentence: str) -> None:
     print(f"fedtune: {sentence}", file=sys.stderr, flush=True)
 
 
@@ -202,11 +202,11 @@ def open_context(
     adapter: str | None,
     *,
     tokens: int | None = None,
-    tell: Callable[[str], object] = _tell,
+    report: Callable[[str], object] = _report,
 ) -> Context:
     """Open an empty context of at most `tokens` tokens (None: the model's limit), with the best cache that the budget allows.
 
-    `tell` is called with a sentence on the chosen cache.
+    `report` is called with a sentence on the chosen cache.
 
     Raises:
         ConfigError: The budget is not a size, or is too small.
@@ -223,7 +223,7 @@ def open_context(
         return Context(engine, adapter=adapter)
     longest = engine.shape.context if tokens is None else min(engine.virtual_length + tokens, engine.shape.context)
     chosen = choose(engine.shape, longest, parse_size(kv_budget), engine.entries)
-    tell(chosen.sentence)
+    report(chosen.sentence)
     return Context(engine, chosen.build, adapter=adapter)
 
 

@@ -81,12 +81,12 @@ def ray_grid(config: Config, run: Path, nodes: int, note: Callable[[str], None])
         kept, worker = keeper.remote(str(run), config.keep_checkpoints + 1), ray.remote(Worker)
         encoded = json.dumps(to_dict(config))
 
-        def hire(there: int) -> Any | None:
+        def add_worker(there: int) -> Any | None:
             if there >= min(nodes, places(ray.nodes(), engine)):
                 return None
             return worker.options(num_cpus=engine.ray_cpus, num_gpus=engine.ray_gpus).remote(encoded, nodes, KeeperProxy(ray, kept))
 
-        yield WorkerGrid(ray, hire, nodes, together=engine.batched != "none", note=note)
+        yield WorkerGrid(ray, add_worker, nodes, together=engine.batched != "none", note=note)
     finally:
         if ours:
             ray.shutdown()

@@ -29,18 +29,18 @@ class WorkerGrid(VirtualGrid):
 
     Args:
         ray: The Ray module; uses `wait`, `get` and `exceptions`.
-        hire: Number of workers → a new worker, or None if the cluster has no room for another. Its `start` returns an error sentence or
-            None; its `answer` takes messages and returns a content or an error for each.
+        add_worker: Number of workers → a new worker, or None if the cluster has no resources for another. Its `start` returns an error
+            sentence or None; its `answer` takes messages and returns a content or an error for each.
         nodes: Number of clients.
         together: Whether a worker trains the clients of its batch at once; if not, it gets one turn at a time.
         note: Called with a sentence about each lost worker.
     """
 
     def __init__(
-        self, ray: Any, hire: Callable[[int], Any | None], nodes: int, *, together: bool, note: Callable[[str], None] = lambda _: None
+        self, ray: Any, add_worker: Callable[[int], Any | None], nodes: int, *, together: bool, note: Callable[[str], None] = lambda _: None
     ) -> None:
         super().__init__(nodes)
-        self._ray, self._hire, self._together, self._note = ray, hire, together, note
+        self._ray, self._add_worker, self._together, self._note = ray, add_worker, together, note
         self._waiting: deque[Message] = deque()
         self._known: set[str] = set()  # ids of the messages that wait or are assigned
         self._starting: dict[Any, Any] = {}  # call → worker
@@ -82,7 +82,7 @@ class WorkerGrid(VirtualGrid):
 
     def _assign(self) -> None:
         """Assign messages to each free worker, and start more workers if the cluster has room."""
-        while self._waiting and (worker := self._hire(self.workers + len(self._unfit))) is not None:
+        while self._waiting and (worker := self._add_worker(self.workers + len(self._unfit))) is not None:
             self._starting[worker.start.remote()] = worker
         while self._waiting and self._idle:
             share = self._next_batch()

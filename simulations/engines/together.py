@@ -53,7 +53,7 @@ class Together:
             else:
                 way, why = way_of(model.live, self._host.config.task)
             if way is None:
-                self._tell(f"clients train one at a time: {why}")
+                self._report(f"clients train one at a time: {why}")
             elif why:
                 log.info("clients are batched by torch.func.vmap: %s", why)
             self._ways[id(model)] = way
@@ -91,7 +91,7 @@ class Together:
                 continue
             alone = ready.turn.batched is None
             if alone:
-                self._tell(f"clients run the turn '{ready.plan.turn}' one at a time: it has no batched form")
+                self._report(f"clients run the turn '{ready.plan.turn}' one at a time: it has no batched form")
             if not todo and (alone or self._way_of(ready.loaded_model) is None):
                 return [*replies, self._one(ready)]
             if not todo or _kind(ready) == _kind(todo[0]):
@@ -113,7 +113,7 @@ class Together:
         except Exception as bad:
             return decline_reply(ready.message, bad)
 
-    def _tell(self, sentence: str) -> None:
+    def _report(self, sentence: str) -> None:
         """Log a sentence once: it holds in every round."""
         if sentence not in self._told:
             self._told.add(sentence)
@@ -125,7 +125,7 @@ class Together:
         except Exception as bad:
             results, too_large = None, is_out_of_memory(bad) and len(todo) > 1
             if not too_large:
-                self._tell(f"clients could not train at once and did so one at a time ({type(bad).__name__}: {str(bad)[:200]})")
+                self._report(f"clients could not train at once and did so one at a time ({type(bad).__name__}: {str(bad)[:200]})")
         # outside of the except clause, whose traceback holds the attempt's tensors
         if results is not None:
             return [self._finish(t, r) for t, r in zip(todo, results, strict=True)]
@@ -179,7 +179,7 @@ class Together:
                 faster = pays(live, turn_inputs[:width], config.task, pad_id=space.pad_id, way=way)
                 known[key] = width if faster else 1
             except Exception as bad:  # for example, a client's loss overflows: its own turn reports it
-                self._tell(f"clients train one at a time: training at once could not be measured ({type(bad).__name__}: {bad})")
+                self._report(f"clients train one at a time: training at once could not be measured ({type(bad).__name__}: {bad})")
                 return 1
             _write(path, known)
         return known[key]

@@ -65,7 +65,7 @@ def _(place: Place) -> Iterator[str]:
     host = dataclasses.replace(hosted(place)[1], floor=Floor(kind="record", epsilon=None, delta=1e-5, client="c0", runs=place.folder))
     error = why(ask(host, "evaluate", MessageWriter(1, ()).write(host.space.initial, held=())))
     yield error
-    for clients, asked in ((-1, True), (int(error.rpartition("=")[2]), False)):  # the server asks nobody then
+    for clients, asked in ((-1, True), (int(error.rpartition("=")[2]), False)):  # with the advised 0 it asks no client for scores
         run = Config(rounds=1, clients_per_round=2, eval=EvalConfig(clients=clients))
         bridge, observer = fake_bridge(place.folder / str(clients), fake_client_app({"a": 2, "b": 3}), 2, run)
         bridge.loop()
@@ -73,7 +73,7 @@ def _(place: Place) -> Iterator[str]:
     yield ""
 
 
-# -- memory that runs out outside of training, which makes its batches smaller by itself ---------------------------------------------------
+# -- memory that runs out outside training (training halves its micro-batches by itself) ---------------------------------------------------
 
 
 def scarce(place: Place, where: str, entries: int) -> None:
@@ -121,7 +121,7 @@ def _(place: Place) -> Iterator[str]:
 
     place.patch.setattr(loaded_model, "load_backbone", limited)
     smaller = str(tiny_llama(place.folder / "smaller"))
-    # the rows of this backbone are too short for nf4, whose advice another row follows
+    # the rows of this backbone are too short for nf4, whose advice is followed by another row
     for model in ({}, {"precision": "bf16"}, {"precision": "int8"}, {"name": smaller}):
         _, host = hosted(place, model=dataclasses.replace(config.model, **model))
         yield why(ask(host, "query", RecordDict()))

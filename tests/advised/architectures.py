@@ -70,7 +70,7 @@ def _(place: Place) -> Iterator[str]:
         patch.setitem(sys.modules, "fedtune.models.quantize", None)
         yield quantized(place, model, "nf4")
         yield quantized(place, model, "bf16")
-    yield quantized(place, model, "int8")  # it is installed
+    yield quantized(place, model, "int8")  # bitsandbytes is installed again
 
 
 @follows("none of the adapted layers is quantized with model.precision={}: take peft.init=default", slow=True, library="bitsandbytes")
@@ -87,7 +87,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     config = hub(wide(place), precision="nf4", compute="fp32")
     place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
-    place.patch.setattr("fedtune.models.loftq._stored", lambda *_: None)  # as of an architecture that renames its weights
+    place.patch.setattr("fedtune.models.loftq._stored", lambda *_: None)  # as for an architecture that renames its weights
     for init in ("loftq", "default"):
         yield raised(lambda init=init: initial_adapter(config, CAUSAL, PeftConfig(init=init), num_labels=0, seed=5))
 
@@ -216,7 +216,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("a classifier needs at least 2 classes, but the data has {}: see data.columns.label")
 def _(place: Place) -> Iterator[str]:
-    for labels in (1, 2):  # another column has two
+    for labels in (1, 2):  # numbers of classes
         yield started(checkpoint(place.folder / "m"), CLASSES, labels=labels)
 
 

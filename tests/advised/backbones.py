@@ -94,7 +94,7 @@ def _(place: Place) -> Iterator[str]:
         patch.setattr("fedtune.models.checkpoint.NANO", place.folder)
         yield raised(lambda: find_folder(ModelConfig()))
         yield raised(lambda: find_folder(hub(checkpoint(place.folder / "m"))))
-    assert find_folder(ModelConfig()) == NANO  # reinstalled
+    assert find_folder(ModelConfig()) == NANO  # after a new installation
     yield raised(lambda: find_folder(ModelConfig()))
 
 
@@ -311,7 +311,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     error = raised(lambda: method("newest"))
     yield error
-    for name in re.findall(r"has (.*): update", error)[0].split(", ")[:3]:  # a version that has it
+    for name in re.findall(r"has (.*): update", error)[0].split(", ")[:3]:  # as in a version that has the method
         yield raised(lambda name=name: method(name))
 
 

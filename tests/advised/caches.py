@@ -45,7 +45,7 @@ def _undone(make: Callable[..., Cache]) -> Iterator[str]:
         return raised(lambda: filled(make(undo=undo), first).crop(4))
 
     yield crop(40, 3)
-    yield crop(4, 3)  # started again, up to there
+    yield crop(4, 3)  # the sequence starts again and reads only the kept tokens
     yield crop(40, 36)
 
 

@@ -83,7 +83,7 @@ def _(place: Place) -> Iterator[str]:
     slow = Slow(eos_token="$")
     ensure_template(slow)
     yield raised(lambda: encode_conversation(slow, TURNS))
-    folder = chatml(place.folder / "m").name  # has a tokenizer.json
+    folder = chatml(place.folder / "m").name  # this model has a tokenizer.json
     yield raised(lambda: encode_conversation(AutoTokenizer.from_pretrained(folder), TURNS))
 
 

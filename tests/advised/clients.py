@@ -1,4 +1,4 @@
-"""The advice of clients: what a device refuses, and turns that fail."""
+"""The advice of clients: refusals of a device, and turns that fail."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the curvature of the prompts is not finite: lower client.lr")
 def _(place: Place) -> Iterator[str]:
-    for weight in (torch.inf, 1.0):  # prompts that a rate threw too far, and others
+    for weight in (torch.inf, 1.0):  # prompts that diverged, then finite ones
         yield raised(lambda weight=weight: spectrum(lambda v: v * weight, torch.ones(5), 3))
 
 
@@ -114,7 +114,7 @@ def _(place: Place) -> Iterator[str]:
     def saved(name: str) -> str:
         return raised(lambda: _save_hello(Device(client="a", state=place.folder / name), "{}"))
 
-    yield saved("gone")  # a volume that was taken out
+    yield saved("gone")  # a folder whose volume is missing
     yield saved("another")
     (place.folder / "gone").mkdir()
     yield saved("gone")
@@ -174,7 +174,7 @@ _sparse("the turn 'slora' measures gradients with a LoRA adapter, but the adapte
 def _(place: Place) -> Iterator[str]:
     space = _prompted(place, "lora")
     yield raised(lambda: space.rebase((1, 2), [merged(space, 1)]))
-    started_again = Workspace(space.config)  # which tells the server that it has no shift, and gets them all
+    started_again = Workspace(space.config)  # it reports no shifts, so the server sends all of them
     yield raised(lambda: started_again.rebase((1, 2), [merged(started_again, 1), merged(started_again, 2)]))
 
 
@@ -203,7 +203,7 @@ def _(place: Place) -> Iterator[str]:
     with place.patch.context() as patch:
         patch.setattr("tests.clients.test_pieces.TaskConfig", lambda **task: TaskConfig(**{**task, "max_length": 8}))
         yield trained(place, longest=12)
-    yield trained(place)  # a smaller backbone leaves room
+    yield trained(place)  # a smaller backbone leaves enough memory
 
 
 @follows("the training loss became {} in step {} of {}: lower client.lr", slow=True)
@@ -214,7 +214,7 @@ def _(place: Place) -> Iterator[str]:
     free: Any = {"optimizer": "sgd", "clip_norm": None}
     yield at(1e30, **free)
     yield at(1e-2, **free)
-    for plan in ({"optimizer": "sgd", "clip_norm": 1.0}, {"clip_norm": 1.0}):  # a clipped gradient does not make such a step short
+    for plan in ({"optimizer": "sgd", "clip_norm": 1.0}, {"clip_norm": 1.0}):  # clipping does not keep a step at this rate short
         assert "lower client.lr" in at(1e30, **plan)
         yield at(1e-2, **plan)
 
@@ -224,7 +224,7 @@ def _(place: Place) -> Iterator[str]:
     real = torch.nn.utils.get_total_norm
 
     def norm(gradients: Any, *args: Any) -> torch.Tensor:
-        return torch.tensor(torch.inf) if moved() > 1e3 else real(gradients, *args)  # weights so large let gradients overflow
+        return torch.tensor(torch.inf) if moved() > 1e3 else real(gradients, *args)  # such large weights make gradients overflow
 
     def moved() -> float:
         return max(float(p.detach().abs().max()) for space in opened for p in space.live.parameters.values())

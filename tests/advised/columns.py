@@ -124,7 +124,7 @@ def _(place: Place) -> Iterator[str]:
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            noted.append(str(record.msg))  # with its %s, as in the source
+            noted.append(str(record.msg))  # with its %s, because the table has the sentences of the source
 
     logger, notes = logging.getLogger("fedtune.data"), Notes()
     logger.addHandler(notes)

@@ -64,7 +64,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
     keys = folder(place)
-    yield "no --signing-key: devices will not get the model; `fedtune keys` makes one"  # the note of a server that runs
+    yield "no --signing-key: devices will not get the model; `fedtune keys` makes one"  # a running server prints this note
     place.run("fedtune", "keys", "--out", keys["keys"], "--renew-signing-key")
     yield place.run(*server_of(keys, place.folder / "run"), "--signing-key", f"{keys['keys']}/signing.key")
 

@@ -1,4 +1,4 @@
-"""The advice of the engine: what it loads, reads and writes."""
+"""The advice of the engine: loading models, reading prompts and writing answers."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def _(place: Place) -> Iterator[str]:
     out = exported(place, run_of(place))
     whole = (out / "tokenizer.json").read_text()
     document = json.loads(whole)
-    document["model"] = {"type": "WordLevel", "vocab": {"on": 0}, "unk_token": "?"}  # damaged: it has no token for other words
+    document["model"] = {"type": "WordLevel", "vocab": {"on": 0}, "unk_token": "?"}  # damaged: it lacks the token for unknown words
     document["pre_tokenizer"] = document["normalizer"] = document["post_processor"] = document["decoder"] = None
     (out / "tokenizer.json").write_text(json.dumps(document | {"added_tokens": []}))
     yield raised(lambda: read_text(out).encode("turn"))
@@ -94,7 +94,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("{} holds {} numbers, which the engine cannot read: export the model again")
 def _(place: Place) -> Iterator[str]:
-    file = place.folder / "x.safetensors"  # of GPTQ's parts, whose dtypes nothing else checks
+    file = place.folder / "x.safetensors"  # a GPTQ checkpoint: nothing before it checks its dtypes
     for dtype in (torch.uint32, torch.int32):
         save_file({"qweight": torch.ones(4, dtype=dtype)}, file)
         yield raised(read_header(file)[0]["qweight"].read)
@@ -103,7 +103,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("{} has no tensor {}: give a merged model, as written by `fedtune export`")
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
-    weights = load_file(model / "model.safetensors")  # of the bare body: its names begin one level lower
+    weights = load_file(model / "model.safetensors")  # weights of the body without its head: their names lack the first part
     save_file({name.removeprefix("model."): weight for name, weight in weights.items()}, model / "model.safetensors")
     yield loaded(model)
     yield loaded(exported(place, run_of(place)))
@@ -134,7 +134,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("there is no kind {}: choose {}")
 def _(place: Place) -> Iterator[str]:
     model = run_of(place).parent / "m"
-    error = loaded(model, "int3")  # the command line offers the others alone
+    error = loaded(model, "int3")  # the command line does not accept this kind
     yield error
     for kind in error.rpartition("choose ")[2].split(", "):
         yield loaded(model, kind)
@@ -201,7 +201,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("the text is not UTF-8: give it in that encoding")
 def _(place: Place) -> Iterator[str]:
     for raw in ("für".encode("latin-1"), "für".encode()):
-        text = raw.decode("utf-8", "surrogateescape")  # as the command line gives it
+        text = raw.decode("utf-8", "surrogateescape")  # as Python decodes command-line arguments
         yield place.run("fedtune", "generate", run_of(place).parent / "m", text, "--max-new-tokens", "2")
 
 
@@ -242,7 +242,7 @@ def _(place: Place) -> Iterator[str]:
         place.patch.setattr(render, "_PROCESS", render._Process())
         yield render.render("hello", [render.Chat(messages=[])], {})[0].fault
         render._PROCESS._stop()
-        (place.folder / "jinja2.py").unlink(missing_ok=True)  # installed
+        (place.folder / "jinja2.py").unlink(missing_ok=True)  # jinja2 is installed again
 
 
 # -- answers ------------------------------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def _(place: Place) -> Iterator[str]:
     engine = load_engine(exported(place, run_of(place), "--to", "edge", "--separate"))
     factors = {"lm_head": (np.ones((1, engine.shape.hidden), np.float32), np.ones((engine.shape.vocab, 1), np.float32))}
     yield raised(lambda: engine.add_adapter("more", factors))
-    yield loaded(exported(place, run_of(place), "--to", "edge"))  # without --separate it is merged
+    yield loaded(exported(place, run_of(place), "--to", "edge"))  # without --separate the adapter is merged
 
 
 @follows("an early exit after layer {} of {} saves nothing: leave before the last one")

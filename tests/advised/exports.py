@@ -1,4 +1,4 @@
-"""The advice of `fedtune export` and of the commands that answer from what it wrote."""
+"""The advice of `fedtune export` and of the commands that run exported models."""
 
 import json
 import re
@@ -116,7 +116,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("--method {} needs calibration text: give --calibrate, or use rtn")
 def _(place: Place) -> Iterator[str]:
     run, text = run_of(place), Path(lora(place)["run"]) and place.folder / "text.txt"
-    yield raised(lambda: export_edge(run, place.folder / "out", quantize="int8", method="awq"))  # the command line says it first
+    yield raised(lambda: export_edge(run, place.folder / "out", quantize="int8", method="awq"))  # the command line refuses this before
     yield export(place, run, "--to", "edge", "--quantize", "int8", "--method", "awq", "--calibrate", str(text))
     yield export(place, run, "--to", "edge", "--quantize", "int8", "--method", "rtn")
 
@@ -284,7 +284,7 @@ def _(place: Place) -> Iterator[str]:
         draft = Path(made["draft"]) if how == "draft" else None
         return raised(lambda: generate_text(Path(made["model"]), "turn on", max_new_tokens=2, speculate=how, draft=draft))
 
-    error = answers("guess")  # the command line offers these alone
+    error = answers("guess")  # the command line accepts only these
     yield error
     for how in re.findall(r"[a-z-]+", error.rpartition("choose ")[2]):
         yield answers(how) if how != "or" else ""

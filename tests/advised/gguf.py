@@ -84,7 +84,7 @@ def _(place: Place) -> Iterator[str]:
     with place.patch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         yield export(place, run, *GGUF)
-    yield export(place, run, *GGUF)  # the extra is there again
+    yield export(place, run, *GGUF)  # the extra is installed again
 
 
 def _tokens(says: str, damage: Callable[[Path], Any]) -> None:
@@ -186,14 +186,14 @@ def _(place: Place) -> Iterator[str]:
     run = _quantized(place)
     file = run / "adapter/fedtune.safetensors"
     state = AdapterState.load(file)
-    state.replace({name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}).save(file)  # a run that changed nothing
+    state.replace({name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}).save(file)  # an adapter that changes nothing
     assert not export(place, run, "--requantize")
     yield place.warned
     assert not export(place, run)
     yield place.warned if "may be lost" in place.warned else ""
 
 
-# -- what lies on the disk ----------------------------------------------------------------------------------------------------------------
+# -- damaged files on the disk -------------------------------------------------------------------------------------------------------------
 
 
 @follows("which can run code when it is opened: save it as safetensors")

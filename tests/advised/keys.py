@@ -225,11 +225,11 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("no client is given: give --clients NAME NAME ...")
 def _(place: Place) -> Iterator[str]:
-    yield raised(lambda: add_clients(place.folder, []))  # the command line asks for a name first
+    yield raised(lambda: add_clients(place.folder, []))  # the command line requires a client's name
     yield raised(lambda: make_keys(place.folder / "keys", ["h"], ["a", "b"]))
 
 
 @follows("--server-name is missing: give the host name or IP address that clients reach the server by")
 def _(place: Place) -> Iterator[str]:
-    yield raised(lambda: make_keys(place.folder / "keys", [], ["a"]))  # the command line asks for one first
+    yield raised(lambda: make_keys(place.folder / "keys", [], ["a"]))  # the command line requires a server's name
     yield place.run("fedtune", "keys", "--out", place.folder / "keys", "--server-name", "192.0.2.7", "--clients", "a")

@@ -38,7 +38,7 @@ def transformers(place: Place) -> Iterator[str]:
     with place.patch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         yield place.run("fedtune", "generate", model, "turn on", "--max-new-tokens", "2")
-    yield place.run("fedtune", "generate", model, "turn on", "--max-new-tokens", "2")  # the extra is there again
+    yield place.run("fedtune", "generate", model, "turn on", "--max-new-tokens", "2")  # the extra is installed again
 
 
 @follows(", or use `fedtune export`, then `fedtune generate` with the exported folder", slow=True)

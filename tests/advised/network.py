@@ -204,7 +204,7 @@ def _(place: Place) -> Iterator[str]:
     one = SuperLink(_settings(place.folder))
     one.start()
     grid = one.open_run("one")
-    one.ask(5, do="open_run", name="another")  # as a restarted server would
+    one.ask(5, do="open_run", name="another")  # as a restarted server does
     yield raised(lambda: list(grid.get_node_ids()))
     yield raised(lambda: list(one.open_run("new").get_node_ids()))
     one.stop()
@@ -278,7 +278,7 @@ def _(place: Place) -> Iterator[str]:
     yield from _client_with(place, lambda at: (at / "key").write_text("no key"))
 
 
-# -- and what a server answers it ---------------------------------------------------------------------------------------------------------
+# -- a server's answers to a node ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -293,7 +293,7 @@ def answering(status: int = 503, tls: Path | None = None, **headers: str) -> Ite
             self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nobody reads it."""
+            """Print no log line."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one:
         if tls is not None:
@@ -326,16 +326,16 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     with answering(401, Date=formatdate(time.time() - 3600, usegmt=True)) as server:
         yield last_line(place, server)
-    with answering(401) as server:  # both clocks show the same
+    with answering(401) as server:  # client and server have the same time
         error = last_line(place, server)
         yield error if "clock" in error else ""
 
 
 @contextmanager
 def a_port(at: Path, keys: dict[bytes, str], beats: Callable[[PublicPort, bytes], Any] = lambda port, key: None) -> Iterator[str]:
-    """The public port of a server that lets these keys in, and has nothing behind it; yields HOST:PORT.
+    """The public port of a server that accepts these keys and has no application; yields HOST:PORT.
 
-    Other arguments: beats, called with the port and a caller's key when it has let one in.
+    Other arguments: beats, called with the port and a caller's key after each accepted request.
     """
 
     async def nothing(scope: Any, receive: Any, send: Any) -> None:
@@ -376,7 +376,7 @@ def _(place: Place) -> Iterator[str]:
     stopped: list[str] = []
 
     def beat(port: PublicPort, caller: bytes) -> None:
-        if caller == key and not stopped:  # the first process, just replaced, sends a request
+        if caller == key and not stopped:  # the first process is still running and sends a request
             port._incarnations._places[key].previous = "first"
             port._incarnations.may_call(key, "first", activates=False)
 

@@ -90,5 +90,5 @@ def _(place: Place) -> Iterator[str]:
     kept.put(0, torch.ones(5, 4))
     os.ftruncate(kept._file.fileno(), 40)
     yield raised(lambda: kept[1])
-    kept.put(0, torch.ones(5, 4))  # where there is space again
+    kept.put(0, torch.ones(5, 4))  # the disk has space again
     yield raised(lambda: kept[1])

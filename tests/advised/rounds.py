@@ -1,4 +1,4 @@
-"""The advice of the server's rounds: strategies, members, plans, and what is sent."""
+"""The advice of the server's rounds: strategies, members, plans and messages."""
 
 import errno
 import importlib
@@ -238,16 +238,16 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the plan asks for the turn '{}', which this client does not have: update fedtune on the client")
 def _(place: Place) -> Iterator[str]:
-    for name in ("newest", "fedprox"):  # a version that has it
+    for name in ("newest", "fedprox"):  # then a turn that this client has
         yield raised(lambda name=name: turns.find(name))
 
 
-# -- what is sent -------------------------------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------------------------------------
 
 
 @follows("but this client knows {}: update fedtune on the client")
 def _(place: Place) -> Iterator[str]:
-    for name in ("int3", "int8"):  # a version that knows it
+    for name in ("int3", "int8"):  # then a codec that this version knows
         yield raised(lambda name=name: Codec.from_name(name))
 
 
@@ -307,7 +307,7 @@ def _(place: Place) -> Iterator[str]:
     real, most = samples._losses, [4]
 
     def losses(live: Any, batch: Any, task: Any) -> torch.Tensor:
-        if batch["input_ids"].shape[1] > most[0]:  # what this backbone's memory holds
+        if batch["input_ids"].shape[1] > most[0]:  # more tokens than fit the memory
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(live, batch, task)
 
@@ -341,7 +341,7 @@ def _(place: Place) -> Iterator[str]:
     with place.patch.context() as patch:
         patch.setitem(sys.modules, "peft", None)
         yield error_of(lambda: importlib.import_module("peft"))
-    yield error_of(lambda: importlib.import_module("peft"))  # the extra is there again
+    yield error_of(lambda: importlib.import_module("peft"))  # the extra is installed again
 
 
 @follows("{}: free disk space and start again")

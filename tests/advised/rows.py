@@ -1,4 +1,4 @@
-"""Rows of advice that tests follow: each causes an error, and then does what the error advises."""
+"""Rows of advice that tests follow: each row causes an error, then does what the error advises."""
 
 import copy
 import functools
@@ -26,13 +26,13 @@ _CHOICES = re.compile(r"(?: [a-z][a-z0-9_-]*(?:,? or [a-z][a-z0-9_-]*)*)?")
 
 @dataclass
 class Place:
-    """Where a row is followed.
+    """What a row works with.
 
     Args:
         folder: An empty folder.
-        patch: Takes back what it changes.
-        output: What the process prints.
-        kept: Folder of what several rows use; see `keep`.
+        patch: Pytest's monkeypatch; undoes its changes after the row.
+        output: Captures what the process prints.
+        kept: Folder for files that several rows use; see `keep`.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Place:
         self.output.readouterr()
         try:
             code = program(rest)
-        except SystemExit as end:  # argparse
+        except SystemExit as end:  # raised by argparse
             code = int(str(end.code or 0))
         finally:
             for number, handler in handlers.items():
@@ -84,10 +84,10 @@ class Row:
     """One sentence of advice, and the test that follows it.
 
     Args:
-        says: Part of the sentence in the source that no other has, {} for each value.
-        follow: Yields what is printed first, and after each way of doing what it says what is printed then, "" if nothing.
+        says: Part of the sentence as in the source, with {} for each value; no other sentence contains it.
+        follow: Yields the error, then for each way of following its advice the next error, "" if there is none.
         slow: Whether it takes more than a few tenths of a second.
-        library: What must be installed for it.
+        library: A library that must be installed for it.
     """
 
     says: str
@@ -136,7 +136,7 @@ def command(says: str, line: str, *, ready: Callable[[Place], Any] | None = None
 
 def _insist(place: Place, argv: list[str], given: Mapping[str, str], first: str, more: int = 3) -> str:
     """The last error, after the advice of further errors is followed too; "" if there is none."""
-    shutil.rmtree(place.folder / "out", ignore_errors=True)  # what another way has written
+    shutil.rmtree(place.folder / "out", ignore_errors=True)  # remove the output of the previous way
     output = place.run(*argv)
     if output and output != first and more:
         for way in ways(output, argv, given):
@@ -152,7 +152,7 @@ def ways(error: str, argv: list[str], given: Mapping[str, str]) -> list[list[str
     """
     if clash := re.search(r"argument (--\S+): not allowed with argument (--\S+)", error):
         return [_without(argv, clash[2])]
-    error = re.sub(r" \([^()]*\)", "", error)  # reasons
+    error = re.sub(r" \([^()]*\)", "", error)  # reasons in parentheses
     advice = max(error.rpartition(": ")[2], error.rpartition("; ")[2], key=lambda part: bool(FLAG.search(part) or "leave" in part))
     advice = error.split(": ", 2)[-1] if not FLAG.search(advice) and "leave" not in advice else advice
     advice = advice.rpartition(" needs ")[2]

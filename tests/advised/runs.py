@@ -50,7 +50,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("there is no run to compare: give run directories")
 def _(place: Place) -> Iterator[str]:
     run = finished(place.folder / "outputs/heterogeneous/one")
-    yield raised(lambda: compare.compare({}))  # the command line asks for one first
+    yield raised(lambda: compare.compare({}))  # the command line requires a run
     yield place.run("fedtune", "compare", *run.parent.glob("*"))
 
 
@@ -246,7 +246,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
     config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
-    message = raised(lambda: RunDirectory.create(config, run))  # a server goes on by itself; of two that begin at once one meets this
+    message = raised(lambda: RunDirectory.create(config, run))  # commands meet it only if two start at once
     yield message
     yield place.run("fedtune.sim", setting_of(message))
     yield raised(lambda: RunDirectory.create(config, place.folder / "another").close())
@@ -255,7 +255,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("{} already exists: give a new run its own directory, or continue this one with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = ended(place)
-    message = raised(lambda: MetricsWriter(run, None))  # a run directory is looked at before
+    message = raised(lambda: MetricsWriter(run, None))  # other checks of a run directory come before this one
     yield message
     yield place.run("fedtune.sim", setting_of(message))
     yield raised(lambda: MetricsWriter(place.folder, None).close())

@@ -87,7 +87,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("but {} needs multiples of 8 and {}: use --to edge")
 def _(place: Place) -> Iterator[str]:
-    run, _ = make_run(place.folder / "run", hub(checkpoint(place.folder / "m")), CAUSAL)  # 16 columns
+    run, _ = make_run(place.folder / "run", hub(checkpoint(place.folder / "m")), CAUSAL)  # its layers have 16 columns
     yield export(place, run, "--to", "awq", "--calibrate", text(place))
     yield export(place, run, "--to", "edge")
 
@@ -99,7 +99,7 @@ def _(place: Place) -> Iterator[str]:
     tensors = load_file(file)
     tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = 1e7
     save_file(tensors, file, {"format": "pt"})
-    (run / "adapter/fedtune.safetensors").unlink()  # it names the backbone by its content
+    (run / "adapter/fedtune.safetensors").unlink()  # this file identifies the backbone by its content
     yield export(place, run / "adapter", "--to", "gptq", "--calibrate", text(place))
     yield export(place, run / "adapter", "--to", "edge", "--quantize", "int4")
 

@@ -18,7 +18,7 @@ from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
-from fedtune.inference.serve.offer import ServedModel
+from fedtune.inference.serve.served_model import ServedModel
 from tests.advised.rows import ROWS, Place, Row, follows
 from tests.inference.serve.served import serve_model, tiny_model
 
@@ -38,7 +38,7 @@ def engine_of(place: Place) -> Engine:
 
 
 def shows_tools(place: Place) -> Engine:
-    """The engine with a chat template that shows tools."""
+    """The engine with a chat template that writes the tools into the prompt."""
     engine = copy.copy(engine_of(place))
     engine.text = copy.copy(engine.text)
     engine.text.template = "{{ tools }}" + str(engine.text.template)
@@ -49,7 +49,7 @@ _JSON = {"Content-Type": "application/json"}
 
 
 def refusal_of(answer: httpx.Response) -> str:
-    """The sentence of a refusal, "" of an answer."""
+    """The sentence of a refusal; "" for an answer."""
     return answer.json()["error"]["message"] if answer.is_error else ""
 
 
@@ -60,7 +60,7 @@ def post(url: str, body: Any, **more: Any) -> str:
 
 # -- one field too many -------------------------------------------------------------------------------------------------------------------
 
-FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the request, and what is wrong in it
+FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the request, and the faulty fields to add to it
     "gives one answer per request: leave out 'n' or give 1": (CHAT, {"n": 2}),
     "gives one answer per request: leave out 'best_of' or give 1": (ASK, {"best_of": 2}),
     "does not support 'presence_penalty': leave it out; 'repetition_penalty' is supported": (CHAT, {"presence_penalty": 0.5}),
@@ -74,8 +74,8 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the
     ),
     "does not support moderation: leave out 'moderation'": (CHAT, {"moderation": {"model": "x"}}),
     "does not support web search: leave out 'web_search_options'": (CHAT, {"web_search_options": {"x": 1}}),
-    "the model's chat template shows no tools: leave out 'tools'": (CHAT, {"tools": [TOOL]}),
-    "the model's chat template shows no tool calls: leave out 'tool_calls'": (CHAT, {"messages": [CALLS, *CHAT["messages"]]}),
+    "the model's chat template ignores tools: leave out 'tools'": (CHAT, {"tools": [TOOL]}),
+    "the model's chat template ignores tool calls: leave out 'tool_calls'": (CHAT, {"messages": [CALLS, *CHAT["messages"]]}),
     "does not constrain answers to a schema: leave out 'strict'": (CHAT, {"tools": [TOOL | {"function": {"name": "f", "strict": True}}]}),
     "does not force tool calls: give 'tool_choice' as auto or none, or leave it out": (CHAT, {"tool_choice": "required"}),
     "does not limit the number of tool calls: leave out 'parallel_tool_calls'": (CHAT, {"tools": [TOOL], "parallel_tool_calls": False}),
@@ -118,7 +118,7 @@ def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
     return follow
 
 
-@follows("this model has no chat template, so it takes no tools: leave out 'tools'")
+@follows("this model has no chat template, so it cannot use tools: leave out 'tools'")
 def _(place: Place) -> Iterator[str]:
     engine = copy.copy(engine_of(place))
     engine.text = copy.copy(engine.text)
@@ -196,7 +196,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _over(app: Any, body: Any = None, **more: Any) -> httpx.Response:
-    """The answer to a completion, or without a body to the question which models there are."""
+    """The answer to a completion; without a body, the answer to GET /v1/models."""
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -244,7 +244,7 @@ def _(place: Place) -> Iterator[str]:
             with server.raw() as line:
                 for part in parts:
                     line.sendall(part)
-                answer = http.client.HTTPResponse(line)  # head and body come in packets of their own
+                answer = http.client.HTTPResponse(line)  # head and body arrive in separate packets
                 answer.begin()
                 body_of = answer.read().decode()
             yield "" if answer.status == 200 else body_of
@@ -312,7 +312,7 @@ def _(place: Place) -> Iterator[str]:
     yield from _without_template(place, "Request: {x}\nAction:")
 
 
-# -- not now ------------------------------------------------------------------------------------------------------------------------------
+# -- temporary refusals -------------------------------------------------------------------------------------------------------------------
 
 
 def _later(place: Place, **first: Any) -> Iterator[str]:
@@ -358,7 +358,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.inference.serve.prompts.LONG", 3)
     with serve_model(engine_of(place)) as server:
-        place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 0)  # as where others wait
+        place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 0)  # as if the queue were full
         yield post(server.url, ASK)
         place.patch.setattr("fedtune.inference.serve.prompts.LONG_WAITING", 1)
         yield post(server.url, ASK)

@@ -27,7 +27,7 @@ def refused(args: Sequence[str], *, multirun: bool = False) -> str:
 
 
 def changed(args: Sequence[str], *settings: str) -> list[str]:
-    """The arguments with these settings in the place of those of the same keys; a group's choice takes the place of its kind."""
+    """The arguments with these settings; a setting replaces an earlier one of the same key, and a group's choice replaces its `kind`."""
     keys = {setting.partition("=")[0] for setting in settings}
     keys |= {f"{key}.{end}" for key in keys for end in ("kind", "method", "_target_")}
     return [*(a for a in args if a.lstrip("+").partition("=")[0] not in keys), *settings]
@@ -112,7 +112,7 @@ setting("peft.init=loftq fits one precision, but device classes may choose anoth
 
 
 def _leaves_out(says: str, *args: str) -> None:
-    """Add arguments of which the error says to leave one out."""
+    """Add arguments whose error advises to leave one of them out."""
 
     def follow(place: Place) -> Iterator[str]:
         quiet_run(place)
@@ -270,7 +270,7 @@ def _(place: Place) -> Iterator[str]:
     package, extra = error.split()[2], re.findall(r"fedtune\[(\w+)\]", error)[0]
     required = [w for w in importlib.metadata.requires("fedtune") or () if f'extra == "{extra}"' in w.replace("'", '"')]
     assert any(w.replace("-", "_").startswith(package) for w in required), f"the extra {extra} brings {required}"
-    (place.folder / package / "model").mkdir(parents=True)  # as pip would leave it
+    (place.folder / package / "model").mkdir(parents=True)  # as after pip has installed it
     (place.folder / package / "__init__.py").touch()
     place.patch.syspath_prepend(place.folder)
     yield raised(lambda: _package_folder(f"{package}/model"))
@@ -326,7 +326,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("client {} sent {}={} instead of a number >= 0: run the same version of fedtune on the client")
 def _(place: Place) -> Iterator[str]:
-    for sent in (update("a", plain(1.0)), update("a", plain(1.0), steps=3.0)):  # an older client does not measure it
+    for sent in (update("a", plain(1.0)), update("a", plain(1.0), steps=3.0)):  # a client of an older version does not measure it
         yield raised(lambda sent=sent: measured(sent, sent.measurements, "steps"))
 
 

@@ -41,7 +41,7 @@ def together(place: Place, lr: float, **plan: Any) -> str:
 def _(place: Place) -> Iterator[str]:
     yield together(place, 1e30, **SGD)
     yield together(place, 1e-2, **SGD)
-    for plan in ({**SGD, "clip_norm": 1.0}, {"clip_norm": 1.0}):  # a clipped gradient does not make such a step short
+    for plan in ({**SGD, "clip_norm": 1.0}, {"clip_norm": 1.0}):  # clipping does not keep a step at this rate short
         assert "lower client.lr" in together(place, 1e30, **plan)
         yield together(place, 1e-2, **plan)
 
@@ -51,7 +51,7 @@ def _(place: Place) -> Iterator[str]:
     real = batched._Stack._gradient
 
     def gradient(stack: Any) -> torch.Tensor:
-        return real(stack) * (torch.inf if stack.flat.abs().max() > 1e3 else 1.0)  # weights so large let gradients overflow
+        return real(stack) * (torch.inf if stack.flat.abs().max() > 1e3 else 1.0)  # such large weights make gradients overflow
 
     place.patch.setattr(batched._Stack, "_gradient", gradient)
     yield together(place, 1e4)
@@ -92,7 +92,7 @@ def _(place: Place) -> Iterator[str]:
     yield error
     extra = error.partition("fedtune[")[2].partition("]")[0]
     required = [w for w in importlib.metadata.requires("fedtune") or () if w.replace("'", '"').endswith(f'extra == "{extra}"')]
-    assert any(w.startswith("flwr[simulation]") for w in required)  # Flower's extra with Ray
+    assert any(w.startswith("flwr[simulation]") for w in required)  # Flower's extra that installs Ray
     place.patch.setattr(importlib.util, "find_spec", lambda name: name)
     yield raised(lambda: ray.check_ray(EngineConfig(kind="ray")))
 
@@ -100,7 +100,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("there has been no Ray worker for {} s: see `ray status`, then continue with resume=RUN")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(ray_grid, "_PATIENCE_S", 0.0)
-    for workers in (0, 1):  # a machine has joined the cluster meanwhile
+    for workers in (0, 1):  # the second time, a machine has joined the cluster
         yield raised(lambda workers=workers: ask_all(make_grid(workers, 2)[0]))
 
 
@@ -109,7 +109,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("--ray: the baseline on Ray trains LoRA only, leave out --method")
 def _(place: Place) -> Iterator[str]:
-    place.patch.setattr(bench, "backbone", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # it would begin now
+    place.patch.setattr(bench, "backbone", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # stops where the measurement would begin
     for more in (["--method", "ia3"], []):
         place.output.readouterr()
         try:

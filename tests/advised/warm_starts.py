@@ -74,7 +74,7 @@ def _(place: Place) -> Iterator[str]:
     output = warm(place, bare, "peft.targets=[q_proj]")
     yield output
     yield warm(place, bare, *(s for s in settings_in(output) if s.startswith("peft.targets")))
-    output = warm(place, run, "peft.targets=[q_proj]")  # of a run, what it had is known
+    output = warm(place, run, "peft.targets=[q_proj]")  # the error can name the settings, because the source is a run
     assert output.endswith("set peft.targets=all-linear, as its run did\n"), output
     yield warm(place, run, *settings_in(output))
 

@@ -154,7 +154,7 @@ def test_generate_from_a_missing_folder(place: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_unmodified_input_works(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # what the tables above spoil does work when it is not spoilt
+    # without the damage that the tables do, the same input works
     assert sim([f"conf={place}/tiny.yaml"]) == 0
     assert sim([f"resume={place}/run", "rounds=2"]) == 0
     assert fedtune(["export", str(place / "run")]) == 0

@@ -92,7 +92,7 @@ class Superlink:
         bin = str(Path(sys.executable).parent)
         self.env = {**os.environ, "FLWR_HOME": str(home), "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
         self.env |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "OMP_NUM_THREADS": "1"}
-        self.env["RAY_worker_niceness"] = "0"  # Ray's own 15 starves the clients where anything else runs
+        self.env["RAY_worker_niceness"] = "0"  # Ray's own niceness, 15, would starve the clients beside other processes
         self._log = (folder / "superlink.log").open("wb")
         serve = [f"{bin}/flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(self.port)]
         self._process = subprocess.Popen(
@@ -105,7 +105,7 @@ class Superlink:
             env=self.env,
             cwd=ROOT,
             capture_output=True,
-            timeout=300,  # what a broken command hangs
+            timeout=300,  # a broken command must not hang the test
         )
         result = process.stdout.decode()
         return json.loads(result[result.index("{") :])
@@ -128,7 +128,7 @@ class Superlink:
             (result,) = (r for r in self.flwr("ls")["runs"] if r["run-id"] == started["run-id"])
             if result["status"].startswith("finished"):
                 return result
-            time.sleep(3.0)  # to look takes a second of what the run needs
+            time.sleep(3.0)  # `flwr ls` takes a second of CPU time from the run
         raise AssertionError("the run does not end")
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ def test_flwr_run_ends_with_the_simulations_adapter(tmp_path: Path, superlink: S
     assert (ended["status"], ended["fab-id"]) == ("finished:completed", "fedtune/fedtune"), ended
     run = tmp_path / "outputs" / "tiny" / f"flower-{ended['run-id']}"
     assert (run / "report.html").is_file()
-    ended = superlink.run(f"resume={run} rounds=2", conf, nodes=4)  # another Flower run goes on with the same run
+    ended = superlink.run(f"resume={run} rounds=2", conf, nodes=4)  # another Flower run continues fedtune's run
     assert ended["status"] == "finished:completed", ended
     assert [r["counted"] for r in read_metrics(run) if r["client"] is None and r["round"]] == [4, 4]
     actual = AdapterState.load(run / "adapter" / "fedtune.safetensors")

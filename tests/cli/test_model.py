@@ -58,7 +58,7 @@ def test_a_record_cannot_write_to_the_terminal(state: Path, capsys: pytest.Captu
     assert "\x1b" not in out and "[2J[red]" in out and "x" in out
 
 
-def test_damage_is_told_beside_the_table(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_reported_beside_the_table(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (state / "models/versions/assistant-r0012-1a2b3c4d/record.json").write_text(json.dumps({"run": "a"}))
     assert model(state, "list") == 0
     out, err = capsys.readouterr()

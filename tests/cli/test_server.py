@@ -94,7 +94,7 @@ def test_a_resumed_run_ignores_no_setting_silently(tmp_path: Path, serve: Callab
     assert serve(config, *command) == 0
     capsys.readouterr()
     assert serve(config, *command, "rounds=2") == 0
-    assert "fedtune-server: " not in capsys.readouterr().err  # the same command again, as a service gives it, and rounds
+    assert "fedtune-server: " not in capsys.readouterr().err  # the same command again, as a service runs it, and another number of rounds
     for settings, sentence in (
         (["client.lr=0.5"], f"the run in {run} has client.lr=0.03125, but the command sets client.lr=0.5: only rounds can change"),
         (["client={lr: 0.25}"], "has client.lr=0.03125, but the command sets client.lr=0.25"),
@@ -105,7 +105,7 @@ def test_a_resumed_run_ignores_no_setting_silently(tmp_path: Path, serve: Callab
         assert serve(config, *settings) == 2
         (stderr,) = capsys.readouterr().err.splitlines()
         assert stderr.startswith("fedtune-server: ") and sentence in stderr
-    assert serve(dataclasses.replace(config, min_clients=3), *command) == 0  # the scenario's file says it otherwise now
+    assert serve(dataclasses.replace(config, min_clients=3), *command) == 0  # the scenario file has changed
     assert f"the run in {run} keeps its own settings; conf={tmp_path / 'mine.yaml'} differs in min_clients\n" in capsys.readouterr().err
 
 

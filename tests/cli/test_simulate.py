@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 HEAD = "defaults: [base, _self_]\n"
 
 REFUSED = [
-    # arguments → what the one sentence says
+    # arguments → parts of the error
     (["client.lrr=1"], "unknown config key client.lrr: did you mean client.lr?"),
     (["lr=1"], "unknown config key lr: did you mean client.lr?"),
     (["+client.lrr=1"], "unknown config key client.lrr: did you mean client.lr?"),
@@ -114,7 +114,7 @@ def test_bad_scenario_files_get_one_sentence(text: str, sentence: str, tmp_path:
 
 
 def test_a_user_s_scenario_file_can_have_its_own_groups(tmp_path: Path) -> None:
-    (tmp_path / "dolly.yaml").write_text(HEAD + "name: mine\nrounds: 2\n")  # their file, not ours of the same name
+    (tmp_path / "dolly.yaml").write_text(HEAD + "name: mine\nrounds: 2\n")  # the user's file, not fedtune's of the same name
     (tmp_path / "client").mkdir()
     (tmp_path / "client" / "slow.yaml").write_text("lr: 1.0e-5\n")
     config = compose([f"conf={tmp_path}/dolly.yaml", "client=slow", "devices=mixed"])[0].config
@@ -176,7 +176,7 @@ def test_a_sweep_continues_after_a_failed_job_and_skips_finished_ones(
     # rounds=2: .5 and .6, so .55 ± .071; only seed 1 is common: .6 - .35 = .25
     assert "0.550 ± 0.071" in out and "+0.250 (1)" in out and "eval.clients=0 inference=none" in " ".join(out.split())
     assert all(len(line) <= 80 for line in out.splitlines() if "±" in line)
-    assert main(sweep) == 0  # what had finished is not run again
+    assert main(sweep) == 0  # finished jobs are not run again
     assert ran[4:] == [(1, 0)] and "job 2 has already finished, in" in capsys.readouterr().out
     (result,) = [p for p in (tmp_path / "heterogeneous").glob("sweep-*") if "rounds=1,0," in (p / "compare.csv").read_text()]
     assert sorted(p.name for p in result.iterdir()) == ["compare.csv", "compare.md", "compare.png"]

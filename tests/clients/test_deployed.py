@@ -31,7 +31,7 @@ def _record(event: str, args: tuple[Any, ...]) -> None:
 
 @functools.cache
 def listen() -> None:
-    sys.addaudithook(_record)  # Python cannot take it away again, and calls it for every event of later tests: never on import
+    sys.addaudithook(_record)  # added late, because Python cannot remove an audit hook and calls it in all later tests
 
 
 def opened_paths(call: Callable[[], object]) -> list[str]:
@@ -61,7 +61,7 @@ def free_keys(kind: type = Config, prefix: str = "") -> Iterator[str]:
             yield prefix + f.name
 
 
-USED: set[tuple[Device, str]] = set()  # what a hello comes to that was read already, so that each is read once
+USED: set[tuple[Device, str]] = set()  # results by hello, so that each hello is read once
 KEYS = sorted(free_keys())
 
 
@@ -157,7 +157,7 @@ def test_the_device_s_own_settings_are_used(tmp_path: Path, secret: Path) -> Non
     assert (config.data.source, config.data.path, config.data.test_path) == ("local", "rows.jsonl", None)
     assert (config.model.name, config.model.revision) == (device.model, None)
     config, _ = read_hello(hello(Config(), {"model.source": "hub", "model.name": "Qwen/Qwen2.5-0.5B"}), Device(client="a", state=tmp_path))
-    assert config.model.name == "Qwen/Qwen2.5-0.5B"  # the hub's: nothing here has this name
+    assert config.model.name == "Qwen/Qwen2.5-0.5B"  # a name on the hub: no local folder has it
 
 
 def test_an_adapter_in_a_model_folder_is_refused(secret: Path, tmp_path: Path) -> None:

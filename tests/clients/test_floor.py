@@ -114,7 +114,7 @@ def test_kinds_are_ordered(tmp_path: Path) -> None:
 def test_an_unreadable_ledger_declines_the_turn(tmp_path: Path) -> None:
     floor = Floor(kind="record", epsilon=8.0, delta=1e-5, client="a", runs=tmp_path)
     turn = TurnPrivacy(clip=1.0, noise=2.0, cost=Spend(noise=2.0, rate=0.1, steps=3))
-    (tmp_path / "hello.json").write_text("{}")  # no run's folder
+    (tmp_path / "hello.json").write_text("{}")  # not the folder of a run
     floor.check_budget(turn)
     file = ledger_file(tmp_path / "old" / "privacy", "a")
     file.parent.mkdir(parents=True)

@@ -50,7 +50,7 @@ def test_it_is_the_gradient_of_one_batch_in_the_orientation_of_lora(tmp_path: Pa
         expected = weight.grad.abs().T if kind == "gpt2" else weight.grad.abs()
         assert seen[f"{name}.gradient"].shape == (rows, columns) and expected.max() > 1e-3
         torch.testing.assert_close(seen[f"{name}.gradient"], expected, atol=1e-6, rtol=1e-4)
-    # nothing is left behind: no gradients, no flags, no mode, no weights
+    # the model is unchanged: gradients, flags, mode and weights
     assert live.model.training
     assert all(
         p.grad is None and (p.requires_grad, torch.equal(p, before[n][0])) == (before[n][1], True) for n, p in live.model.named_parameters()

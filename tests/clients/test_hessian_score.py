@@ -1,4 +1,4 @@
-"""FedPepTAO's ratio: Lanczos against dense Hessians, and the search for where the share has settled."""
+"""FedPepTAO's ratio: Lanczos against dense Hessians, and the search for the point where the share has settled."""
 
 import math
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def test_products_are_those_of_the_dense_hessian_over_several_tensors() -> None:
     parts = [t.clone().requires_grad_() for t in (w[:24].view(6, 4), w[24:48], w[48:])]
     times = hessian_product(loss(torch.cat([p.flatten() for p in parts])), parts)
     products_are_dense(times, dense)
-    with pytest.raises(AssertionError):  # the check catches parts in another order
+    with pytest.raises(AssertionError):  # the check detects parts in another order
         products_are_dense(lambda v: times(v.flip(0)), dense)
 
 
@@ -63,7 +63,7 @@ def test_lanczos_finds_the_dense_spectrum() -> None:
     exact, vectors = torch.linalg.eigh(dense)
     values, weights = spectrum(lambda v: dense @ v, signs(50), 50)
     assert weights.sum().item() == pytest.approx(1.0, abs=1e-12)
-    # the mass up to any point between eigenvalues is what the start has there
+    # the mass below any point between eigenvalues is that of the start vector
     shares = (vectors.T @ signs(50)) ** 2 / 50
     for cut in (-0.01, 0.003, 0.02, 0.05, 0.1, 0.3):
         assert float((exact - cut).abs().min()) > 1e-5
@@ -130,7 +130,7 @@ def test_the_settled_share_by_hand() -> None:
 
 
 def test_the_density_is_smoothed_by_its_range() -> None:
-    # range 4 → σ = √(4e-5); one σ above a node lies Φ(1) = .8413 of its mass
+    # range 4 → σ = √(4e-5); Φ(1) = .8413 of a node's mass is below one σ above it
     values, weights = torch.tensor([1.0, 5.0], dtype=torch.float64), torch.tensor([0.5, 0.5], dtype=torch.float64)
     assert share_above(1.0 + math.sqrt(4e-5), values, weights) == pytest.approx(1.0 - 0.5 * 0.841345, abs=1e-6)
 

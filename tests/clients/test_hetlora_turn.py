@@ -22,7 +22,7 @@ def test_a_smaller_tail_is_cut() -> None:
 
 def test_a_larger_tail_and_a_rank_of_one_stay() -> None:
     assert prune(state(1, 1), state(0.5, 2.5), share=0.7).spec.ranks == {"q": 3}
-    assert prune(state(1, 1), state(0.5, 1.5), share=0.1).spec.ranks == {"q": 3}  # ⌊0.3⌋ would be none: one is kept, whose tail grew
+    assert prune(state(1, 1), state(0.5, 1.5), share=0.1).spec.ranks == {"q": 3}  # ⌊0.3⌋ = 0, but at least one rank is kept; the tail grew
     one = AdapterState({"q.lora_A": torch.ones(1, 4), "q.lora_B": torch.ones(2, 1)}, AdapterSpec(method="lora", ranks={"q": 1}))
     assert prune(one, one.replace({n: t / 2 for n, t in one.tensors.items()}), share=0.99).spec.ranks == {"q": 1}
 

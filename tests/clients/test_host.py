@@ -44,7 +44,7 @@ def test_two_hosts_of_one_process_share_nothing(tmp_path: Path) -> None:
     hosts = [ClientHost(c, Storage.in_folder(tmp_path / name / "clients", c)) for c, name in ((one, "x"), (two, "y"))]
     first, second = (host.space.initial for host in hosts)
     alone = train(host_for(one), one, first, keep=("*.lora_B",)).content.array_records["adapter"]
-    for _ in range(2):  # by turns
+    for _ in range(2):  # alternating between the hosts
         a, b = train(hosts[0], one, first, keep=("*.lora_B",)), train(hosts[1], two, second)
         assert "declined" not in a.content.config_records and "declined" not in b.content.config_records
         own = a.content.array_records["adapter"]
@@ -81,11 +81,11 @@ def test_a_client_completes_a_message_with_the_start_that_it_was_sent(tmp_path: 
     lost = writer.write(part, held=(), plan=plan, started=start.digest)  # the server believes that this client has the start
     answer = ask(host, "train", lost).content.config_records["declined"]
     assert answer["kind"] == "failed" and "this client lacks the adapter that the run started from: the server sends" in str(answer["why"])
-    for content in (writer.write(part, held=(), plan=plan), lost):  # from now on it remembers
+    for content in (writer.write(part, held=(), plan=plan), lost):  # from now on the client has it
         whole = completed(content)
         assert all(torch.equal(t, part[n] if n in part.tensors else start[n]) for n, t in whole.tensors.items())
     assert json.loads(str(ask(host, "query", RecordDict({})).content.config_records["hello"]["json"]))["start"] == start.digest
-    cold = completed(MessageWriter(1, ()).write(part, held=(), plan=plan))  # a run that is not warm, after one that was
+    cold = completed(MessageWriter(1, ()).write(part, held=(), plan=plan))  # a run without a warm start, after one with it
     assert all(torch.equal(t, drawn[n]) for n, t in cold.tensors.items())
 
 
@@ -110,7 +110,7 @@ def test_a_device_loads_once_for_all_runs_of_one_experiment(tmp_path: Path, load
         assert server.hello(PrivacyConfig(), run) == ""
         assert server.train(PrivacyConfig(), keep=("*.lora_B",)) == ""
     assert len(loads) == 1
-    assert {path.parent.name for path in (tmp_path / "state").glob("*/clients")} == {"one", "two"}  # and each run keeps its own
+    assert {path.parent.name for path in (tmp_path / "state").glob("*/clients")} == {"one", "two"}  # and each run has its own state
     assert server.hello(RECORD) == "" and len(loads) == 2
 
 

@@ -98,10 +98,10 @@ def by_hand(space: Workspace, rows: Sequence[Example]) -> list[float]:
 
 
 def test_scores_of_a_backbone_are_those_of_the_bare_one(space: Workspace) -> None:
-    examples = space.examples("c0", "train")[:6]  # one batch holds them all
+    examples = space.examples("c0", "train")[:6]  # one batch has all rows
     assert len({len(e.input_ids) for e in examples}) > 1
     with torch.no_grad():
-        for p in space.live.parameters.values():  # prompts that would show
+        for p in space.live.parameters.values():  # nonzero prompts: scores must not depend on them
             p.normal_(0.0, 3.0, generator=torch.Generator().manual_seed(0))
     space.live.model.train()
     seen = measure(space, examples)
@@ -134,7 +134,7 @@ def test_every_architecture_has_a_score_for_each_prompt(tmp_path: Path, kind: st
     else:
         labels = [r[-2:] if kind == "t5" else [-100] * (len(r) - 2) + r[-2:] for r in rows]
         examples = [Example(np.array(r, np.int32), np.array(y, np.int32), len(r) - 2, "x") for r, y in zip(rows, labels, strict=True)]
-    pad = 2 if kind == "t5" else 1  # the end token must be no padding to T5, which looks for it
+    pad = 2 if kind == "t5" else 1  # the end token must not count as padding, because T5 looks for it
     plan = dataclasses.replace(PLAN, params={"share": True})
     seen = turn_of(plan).observe(work(live, examples, plan, config, pad))
     again = turn_of(PLAN).observe(work(live, examples[::-1], PLAN, config, pad))

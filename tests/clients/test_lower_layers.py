@@ -100,7 +100,7 @@ def test_a_workspace_has_a_cache_if_the_config_enables_it(tmp_path: Path) -> Non
     assert Workspace(config)._lower is None
     space = Workspace(dataclasses.replace(config, engine=EngineConfig(threads=1, cache_layers=0.1)))
     assert space._lower is not None
-    # it is emptied when a shift is merged, and when one is taken back
+    # the cache is emptied when a shift is merged or removed
     turn_input, name = turn_inputs_of(rows(LM), space.initial)[0], "model.layers.0.mlp.up_proj"
     spec = AdapterSpec(method="lora", version=1, ranks={name: 1}, scaling={name: 1.0})
     shift = AdapterState({f"{name}.lora_A": torch.ones(1, 24), f"{name}.lora_B": torch.ones(40, 1)}, spec)

@@ -24,9 +24,9 @@ def test_the_peak_is_the_systems_high_water_mark_in_megabytes(tmp_path: Path, mo
 def test_the_high_water_mark_is_reset_before_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter, "_RESET", tmp_path / "clear_refs")
     meter.reset_peak(CPU)
-    assert (tmp_path / "clear_refs").read_text() == "5"  # proc(5): 5 sets VmHWM back to what is resident
+    assert (tmp_path / "clear_refs").read_text() == "5"  # proc(5): writing 5 resets VmHWM to the resident size
     monkeypatch.setattr(meter, "_RESET", tmp_path / "none" / "clear_refs")
-    meter.reset_peak(CPU)  # no Linux: no mark to set back, and no error
+    meter.reset_peak(CPU)  # not Linux: nothing to reset, and no error
 
 
 def test_on_a_gpu_torch_reports_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:

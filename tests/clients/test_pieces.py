@@ -69,7 +69,7 @@ class Small:
         self.rows, self.since, self.error, self.real, self.batches = rows, since, error, trainer.loss_sum, 0
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor], task: TaskConfig) -> Any:
-        out = self.real(model, batch, task)  # dropout was drawn by then
+        out = self.real(model, batch, task)  # dropout has been drawn before
         self.batches += 1
         if self.batches > self.since and len(batch["input_ids"]) > self.rows:
             raise self.error
@@ -89,7 +89,7 @@ def test_out_of_memory_halves_the_micro_batch_and_continues(
 ) -> None:
     space = workspace(tmp_path, dropout=dropout)
     expected, _ = turn(space, 3, accumulate=2)
-    # from the first piece on: 6 rows are too many, 3 are not; the second attempt draws what the first one drew
+    # from the first piece on, 6 rows are too many and 3 are not; the second attempt draws the same dropout as the first
     monkeypatch.setattr(trainer, "loss_sum", Small(3, 0, error))
     actual, turned = turn(space, None, accumulate=2)
     assert far(expected, actual) < 1e-6 and (turned.micro, turned.out_of_memory) == (3, 1)
@@ -98,7 +98,7 @@ def test_out_of_memory_halves_the_micro_batch_and_continues(
 def test_out_of_memory_within_a_step_discards_its_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space, error = workspace(tmp_path), torch.OutOfMemoryError("CUDA out of memory")
     expected, _ = turn(space, None, accumulate=2)
-    # the second batch of the first step fails: were the first one's gradient kept, it would count twice
+    # the second batch of the first step fails; if the first batch's gradient stayed, it would count twice
     monkeypatch.setattr(trainer, "loss_sum", Small(3, 1, error))
     actual, turned = turn(space, None, accumulate=2)
     assert far(expected, actual) < 1e-5 and (turned.micro, turned.out_of_memory) == (3, 1)
@@ -116,9 +116,7 @@ def test_a_single_row_that_does_not_fit_declines(tmp_path: Path, monkeypatch: py
     assert all(p.grad is None and p.requires_grad for p in space.live.parameters.values())
 
 
-def test_a_single_row_that_does_not_fit_is_tried_once_more_with_layers_that_keep_little(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_single_row_that_does_not_fit_is_tried_once_more_without_kept_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = workspace(tmp_path, dropout=0.2)
     expected, _ = turn(space, 1)
     step = step_of(space.live.model)

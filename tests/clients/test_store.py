@@ -19,9 +19,9 @@ def test_the_newest_file_before_a_round_is_read_and_old_files_are_deleted(tmp_pa
     assert store.read("a", 9) is None and not (tmp_path / "clients").exists()
     for round in (1, 4, 6):
         store.write("a", round, stored_state(round))
-    # round 5 run again after a kill in round 6: what was true before it is of round 4
+    # round 5 runs again after a kill in round 6: it starts from the file of round 4
     assert [float(store.read("a", before)["q.lora_B"][0, 0]) for before in (5, 6, 7)] == [4, 4, 6]  # type: ignore[index]
-    assert store.read("a", 4) is None  # of round 1, gone: two stay
+    assert store.read("a", 4) is None  # the file of round 1 is deleted: two stay
     store.write("a", 6, stored_state(60))
     assert float(store.read("a", 7)["q.lora_B"][0, 0]) == 60  # type: ignore[index]
 

@@ -99,7 +99,7 @@ def test_one_client_with_all_the_data_is_centralized_training(tmp_path: Path) ->
         actual, seeds = federate(dataclasses.replace(config, rounds=rounds), tmp_path / f"run{rounds}")
         expected = bare_loop(workspace(json.dumps(to_dict(dataclasses.replace(config, rounds=rounds)))), rounds, seeds, client)
         assert max(float((actual[n] - expected[n]).abs().max()) for n in expected) < 1e-5
-        assert float(sum(actual[n].abs().sum() for n in expected if n.endswith("lora_B"))) > 0.01  # it trained at all
+        assert float(sum(actual[n].abs().sum() for n in expected if n.endswith("lora_B"))) > 0.01  # training changed the adapter
 
 
 def test_identical_clients_are_one_client(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_identical_clients_are_one_client(tmp_path: Path) -> None:
     copies = [{**row, "client": c} for c in ("a", "b", "c") for row in rows]
     data = {
         "client": ClientConfig(steps=3, epochs=None, batch_size=64, lr=1e-2, schedule="constant")
-    }  # one batch holds all: no order to differ in
+    }  # one batch has all rows, so their order does not matter
     (tmp_path / "many").mkdir()
     (tmp_path / "one").mkdir()
 
@@ -346,9 +346,9 @@ def test_shifts_are_merged_once_replayed_after_a_gap_and_reset(tmp_path: Path) -
     weight = space.backbone.model.get_submodule(module).get_parameter("base_layer.weight")
     w0, one, two = weight.clone(), merged(space, 1), merged(space, 2)
     space.rebase((1,), [one])
-    space.rebase((1, 2), [one, two])  # sent again: once is enough
+    space.rebase((1, 2), [one, two])  # sent again, but merged only once
     assert torch.allclose(weight - w0, torch.full_like(w0, 0.3), atol=1e-6) and space.frozen.versions == (1, 2)
-    space.rebase((1,), [one])  # a server that went back to round 1
+    space.rebase((1,), [one])  # a server that resumes from round 1
     assert torch.allclose(weight - w0, torch.full_like(w0, 0.1), atol=1e-6)
     with pytest.raises(PlanError, match="the shift of round 2 is neither merged on this client nor in the message: restart"):
         space.rebase((1, 2), [])
@@ -368,7 +368,7 @@ def test_own_tensors_take_precedence_over_received_and_initial_ones(tmp_path: Pa
     assert all(torch.equal(t, full[n] if n.endswith("lora_A") else space.initial[n]) for n, t in first.tensors.items())
     host.storage.store.write("c0", 3, full.subset([n for n in full.tensors if n.endswith("lora_B")]))
     assert torch.equal(host.complete("c0", request)[n := next(n for n in full.tensors if n.endswith("lora_B"))], space.initial[n])
-    evaluation = dataclasses.replace(request, plan=None)  # comes after the round's turn
+    evaluation = dataclasses.replace(request, plan=None)  # it comes after the round's turn
     assert all(torch.equal(t, full[n]) for n, t in host.complete("c0", evaluation).tensors.items())
     assert torch.equal(host.complete("c1", evaluation)[n], space.initial[n])
     assert host.complete("c0", ServerMessage(round=3, adapter=full)) is full

@@ -88,7 +88,7 @@ def test_personal_adapters_are_kept_evaluated_and_resumed(
     ditto = simulate(config)
     monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: FedAvg())
     fedavg = simulate(config)
-    # what is shared is as it is without
+    # the shared adapter is the same as without Ditto
     one, two = (AdapterState.load(p / "adapter" / "fedtune.safetensors") for p in (ditto, fedavg))
     assert all(torch.allclose(one[n], two[n], atol=1e-6 if batched == "none" else 1e-4) for n in one.tensors)
     store = ClientStore(ditto / "clients", 3).substore("turn-ditto")

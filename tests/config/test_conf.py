@@ -21,7 +21,7 @@ CONF = ROOT / "conf"
 CHOICES = [(group, choice) for group, found in groups().items() for choice in found]
 FILES = sorted(CONF.rglob("*.yaml"))
 WITH_MINILM = ("banking77", "sst2")  # scenarios that need the package of the studies
-NEEDS = {  # what a choice cannot do without
+NEEDS = {  # settings that a choice requires
     ("model", "hub"): ["model.name=some/model"],
     ("data", "hub"): ["data.name=some/data"],
     ("data", "local"): ["data.path=some.csv"],
@@ -41,7 +41,7 @@ def test_a_scenario_composes(name: str) -> None:
         return
     config = one(f"conf={name}")
     assert config.name == name
-    assert from_dict(to_dict(config)) == config  # what is stored with a run reads back as what ran
+    assert from_dict(to_dict(config)) == config  # the config that a run stores reads back unchanged
 
 
 @pytest.mark.parametrize(("group", "choice"), quick(CHOICES, *{group: (group, choice) for group, choice in CHOICES}.values()))
@@ -131,9 +131,9 @@ def test_the_advice_of_an_error_is_sufficient(name: str, more: list[str]) -> Non
     try:
         make_strategy(one(*args))
     except ConfigError as refused:
-        advice = str(refused).rpartition(": set ")[2].rpartition(", or ")[2]  # the last of several ways out
+        advice = str(refused).rpartition(": set ")[2].rpartition(", or ")[2]  # the last of several suggestions
         asked = re.findall(r"[a-z_.]+=[\w.]+", advice)
-        make_strategy(one(*args, *asked))  # followed once, not twice
+        make_strategy(one(*args, *asked))  # following it once is enough
 
 
 @pytest.mark.parametrize("name", quick(["scaffold", "fednova"], "scaffold"))
@@ -142,7 +142,7 @@ def test_a_strategy_for_plain_sgd_sets_it(name: str) -> None:
         config = one(f"strategy={name}", *args)
         make_strategy(config)
         assert (config.client.optimizer, config.client.clip_norm) == ("sgd", None)
-    assert one(f"strategy={name}", "client=default").client.optimizer == "adamw"  # whoever names one decides
+    assert one(f"strategy={name}", "client=default").client.optimizer == "adamw"  # an explicit choice overrides it
 
 
 def test_the_commands_in_readme_and_docs_work() -> None:
@@ -166,11 +166,11 @@ def test_each_peft_method_has_its_own_learning_rate(method: str) -> None:
         config = one(f"conf={conf}", f"peft={method}")
         assert (config.client.lora_lr, config.client.lr) == (lora, lora * float(found[1]))
     assert one("conf=sst2", "model.name=some/model", f"peft={method}").client.lr == 1e-2 * float(found[1])
-    assert one(f"peft={method}", "client.lr=0.123").client.lr == 0.123  # a number is taken as it is
+    assert one(f"peft={method}", "client.lr=0.123").client.lr == 0.123  # a number is used unchanged
 
 
 def test_prompts_do_not_use_lora_s_learning_rate() -> None:
-    assert one("strategy=fedpeptao", "peft=ptuning_v2", "rounds=30").client.lr > 0.05  # at LoRA's 8e-3 they end at exact match 0
+    assert one("strategy=fedpeptao", "peft=ptuning_v2", "rounds=30").client.lr > 0.05  # at LoRA's 8e-3 they end with an exact match of 0
     assert one("peft=full").client.lr < 8e-3
 
 

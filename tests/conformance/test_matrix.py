@@ -38,13 +38,13 @@ STRATEGIES, TASKS = choices("strategy"), ("causal_lm", "classification")
 BACKBONES = {"causal_lm": "qwen2", "classification": "bert"}  # Qwen2 has biases, which Llama has not
 FACTORS_ONLY = ("fedex", "fedsa", "fedsvd", "ffa", "flexlora", "flora", "hetlora", "lora_fair", "rolora", "slora")
 SGD: dict[str, dict[str, Any]] = dict.fromkeys(("scaffold", "fednova"), {"optimizer": "sgd", "clip_norm": None})
-SENTENCES = {  # what refuses a cell: strategy, method or task → a part of its sentence
+SENTENCES = {  # strategy, method or task that refuses a cell → part of its error
     **{(s, m): f"{s}" for s in FACTORS_ONLY for m in METHODS if m not in ("lora", "rslora")},
     **{("fedpeptao", m): "set peft=ptuning_v2" for m in METHODS if m != "ptuning_v2"},
     ("prefix", "classification"): "prefix",
 }
 ALLOWED = {("flexlora", "dora"), ("fedsvd", "dora"), ("lora_fair", "dora")}
-UP = {  # what a client sends in a round, by the ends of the names; the head always
+UP = {  # suffixes of the tensors that a client sends in a round; it always sends the head
     "fedsa": lambda round: ("lora_A",),
     "ffa": lambda round: ("lora_B", "head"),
     "fedsvd": lambda round: ("lora_B", "lora_magnitude", "head"),
@@ -174,7 +174,7 @@ def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy:
     listener = Listener(monkeypatch)
     whole = simulate(build())
     payload(listener, whole, strategy)
-    part = tmp_path / "part"  # as if it had been killed in round 2
+    part = tmp_path / "part"  # as after a kill in round 2
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints" / "round-0002")
     shutil.rmtree(part / "adapter")

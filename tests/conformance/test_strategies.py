@@ -27,16 +27,16 @@ from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 NEED_A_MODEL = {"slora": "its first stage trains the backbone's own weights", "fedpeptao": "it scores layers, and its tensors are prompts"}
 NAMES = [n for n in choices("strategy") if n not in NEED_A_MODEL]
-SERVER_STEPS = {  # the new state is not the mean of what came back, and why
+SERVER_STEPS = {  # strategy → why the new state is not the mean of the updates
     "fedadam": "normalized steps",
     "fedyogi": "normalized steps",
     "fedadagrad": "normalized steps",
     "qfedavg": "steps by the clients' losses",
 }
-NOT_ALONE = {  # needs a cohort
-    "krum": "tolerates liars among several",
-    "multikrum": "tolerates liars among several",
-    "bulyan": "tolerates liars among several",
+NOT_ALONE = {  # rules that need several clients
+    "krum": "tolerates malicious clients among several",
+    "multikrum": "tolerates malicious clients among several",
+    "bulyan": "tolerates malicious clients among several",
     "fedtrimmedavg": "trims the ends of several",
 }
 NEEDS = {name: ["client.optimizer=sgd", "client.clip_norm=null"] for name in ("scaffold", "fednova")} | {
@@ -110,7 +110,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_one_client_is_the_identity(name: str, strategy: Strategy) -> None:
     state = strategy.start(START)
     (alone,), (own,) = updates(strategy, state, [5])
-    # robust rules take a client's word only where enough others say the same
+    # robust rules accept an update only if enough other clients sent a similar one
     many = [dataclasses.replace(alone, client=f"c{i}") for i in range(7 if name in NOT_ALONE else 1)]
     after = strategy.aggregate(1, state, iter(many))
     if name == "fedsa":  # the client keeps B and head
@@ -267,7 +267,7 @@ def test_no_setting_exceeds_the_range_of_its_formula() -> None:
         for field, value in values.items():
             with pytest.raises(ConfigError, match=rf"^strategy\.{field}={value} (is out of range: it )?must be "):
                 class_of(name)(**given, **{field: value}).check(config)
-    for name, field in (("slora", "density"), ("slora", "sparse_share"), ("fedpeptao", "ratio")):  # up to 1
+    for name, field in (("slora", "density"), ("slora", "sparse_share"), ("fedpeptao", "ratio")):  # the range ends at 1
         given, config = ({"rounds": 9, "seed": 0} if name == "slora" else {}), prompts if name == "fedpeptao" else Config(rounds=9)
         class_of(name)(**given, **{field: 1.0}).check(config)
         with pytest.raises(ConfigError, match=f"strategy.{field}=1.001 is out of range"):

@@ -210,10 +210,10 @@ def test_bad_input_is_one_sentence(tmp_path: Path, case: str) -> None:
         load_federation(config)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value).replace(str(tmp_path), "")) < 260
-    try:  # what is refused without a library is refused in the same words
+    try:  # the check without libraries gives the same sentence
         check_data(config)
     except FedtuneError as early:
-        assert (type(early), str(early)) == (caught.type, str(caught.value)) or case == "broken json file"  # it has no label, too
+        assert (type(early), str(early)) == (caught.type, str(caught.value)) or case == "broken json file"  # it also has no label
 
 
 def load(path: Path, **settings: Any) -> Federation:

@@ -19,7 +19,7 @@ from fedtune.data import demo
 from fedtune.data.demo_grammar import DEVICES, INTENTS, ROOMS, in_words, known
 
 NANO = Path(fedtune.models.__path__[0]) / "nano"
-BUDGET = 8 * 2**20  # bytes; the checkpoint lives in the repository
+BUDGET = 8 * 2**20  # bytes; the checkpoint is part of the repository
 
 
 @cache
@@ -28,7 +28,7 @@ def task(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def test_the_same_in_another_process() -> None:
-    # the package's __init__ imports torch, which costs more than a quick test may take: an empty one stands in
+    # the package's __init__ imports torch, which takes too long for a quick test: an empty one replaces it
     program = (
         "import json, sys, types; from itertools import islice; package = types.ModuleType('fedtune.data');"
         f"package.__path__ = {[str(Path(demo.__file__).parent)]!r}; sys.modules['fedtune.data'] = package;"
@@ -134,7 +134,7 @@ def test_the_backbone_has_not_seen_the_held_out_names() -> None:
             assert known(ways) == ways[:3]
             assert f" {ways[0]} " in corpus
             assert f" {ways[3]} " not in corpus
-    assert not {"yo", "oi", "buddy"} & set(corpus.split())  # words of the slangy manner, which is held out whole
+    assert not {"yo", "oi", "buddy"} & set(corpus.split())  # words of the slang style, which is held out completely
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_the_checkpoint_is_small_and_complete() -> None:
 
 
 def test_the_tokenizer_round_trips() -> None:
-    # the bare tokenizer: to import transformers costs more than a quick test may take
+    # the bare tokenizer, because importing transformers takes too long for a quick test
     tokenizer = Tokenizer.from_file(str(NANO / "tokenizer.json"))
     rows = task(0)[1]
     texts = [f"Request: {row['request']}\nAction: {row['action']}" for row in rows]

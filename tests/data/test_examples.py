@@ -58,7 +58,7 @@ def test_a_long_answer_loses_its_end_and_one_prompt_token_stays() -> None:
         ({}, "", "a", [0, 3, 1], 1),
         ({"bos": False}, "", "a", [1, 3, 1], 1),  # no <s>: the end token replaces the empty prompt
         ({"bos": False, "eos": False}, "", "a", [0, 3], 1),  # only id 0 is left
-        ({}, "a", "", [0, 3, 1], 2),  # an empty answer teaches to stop
+        ({}, "a", "", [0, 3, 1], 2),  # the target of an empty answer is the end token
         ({"eos": False}, "a", "b", [0, 3, 4], 2),
     ],
 )

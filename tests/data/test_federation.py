@@ -61,7 +61,7 @@ def test_a_client_s_split_does_not_depend_on_the_others(tmp_path: Path) -> None:
 
 def test_clients_of_one_size_hold_out_different_rows(tmp_path: Path) -> None:
     federation = load(tmp_path, sorted(plain(), key=lambda row: row["client"]), partition={"kind": "natural"}, data={"test_fraction": 0.0})
-    # each client's 8 rows lie side by side
+    # each client's 8 rows are adjacent
     places = {tuple(client.held_out - 8 * i) for i, client in enumerate(federation.clients.values())}
     assert len(places) > 1
 
@@ -74,7 +74,7 @@ def test_summary(tmp_path: Path) -> None:
         "test": 0,
         "clients": [
             {"id": "a", "device_class": "", "train": 2, "held_out": 1, "histogram": [2, 1]},
-            {"id": "b", "device_class": "", "train": 1, "held_out": 0, "histogram": [1, 0]},  # a single row is trained on
+            {"id": "b", "device_class": "", "train": 1, "held_out": 0, "histogram": [1, 0]},  # a single row is a training row
         ],
     }
     json.dumps(federation.summary())
@@ -138,7 +138,7 @@ def test_a_template_writes_line_breaks_as_in_the_help(tmp_path: Path) -> None:
     assert federation.rows["prompt"][0] == "Q: why 0\nA:"
     assert federation.rows["answer"][0] == " so\\n\tb"  # two backslashes are one
     assert list(federation.clients) == ["c\\so"]
-    assert prompt_template(from_dict({"data": data})) == "Q: {question}\nA:"  # what the export's card shows
+    assert prompt_template(from_dict({"data": data})) == "Q: {question}\nA:"  # the export's card shows this
 
 
 def test_an_unused_column_may_have_any_values(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_coordinator_needs_neither_rows_nor_a_partition(tmp_path: Path, task: 
     test.write_text("\n".join(json.dumps(ROW | {"label": label}) for label in ("no", "yes")))
     for path, test_path, labels in itertools.product(("", "nowhere", str(test)), (None, str(test)), ([], ["no", "yes"])):
         if path == str(test) == test_path:
-            continue  # the rows are all test
+            continue  # all rows are test rows
         values = to_dict(Config())
         values["data"] |= {"source": "local", "path": path, "test_path": test_path, "labels": labels, "test_fraction": 0.5}
         values["task"]["kind"], values["partition"]["kind"] = task, kind

@@ -80,10 +80,10 @@ def test_the_order_of_the_source_has_no_effect(kind: str, classes: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "rows", "per_class", "clients", "alpha"), [
-    ("dirichlet", 1001, 13, 10, 10.0),  # the last client once got what 77 floored shares had left over: 14 % more rows than the others
+    ("dirichlet", 1001, 13, 10, 10.0),  # an earlier version gave the last client the rest of 77 floored shares: 14 % more than the others
     ("dirichlet", 1001, 13, 10, float("inf")),
     ("dirichlet", 4, 2, 4, float("inf")),
-    ("pathological", 130, 13, 10, 1.0),  # 13 rows to two clients: the first of them once got 7, always
+    ("pathological", 130, 13, 10, 1.0),  # 13 rows to two clients: in an earlier version the first always got 7
 ])  # fmt: skip
 def test_a_client_s_index_does_not_affect_its_size(kind: str, rows: int, per_class: int, clients: int, alpha: float) -> None:
     labels = np.repeat(np.arange(rows // per_class), per_class)

@@ -73,7 +73,7 @@ def test_a_given_encoding_is_used(tmp_path: Path) -> None:
         ('text, label\n"a, b", x\n', [{"text": "a, b", "label": "x"}]),  # blanks before quotes
         ("text,label\na,x\n,\n , \n\nb,y\n", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]),  # a spreadsheet's empty rows
         ("text,label,\na,x,\n", [{"text": "a", "label": "x", "": ""}]),
-        ("text,label\n a,x\n", [{"text": " a", "label": "x"}]),  # blanks of a text stay
+        ("text,label\n a,x\n", [{"text": " a", "label": "x"}]),  # blanks within a text stay
         ("text\na;b\nc;d\n", [{"text": "a;b"}, {"text": "c;d"}]),  # one column
         ("text;price, EUR\na;1,5\n", [{"text": "a", "price, EUR": "1,5"}]),
         ("text\tlabel\na, b\tx\n", [{"text": "a, b", "label": "x"}]),

@@ -106,7 +106,7 @@ def test_only_the_accepted_key_s_signature_counts(both: Both, tmp_path: Path) ->
     for text, signature in (
         (offer.text, Signer(other).sign(signed(offer.text))),
         (offer.text.replace('"round": 1', '"round": 2'), offer.signature),
-        (offer.text, Signer(both.private).sign(offer.text.encode())),  # signed for something else
+        (offer.text, Signer(both.private).sign(offer.text.encode())),  # a signature for another purpose
         (offer.text, offer.signature[:-1]),
         (offer.text, b""),
     ):

@@ -56,7 +56,7 @@ class Device:
         self.url = self.server.url
 
     def serve(self, name: str) -> None:
-        """Make a version current, and wait until its process is the one that serves."""
+        """Make a version current, and wait until its process serves alone."""
         self.versions.activate(name)
         wait_for(lambda: any(f"the model {name} " in line for line in self.reports), 120)
         wait_for(lambda: sum(map(listens, children())) == 1)  # until the old one has stopped accepting, both answer

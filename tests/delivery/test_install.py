@@ -187,7 +187,7 @@ def test_killed_at_any_step_the_device_has_the_old_or_the_new_model(
     assert device.versions.current() in (old, new)
     assert isinstance(generate_text(device.state / "models/current", "lamp", max_new_tokens=4), str)
     if place == "new_folder" and not before:
-        (device.state / "models/versions" / new).rmdir()  # it never appears empty: only this test makes it so
+        (device.state / "models/versions" / new).rmdir()  # the folder is never empty in the product: only this test makes it so
     device.start()
     assert device.deliver(second) == DeliveryState(state="installed", chosen="global")
     assert device.versions.current() == new
@@ -224,7 +224,7 @@ def test_only_a_few_versions_are_kept(tmp_path: Path) -> None:
     ("privacy", "settings"),
     quick([("record", {}), ("record", {"min_privacy": "record"}), user := ("user", {"min_privacy": "user"})], user),
 )
-def test_private_rows_tell_nothing_of_the_choice(tmp_path: Path, privacy: str, settings: dict[str, Any]) -> None:
+def test_private_rows_do_not_reveal_the_choice(tmp_path: Path, privacy: str, settings: dict[str, Any]) -> None:
     experiment = {"privacy": PrivacyConfig(kind=privacy, where="client" if privacy == "user" else "server")}
     device = Device(tmp_path, experiment, **settings)
     assert device.deliver(offer_of(device, 1, 0.0)) == DeliveryState(state="done")
@@ -255,7 +255,7 @@ def disturbed(state: AdapterState, version: int) -> AdapterState:
 
 
 def live_answer(device: Device, adapter: AdapterState, shifts: list[AdapterState], prompt: str) -> str:
-    """What the training side's model says greedily."""
+    """The greedy answer of the training side's model."""
     space = Workspace(device.config)
     space.rebase(tuple(s.spec.version for s in shifts), shifts)
     space.slot(adapter).load(adapter)

@@ -1,4 +1,4 @@
-"""Which version a device serves, with children that load no model: what is broken, what dies, what is removed meanwhile."""
+"""Which version a device serves if versions are broken or removed, or processes die; the child processes load no model."""
 
 import json
 import os
@@ -86,8 +86,8 @@ class Device:
         """Wait until this version answers, and the parent knows it."""
         wait_for(lambda: self.ask() == name and any(f"the model {name} answers at" in line for line in self.reports))
 
-    def tells(self, *lines: str) -> None:
-        """Wait until these are the reported sentences, without those of versions that answer; forget them."""
+    def wait_for_reports(self, *lines: str) -> None:
+        """Wait until these sentences are reported (besides the address of a version that answers), then clear the list."""
         wait_for(lambda: len([line for line in self.reports if " answers at http" not in line]) >= len(lines))
         assert [line for line in self.reports if " answers at http" not in line] == list(lines)
         self.reports.clear()
@@ -116,7 +116,7 @@ def test_without_a_model_every_request_is_refused(device: Device) -> None:
         assert raw.recv(100).startswith(b"HTTP/1.1 400")
     with socket.create_connection(("127.0.0.1", httpx.URL(device.server.url).port or 0), timeout=10) as raw:
         raw.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\n\r\n" + bytes(8000000))
-        assert raw.recv(100).startswith(b"HTTP/1.1 503")  # and not a broken connection
+        assert raw.recv(100).startswith(b"HTTP/1.1 503")  # not a broken connection
     assert device.reports == []
 
 
@@ -142,9 +142,9 @@ def test_a_version_that_cannot_be_loaded_is_not_current(device: Device) -> None:
     device.versions.activate("a")
     device.serves("a")
     first = device.pid()
-    for _ in range(2):  # each time that it becomes current
+    for _ in range(2):  # each time it becomes current
         device.versions.activate("b")
-        device.tells("the model b cannot be loaded: the weights are damaged", "the model a is current again")
+        device.wait_for_reports("the model b cannot be loaded: the weights are damaged", "the model a is current again")
         assert device.versions.current() == "a" and device.pid() == first
 
 
@@ -155,14 +155,14 @@ def test_a_version_that_becomes_current_again_at_once_is_tried_again(device: Dev
     device.serves("a")
     device.reports.clear()
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         device.reports.append(line)
         if line == "the model a is current again" and device.reports.count(line) == 1:
             device.versions.activate("b")  # before the server looks again
 
-    monkeypatch.setattr(device.server, "_tell", tell)
+    monkeypatch.setattr(device.server, "_report", report)
     device.versions.activate("b")
-    device.tells(*["the model b cannot be loaded: the weights are damaged", "the model a is current again"] * 2)
+    device.wait_for_reports(*["the model b cannot be loaded: the weights are damaged", "the model a is current again"] * 2)
     assert device.versions.current() == "a"
 
 
@@ -174,19 +174,19 @@ def test_the_newest_older_version_that_can_be_loaded_answers(device: Device) -> 
     device.versions.activate("d")
     device.serves("a")
     killed = "the process of the model c was killed by signal 9, perhaps out of memory, while it loaded the model: starting another one in"
-    device.tells(
+    device.wait_for_reports(
         "the model d cannot be loaded: bad d", f"{killed} 0.05 s", f"{killed} 0.1 s",
         "the model c cannot be loaded: its process was killed by signal 9, perhaps out of memory, 3 times",
         "the model b cannot be loaded: bad b", "the model a is current again",
     )  # fmt: skip
-    assert device.versions.current() == "a"  # e is newer than d, and was not asked for
+    assert device.versions.current() == "a"  # e is newer than d, but was never current
 
 
 def test_if_no_version_can_be_loaded_the_current_one_stays(device: Device) -> None:
     add(device.state, "a", 1, say="bad a", code=1)
     add(device.state, "b", 2, say="bad b", code=2)
     device.versions.activate("b")
-    device.tells("the model b cannot be loaded: bad b", "the model a cannot be loaded: bad a")
+    device.wait_for_reports("the model b cannot be loaded: bad b", "the model a cannot be loaded: bad a")
     time.sleep(0.3)
     assert device.versions.current() == "b" and device.reports == []
     assert device.ask() == "503 the model a cannot be loaded: retry later"
@@ -199,7 +199,7 @@ def test_a_model_without_text_is_one_sentence(device: Device) -> None:
     add(device.state, "a", 1)
     add(device.state, "b", 2, say="b is a classifier", code=3)
     device.versions.activate("b")
-    device.tells("the model b is not served: b is a classifier")
+    device.wait_for_reports("the model b is not served: b is a classifier")
     time.sleep(0.3)
     assert device.versions.current() == "b" and device.reports == []
     assert device.ask() == "503 the model b generates no text: retry later"
@@ -219,11 +219,11 @@ def test_a_child_that_dies_is_replaced(device: Device, monkeypatch: pytest.Monke
         wait_for(lambda: device.reports)
         assert device.ask() == "503 the model is being loaded: retry later"
         device.serves("a")
-        device.tells(f"{why}: starting another one in {pause:g} s")
+        device.wait_for_reports(f"{why}: starting another one in {pause:g} s")
         assert device.pid() != dead
     monkeypatch.setattr(serving, "STEADY_S", 0.0)
     os.kill(device.pid(), signal.SIGTERM)
-    device.tells("the process of the model a was killed by signal 15 while it served the model: starting another one in 0.05 s")
+    device.wait_for_reports("the process of the model a was killed by signal 15 while it served the model: starting another one in 0.05 s")
 
 
 def test_a_model_that_kills_its_process_is_tried_again_if_there_is_no_other(device: Device) -> None:
@@ -264,7 +264,7 @@ def test_an_invalid_link_is_one_sentence_and_the_model_goes_on(device: Device) -
     link = device.versions.folder / "current"
     link.unlink()
     link.symlink_to("elsewhere")
-    device.tells(f"{link} points to 'elsewhere', which is no version: remove this link")
+    device.wait_for_reports(f"{link} points to 'elsewhere', which is no version: remove this link")
     os.kill(device.pid(), signal.SIGKILL)
     device.serves("a")
     shutil.rmtree(device.versions.model("a").parent)

@@ -25,7 +25,7 @@ from tests.exchange.channel import FixedChannel
 from tests.fakes import fake_bridge, fake_client_app, lora_state
 
 ROOT = Path(__file__).parents[2]
-LOUD = {"kind": "user", "clip": 1e6, "noise": 1e-15, "epsilon": None}  # as good as no privacy: the arithmetic can be read
+LOUD = {"kind": "user", "clip": 1e6, "noise": 1e-15, "epsilon": None}  # practically no privacy, so that the arithmetic is exact
 
 
 def config(rounds: int = 1, cohort: int = 10, **privacy: Any) -> Config:
@@ -63,7 +63,7 @@ ALL = {type(s).__name__: s for s in strategies()}
 def test_a_strategy_on_means_gets_only_the_mean(name: str) -> None:
     strategy, base = ALL[name], lora_state(seed=3)
     state = strategy.start(base)
-    for round in (1, 2):  # with memory, too
+    for round in (1, 2):  # the second round has the strategy's memory
         assignments = strategy.plan(round, [Plan(round=round, client=c, base_version=0) for c in "abc"], state)
         send = assignments["a"].plan.send
         sent = [base.replace({n: t + k for n, t in state.adapter.subset(matching(base.tensors, send)).tensors.items()}) for k in (1, 2, 6)]
@@ -103,7 +103,7 @@ def test_extra_disclosure_is_refused(name: str) -> None:
 
 def test_without_noise_and_clip_it_is_the_uniform_mean(tmp_path: Path) -> None:
     state, _ = run(tmp_path, config(**LOUD), {"a": 1, "b": 3, "c": 11})
-    # by hand: (1 + 3 + 11) / 3 = 5, whatever the row counts; weighed by them it would be (1 + 9 + 121) / 15
+    # by hand: (1 + 3 + 11) / 3 = 5 for any row counts; weighted by them it would be (1 + 9 + 121) / 15
     for t in state.adapter.tensors.values():
         torch.testing.assert_close(t, torch.full_like(t, 5.0), rtol=1e-5, atol=0)
 
@@ -142,7 +142,7 @@ def test_a_client_without_budget_is_excluded_and_the_run_continues(tmp_path: Pat
     run_config = config(4, 1, clip=1.0, epsilon=2.0, turns=1)
     _, observer = run(tmp_path, run_config, clients)
     why = [r["dropped"] for r in observer.clients if "dropped" in r]
-    assert sum(r["counted"] for r in observer.records[1:]) == 2 and len(why) == 2  # a turn each
+    assert sum(r["counted"] for r in observer.records[1:]) == 2 and len(why) == 2  # one turn for each client
     assert all(w.startswith("privacy: another turn would cost ε = ") and "privacy.epsilon=2" in w for w in why)
     assert max(r.get("epsilon", 0.0) for r in observer.records) <= 2.0
 

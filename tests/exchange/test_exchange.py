@@ -68,7 +68,7 @@ def test_an_exchange_of_two_stages(tmp_path: Path) -> None:
         tmp_path / "r", two_stage_app(clients, mute="b"), 3, Config(rounds=2, clients_per_round=3), exchange=TwoStages()
     )
     state = at.loop()
-    # round 1: b sends no number and has no weight: (10·1 + 50·5) / 60 = 13/3; round 2: a alone, which adds 1
+    # round 1: b sends no number and has no weight: (10·1 + 50·5) / 60 = 13/3; round 2: only a, which adds 1
     assert float(state.adapter["head.weight"][0, 0]) == pytest.approx(13 / 3 + 1)
     assert [r["stages"] for r in observer.records[1:]] == [2.0, 4.0] and int(state.exchange["rounds"]) == 2
     lines = {(r["round"], r["client"]): r for r in observer.clients}

@@ -26,7 +26,7 @@ def counting(tokens: int, text: int = 10) -> list[str]:
 
 def test_the_last_eighth_is_held_out_and_samples_are_from_the_rest() -> None:
     calibration = make_calibration(counting(803), numbers, length=10, count=20)
-    # 803 tokens are 80 pieces and 3 tokens that are left; the last 10 pieces, tokens 700 to 799, are held out
+    # 803 tokens are 80 pieces and a rest of 3 tokens; the last 10 pieces, tokens 700 to 799, are held out
     assert calibration.held.tolist() == list(range(700, 800))
     assert len(calibration.sequences) == 20 and all(len(s) == 10 for s in calibration.sequences)
     starts = [int(s[0]) for s in calibration.sequences]

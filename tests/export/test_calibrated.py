@@ -50,7 +50,7 @@ def test_rows_of_a_private_run_are_outside_its_epsilon(
     note = f"training rows of 'run', a private run (privacy.kind={privacy}), read without noise: what the package discloses"
     for text in (describe_package(out), capsys.readouterr().err, read_package(out).card.get("beyond_privacy", "")):
         assert (note in text) == (privacy != "none"), text
-    # of text that is nobody's row there is nothing to say
+    # text that is no client's row needs no note
     (tmp_path / "text.txt").write_text("\n\n".join(TEXT))
     assert "private" not in describe_package(export_edge(run, run / "other", quantize="int8", calibrate=tmp_path / "text.txt"))
 

@@ -1,4 +1,4 @@
-"""Six capitals learned as chat come out right of every program that runs the exported model."""
+"""A model that has learned six capitals as chats answers them correctly in every program that runs the export."""
 
 import json
 import re
@@ -42,7 +42,7 @@ CHATML = (
 
 
 def chatml(folder: Path) -> ModelConfig:
-    """A random Llama whose answers end with <|im_end|>, which is not its eos token and stands in no config."""
+    """A random Llama whose answers end with <|im_end|>, which is not its eos token and is in no config."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -197,7 +197,7 @@ def test_ollamas_folder_in_llama_cpp(which: str, tmp_path: Path, request: pytest
 
 @pytest.mark.slow
 def test_the_commands_of_the_page(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each command of docs/runtimes.md that is fedtune's runs, and writes what the others name."""
+    """Each fedtune command of docs/runtimes.md runs, and writes the files that the other commands name."""
     run = Path(shutil.copytree(nano, tmp_path / "run"))
     page = (Path(__file__).parents[2] / "docs/runtimes.md").read_text()
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]

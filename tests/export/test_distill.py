@@ -48,9 +48,9 @@ def test_a_draft_without_zero_layers_equals_the_model() -> None:
     with torch.no_grad():
         torch.testing.assert_close(draft(ids).logits, model(ids).logits)
     text = [(ids, torch.ones_like(ids, dtype=torch.bool))]
-    own = acceptance(model, model, text)  # no token is likelier than its most likely ones
+    own = acceptance(model, model, text)  # the model accepts its own most likely tokens
     assert acceptance(model, draft, text) == pytest.approx(own, abs=1e-6)
-    silence(model, 2)  # now the model lacks what its draft has
+    silence(model, 2)  # now the model differs from its draft
     assert acceptance(model, draft, text) < 0.999 * acceptance(model, model, text)
 
 
@@ -122,7 +122,7 @@ def test_a_draft_learns_and_the_same_seed_gives_the_same(tmp_path: Path, on_poli
     )
     how = Distillation(steps=12, batch_size=4, length=16, layers=1, on_policy=on_policy)
     seen: list[tuple[int, float]] = []
-    figures = distill(NANO, tmp_path / "a", text=text if given else None, how=how, tell=lambda step, value: seen.append((step, value)))
+    figures = distill(NANO, tmp_path / "a", text=text if given else None, how=how, report=lambda step, value: seen.append((step, value)))
     again = distill(NANO, tmp_path / "b", text=text if given else None, how=how)
     assert figures == again and figures["acceptance"] > figures["acceptance_before"]
     assert [step for step, _ in seen] == list(range(1, 13)) and seen[-1][1] < seen[0][1]
@@ -214,5 +214,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     output = capsys.readouterr()
     assert output.out.strip() == str(tmp_path / "draft")
     assert [line[:9] for line in output.err.split("\n")] == ["fedtune: ", ""]  # one sentence, and no empty line before it
-    assert main(arguments) == 2  # it is there already
+    assert main(arguments) == 2  # the output exists already
     assert "already exists" in capsys.readouterr().err

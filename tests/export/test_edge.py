@@ -31,7 +31,7 @@ def test_the_card_names_the_models_origin(tmp_path: Path) -> None:
         {"round": 1, "client": None, "exact_match": 0.25, "loss": 2.0},
         {"round": 3, "client": "a", "epsilon": 2.5, "exact_match": 0.9},
         {"round": 3, "client": None, "exact_match": 0.5, "loss": 1.0},
-        {"round": 4, "client": None, "exact_match": 0.75},  # after the adapter
+        {"round": 4, "client": None, "exact_match": 0.75},  # a round later than the adapter's
     ]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"torn')
     readme = "- privacy: (ε, δ) = (3.25, 1e-06) for the client that spent most; accountant: PRV, upper bound\n"
@@ -41,14 +41,15 @@ def test_the_card_names_the_models_origin(tmp_path: Path) -> None:
         assert card["task"] == "instruction" and card["max_new_tokens"] == 6 and card["base"] == live.backbone.fingerprint
         assert card["metric"] == {"name": "exact_match", "value": 0.5, "round": 3}
         unit = "one training row of a client"
-        assert card["privacy"] == {"kind": "record", "unit": unit, "epsilon": 3.25, "delta": 1e-6}  # the ledgers knew of more
+        # of the README: the ledgers had more costs than metrics.jsonl
+        assert card["privacy"] == {"kind": "record", "unit": unit, "epsilon": 3.25, "delta": 1e-6}
         assert card["provenance"] == {
             "method": "lora", "round": 3, "base": live.backbone.fingerprint, "run": "run", "name": "run", "strategy": "FedAvg",
             "rounds": 10, "clients_per_round": 10, "seed": 5, "model": "m",
         }  # fmt: skip
 
 
-def test_a_bare_adapter_knows_its_round_only(tmp_path: Path) -> None:
+def test_a_bare_adapter_s_card_has_only_its_round(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     shutil.copytree(run / "adapter", tmp_path / "bare")
     card = read_package(export_edge(tmp_path / "bare", tmp_path / "out")).card

@@ -1,4 +1,4 @@
-"""Edge packages of decoders that differ from Llama: the run's logits, whatever the form of the package."""
+"""Edge packages of decoders that differ from Llama: every form of package has the run's logits."""
 
 import math
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_package_has_the_logits_of_the_run(tmp_path: Path, name: str) -> None:
     ids = token_ids(1, 24)[0]
     want = live_logits(live, ids)
     with live.disabled():
-        assert (live_logits(live, ids) - want).abs().max() > 0.02  # the adapter is seen
+        assert (live_logits(live, ids) - want).abs().max() > 0.02  # the adapter has an effect
     for out, adapter in ((export_edge(run, run / "edge"), None), (export_edge(run, run / "apart", separate=True), "run")):
         torch.testing.assert_close(engine_logits(out, ids, adapter), want, atol=1e-4, rtol=1e-4)
     with quiet(), torch.no_grad():

@@ -218,7 +218,7 @@ def test_matrices_are_quantized_if_their_columns_allow(tmp_path: Path, kind: str
     path = export_gguf(run, run / "m.gguf", kind=kind)
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
     assert types["blk.0.ffn_down.weight"] == "F16"  # 172 columns
-    assert types["token_embd.weight"] == "Q8_0"  # tied: the logits are worth 8 bits
+    assert types["token_embd.weight"] == "Q8_0"  # the tied output layer gets 8 bits
     assert types["blk.4.attn_q.weight"] == types["blk.0.ffn_up.weight"] == kind.upper()
     assert types["output_norm.weight"] == "F32"
     (_, exact), (_, coarse) = read(export_gguf(run, run / "f16.gguf")), read(path)
@@ -227,7 +227,7 @@ def test_matrices_are_quantized_if_their_columns_allow(tmp_path: Path, kind: str
 
 
 def test_scores_join_as_merges_do(tmp_path: Path) -> None:
-    """llama.cpp's algorithm, by scores, over the real tokenizer: the same tokens as the tokenizers library's, by merges."""
+    """llama.cpp's algorithm, which merges by scores, gives the tokens of the tokenizers library, which has a list of merges."""
     real("stories260k")
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(STORIES)
@@ -261,7 +261,7 @@ def test_byte_level_tokenizers_keep_their_merges(tmp_path: Path, split: str) -> 
 
 @pytest.mark.parametrize("name", ["my-phi-3-llama", "Phi3x", "modern-bert-qwen"])
 def test_no_name_makes_llama_cpp_change_tokens(tmp_path: Path, name: str) -> None:
-    """By these names llama.cpp sets flags of tokens that it expects, and it refuses files without them."""
+    """llama.cpp sets flags of tokens by these names, and refuses files without them."""
     metadata, _ = read(export_gguf(shaped_checkpoint(tmp_path / name, "llama"), tmp_path / "m.gguf"))
     result = metadata["general.name"].lower()
     assert result.endswith(name.lower()[-2:]) and not any(known in result for known in ("phi-3", "phi3", "modern-bert"))

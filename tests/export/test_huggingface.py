@@ -69,7 +69,7 @@ def test_the_merged_model_gives_the_logits_of_backbone_and_adapter(tmp_path: Pat
     assert AutoTokenizer.from_pretrained(out)("turn on").input_ids == live.backbone.tokenizer("turn on").input_ids
     if task is CLASSES:
         assert model.config.id2label == {0: "low", 1: "mid", 2: "high"}
-    assert sorted(p.name for p in run.iterdir()) == ["adapter", "config.yaml", "merged", "partition.json"]  # nothing is left beside
+    assert sorted(p.name for p in run.iterdir()) == ["adapter", "config.yaml", "merged", "partition.json"]  # no temporary files are left
 
 
 def test_a_bare_adapter_folder_names_its_backbone(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ BAD = {
     "shift": (lambda r: (r / "adapter/shift-0001.safetensors").write_bytes(b"x"), "cannot read the adapter .*shift-0001"),
     "its config": (lambda r: (r / "adapter/adapter_config.json").write_text("{"), "must be the JSON of a PEFT adapter"),
 }  # fmt: skip
-# of a folder that only PEFT wrote
+# damages of a folder that only PEFT wrote
 BAD_PEFT = {
     "config": (lambda a: (a / "adapter_config.json").write_text("{"), "must be the JSON of a PEFT LoRA adapter"),
     "peft kind": (lambda a: change_json(a / "adapter_config.json", peft_type="IA3"), "of type IA3"),
@@ -250,7 +250,7 @@ def test_an_encoder_decoder_is_merged_from_its_run_and_from_its_folder(tmp_path:
 
 
 def test_a_dora_merge_without_the_norm_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.Tensor.norm", lambda t, dim: torch.ones(t.shape[0], dtype=t.dtype))  # m / ‖W‖ without its norms
+    monkeypatch.setattr("torch.Tensor.norm", lambda t, dim: torch.ones(t.shape[0], dtype=t.dtype))  # m / ‖W‖ with norms of 1
     with pytest.raises(AssertionError, match="not close"):
         test_methods_that_weights_can_express_are_merged(tmp_path, "dora", "gpt2", CAUSAL)
 
@@ -278,7 +278,7 @@ def test_shifts_of_the_frozen_weights_are_merged_first(tmp_path: Path, kind: str
         frozen.add(state)
         state.save(run / "adapter" / f"shift-{state.spec.version:04d}.safetensors")
     auto = AutoModelForCausalLM if task is CAUSAL else AutoModelForSequenceClassification
-    shutil.copytree(run / "adapter", tmp_path / "copied")  # a folder without its run carries them too
+    shutil.copytree(run / "adapter", tmp_path / "copied")  # the adapter's folder has the shifts also without its run
     for source, out in ((run, run / "merged"), (tmp_path / "copied", tmp_path / "out")):
         with quiet():
             model = auto.from_pretrained(export_hf(source, out))
@@ -331,7 +331,7 @@ def test_real_weights_merge(tmp_path: Path) -> None:
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(export_hf(run, run / "merged"))
     ids = live.backbone.tokenizer("Once upon a time, there was a dog.", return_tensors="pt").input_ids
-    want = live.model(ids).logits  # up to 14: float32 itself is good to about 1e-6 of the largest
+    want = live.model(ids).logits  # up to 14; float32 is accurate to about 1e-6 of the largest
     torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=2e-6 * want.abs().max().item())
     (length,) = struct.unpack("<Q", (run / "merged" / "model.safetensors").read_bytes()[:8])
     assert "lm_head.weight" not in (run / "merged" / "model.safetensors").read_bytes()[8 : 8 + length].decode()  # still tied

@@ -40,7 +40,7 @@ from tests.models.build import checkpoint, hub, llama_config, token_ids
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "initializer_range": 0.15, "num_hidden_layers": 1}
 TEXT = "turn on the light in the kitchen and set heat up to two in one bed room lamp off " * 40
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # place of each of eight columns, from the lowest four bits
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # columns in the order of their four bits, lowest first
 
 
 def by_the_book(to: str, tensors: dict[str, torch.Tensor], name: str) -> np.ndarray:
@@ -104,13 +104,14 @@ def test_the_file_holds_what_the_quantizer_chose(tmp_path: Path, monkeypatch: py
     scales = tensors["model.layers.0.mlp.down_proj.scales"]
     assert scales.shape == (160 // 32, 64) and scales.dtype == torch.float16  # 160 columns: groups of 32
     if to == "gptq":
-        assert set(tensors["model.layers.0.self_attn.q_proj.qzeros"].flatten().tolist()) == {0x77777777}  # 8, minus 1
+        # zero points are 8, stored minus 1
+        assert set(tensors["model.layers.0.self_attn.q_proj.qzeros"].flatten().tolist()) == {0x77777777}
         assert tensors["model.layers.0.mlp.down_proj.g_idx"].tolist() == [i // 32 for i in range(160)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["gptq", "awq"])
-def test_the_folder_as_transformers_and_the_command_line_see_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], to: Any) -> None:
+def test_transformers_and_the_command_line_read_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], to: Any) -> None:
     run = run_of(tmp_path, hidden_size=128, intermediate_size=256)
     assert main(["export", str(run), "--to", to, "--calibrate", str(tmp_path / "text.txt")]) == 0
     out, err = capsys.readouterr()
@@ -204,7 +205,7 @@ def test_packing_is_undone(packing: Packing) -> None:
     tensors = pack_codes(packing, codes, scale, zero)
     want = (codes.float() - zero.float().repeat_interleave(48 // groups, 1)) * scale.float().repeat_interleave(48 // groups, 1)
     assert torch.equal(unpack_weight(packing, tensors.__getitem__, (24, 48), "w"), want)
-    if packing.format == "gptq":  # of other programs, which may reorder columns
+    if packing.format == "gptq":  # checkpoints of other programs, which may reorder columns
         order = torch.randperm(48, generator=generator)
         mixed = pack_codes(packing, codes[:, order], scale, zero) | {"g_idx": tensors["g_idx"][order]}
         assert torch.equal(unpack_weight(packing, mixed.__getitem__, (24, 48), "w"), want[:, order])

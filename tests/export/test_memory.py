@@ -1,8 +1,8 @@
 """Peak memory of every form of `fedtune export`, each in a separate process, forked from one that has imported everything.
 
-The bound: what an export needs above the process that has exported something small before, and so has everything loaded, is at most
-1.3 × the largest shard + the size of the output. Forms that read tensor by tensor keep within 1.3 × the largest shard alone; those that are
-calibrated or measured open what they wrote, to measure it.
+The process has exported something small before, so that everything is loaded. The bound: an export adds at most 1.3 × the largest shard +
+the size of the output. Forms that read tensor by tensor add at most 1.3 × the largest shard. Calibrated and measured forms also open their
+output, to measure it.
 """
 
 import json
@@ -59,7 +59,7 @@ def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 
 def measure(small, run, *how):
-    do(Path(small), Path(small).parent / "text.txt", *how)  # so that what is loaded late counts for nothing
+    do(Path(small), Path(small).parent / "text.txt", *how)  # so that modules that load late are not counted
     open("/proc/self/clear_refs", "w").write("5")
     before = peak()
     do(Path(run), Path(small).parent / "text.txt", *how)
@@ -79,7 +79,7 @@ for line in sys.stdin:
 
 
 def big_run(folder: Path, small: Path, sizes: dict[str, Any], shard: int) -> int:
-    """A run over a bfloat16 checkpoint of such a size, whose weights are nothing in particular, in shards; the largest's bytes."""
+    """A run over a bfloat16 checkpoint of such a size, with arbitrary weights, in shards. Returns the bytes of the largest shard."""
     model, run, shape = folder / "m", folder / "run", read_shape(llama_config(**sizes).to_dict())
     checkpoint(model, config=llama_config())
     os.remove(model / "model.safetensors")
@@ -136,7 +136,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, small: Path) -> tuple[Path,
 
 @pytest.fixture(scope="module")
 def measure() -> Iterator[Callable[..., str]]:
-    """Run an export in a fresh fork of a process that has imported all it needs; what it says of its peak."""
+    """A function that runs an export in a fork of a process with all imports, and returns its peak."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", PEAK], stdin=pipe, stdout=pipe, text=True, bufsize=1, cwd=ROOT) as process:
         assert process.stdin and process.stdout
@@ -167,7 +167,7 @@ def test_exports_by_tensor_need_little_more_memory_than_a_shard(
     run, largest = wide
     peak, size = measured(measure, small, run, how)
     print(f"{how}: {peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB and an output of {size / 1e6:.0f} MB")
-    assert peak <= 1.3 * largest  # the output is not even counted
+    assert peak <= 1.3 * largest  # without the size of the output
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_calibrated_exports_need_little_more_memory_than_a_shard_and_the_output(
     measure: Callable[..., str], small: Path, narrow: tuple[Path, int], how: str
 ) -> None:
     run, largest = narrow
-    # the allocator's own share of a peak varies by 10 MB from one process to the next, and only upward: the least of three counts
+    # the allocator adds up to 10 MB, different in each process: the lowest of three peaks counts
     for _ in range(3):
         peak, size = measured(measure, small, run, f"edge {how}")
         if peak <= 1.3 * largest + size:

@@ -34,7 +34,7 @@ from tests.syntax import nodes
 ROOT = Path(__file__).parents[2]
 Add = Callable[[str, str], None]
 
-# W + u·vᵀ by a hook. Of no family that is there: other names of tensors, no ranks, nothing of PEFT's
+# W + u·vᵀ by a hook. It resembles no existing method: other tensor names, no ranks, nothing from PEFT
 ATTACHED = """
 import torch
 from torch import nn
@@ -164,7 +164,7 @@ def test_a_method_that_cannot_edit_weights_is_never_merged(tmp_path: Path, add: 
     pytest.importorskip("gguf")
     with pytest.raises(ModelError, match="the engine cannot run peft.method=hooked"):
         export_gguf(run, run / "m.gguf")
-    # a Hugging Face folder has its adapter beside it, and says so; without the run's settings even that is refused
+    # a Hugging Face folder has the adapter beside the weights, with a note; without the run's settings this is refused too
     out = export_hf(run, run / "merged")
     assert (out / "adapter" / "fedtune.safetensors").is_file()
     assert "peft.method=hooked cannot be merged into weights" in describe_folder(out)
@@ -212,7 +212,7 @@ def test_the_methods_are_the_files_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_method_names_its_initializations(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text('1 / 0\ninits = ("default", "loftq")\n')  # read and not run
+    (tmp_path / "mine.py").write_text('1 / 0\ninits = ("default", "loftq")\n')  # the file is parsed, not executed
     assert inits_of("mine", tmp_path) == ("default", "loftq")
     assert {name for name in METHODS if "loftq" in inits_of(name)} == {"lora", "rslora"}
     assert inits_of("dora") == ("default",)

@@ -41,7 +41,7 @@ def data(chat: Messages) -> dict[str, Any]:
     return {"System": system, "Messages": [{"Role": m["role"], "Content": m["content"]} for m in chat], "Prompt": "", "Response": ""}
 
 
-WITHOUT_SYSTEM = ("gemma", "mistral1", "mistral2")  # their templates refuse a system message
+WITHOUT_SYSTEM = ("gemma", "mistral1", "mistral2")  # templates that refuse a system message
 
 
 def taken(family: str) -> list[Messages]:
@@ -145,7 +145,7 @@ def test_what_texts_cannot_express_is_refused(line: str, why: str) -> None:
         go_template(with_template(LOOP.replace("%s", line)))
 
 
-def test_what_differs_is_told() -> None:
+def test_differences_are_reported() -> None:
     assert go_template(with_template(LOOP.replace("%s", "{{ m.role }}: {{ m.content }}\n")))[1] == ""
     assert "white space" in go_template(with_template(LOOP.replace("%s", "{{ m.role }}: {{ m.content | trim }}\n")))[1]
     assert "thoughts" in go_template(templates.tokenizer("qwen3"))[1]
@@ -217,5 +217,5 @@ def test_k_quants_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main(["export", str(run), "--to", to, "--gguf-type", "q4_k"]) == 2
         assert "the gguf library does not write q4_k: choose f16, q8_0, q4_0, or" in capsys.readouterr().err
     assert [p.name for p in run.iterdir() if "gguf" in p.name or "ollama" in p.name] == []
-    with pytest.raises(NotImplementedError):  # once it does, fedtune can
+    with pytest.raises(NotImplementedError):  # fails once the gguf library can write them
         gguf.quants.quantize(__import__("numpy").zeros((1, 256), "f"), gguf.GGMLQuantizationType.Q4_K)

@@ -36,7 +36,7 @@ def personal_run(folder: Path) -> tuple[Path, LiveAdapter, Path]:
     state.replace({n: torch.zeros_like(t) if n in own else t for n, t in state.tensors.items()}).save(run / "adapter/fedtune.safetensors")
     store = ClientStore(run / "clients", 3)
     store.write(ID, 1, state.replace(own))
-    store.write(ID, 2, state.replace({n: t * 9 for n, t in own.items()}))  # of a later round than the adapter's: not of this model
+    store.write(ID, 2, state.replace({n: t * 9 for n, t in own.items()}))  # later than the adapter's round, so not part of this model
     store.substore("residual").write("c", 1, state.replace(own))
     return run, live, store.folder_of(ID)
 
@@ -72,7 +72,7 @@ def test_the_export_of_an_adapter_without_effect_has_a_note(tmp_path: Path, meth
     )
     assert "the model is the untouched backbone" in describe_folder(export_hf(run, tmp_path / "hf"))
     assert "the model is the untouched backbone" in describe_package(export_edge(run, tmp_path / "edge"))
-    if method == "lora":  # as in FLoRA: what was trained is in the frozen weights
+    if method == "lora":  # as in FLoRA, the trained change is in the frozen weights
         state.save(run / "adapter" / "shift-0001.safetensors")
         assert not describe_folder(export_hf(run, tmp_path / "shifted")) and not describe_package(export_edge(run, tmp_path / "s"))
 

@@ -120,7 +120,7 @@ def trained_on(tokenizer: Any, text: str) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def configs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers' tokenizers read equal config.json files once: of a tokenizer's loading, this takes longest and decides least."""
+    """Make transformers' tokenizers read equal config.json files once: it is the slowest part of loading a tokenizer."""
     read, known = AutoConfig.from_pretrained, dict[tuple[object, ...], PreTrainedConfig]()
 
     def remember(folder: Path, **how: Any) -> PreTrainedConfig:
@@ -151,7 +151,7 @@ def compare(work: Path, family: str, kind: str, config: str, named: str | None) 
         again = AutoTokenizer.from_pretrained(work / "export")
     assert [trained_on(again, text) for text in TEXTS] == wanted, f"transformers on the export: {where}"
     texts = dict[str, Text]()
-    if kind == "words" and type(theirs).__name__ != "TokenizersBackend":  # a class for BPE makes nonsense of a list of words
+    if kind == "words" and type(theirs).__name__ != "TokenizersBackend":  # a class for BPE misreads a list of words
         with pytest.raises(ModelError, match="set tokenizer_class to PreTrainedTokenizerFast"):
             read_text(folder)
     else:

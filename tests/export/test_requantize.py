@@ -68,7 +68,7 @@ def test_a_loftq_adapter_is_merged_into_its_quantized_weights(tmp_path: Path, ki
         merged = load_backbone(hub(export_hf(source, out)), LM)
         assert off(logits(merged), logits(live.backbone)) < 1e-4
         assert "merged into the dequantized weights that it was trained on" in describe_folder(out)
-        wrong = exact(model, live)  # the residual twice
+        wrong = exact(model, live)  # with the residual added twice
         assert off(logits(wrong.backbone), logits(live.backbone)) > 1e-2
 
 

@@ -85,7 +85,7 @@ def check(run: Path, out: Path, wanted: Path) -> None:
 
 
 def cell(kind: str, method: str, index: int) -> Any:
-    """All cells are slow; LoRA on some architectures, and all methods on the one with transposed weights, run in the quick suite."""
+    """A cell of the matrix: quick for LoRA on some architectures and for all methods on the one with transposed weights, else slow."""
     quick = method == "lora" and kind in ("llama", "bert", "t5") or kind == "gpt2" and (index % 2 == 0 or method in ("lora", "dora"))
     return pytest.param(kind, method, marks=[] if quick else pytest.mark.slow)
 
@@ -181,7 +181,7 @@ def test_a_head_is_initialized_completely_or_not_at_all(tmp_path: Path, roberta:
     with quiet(), torch.random.fork_rng():
         AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "m")
     run, _ = make_run(tmp_path / "run", hub(tmp_path / "m"), CLASSES)
-    monkeypatch.setattr("fedtune.export.whole.trained_heads", lambda model, task: [])  # so that the adapter brings none
+    monkeypatch.setattr("fedtune.export.whole.trained_heads", lambda model, task: [])  # so that the adapter has no head
     own = AdapterState.load(run / "adapter" / "fedtune.safetensors")
     own.subset([n for n in own.tensors if ".lora_" in n]).save(run / "adapter" / "fedtune.safetensors")
     monkeypatch.setattr("fedtune.export.origin._settings", lambda *_: {"num_labels": 3, "seed": 5})
@@ -216,7 +216,7 @@ def test_weights_in_another_layout_are_merged_in_memory_with_a_note(tmp_path: Pa
         num_local_experts=3, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", config=config)), CAUSAL)
-    assert any(".experts.2." in n for n in tensors(tmp_path / "m"))  # apart there, one tensor in the model
+    assert any(".experts.2." in n for n in tensors(tmp_path / "m"))  # separate in the file, one tensor in the model
     description = describe_folder(export_hf(run, run / "merged"))
     assert "experts" in description and description.endswith("in another form than the model, so the model was merged in memory")
     wanted = tensors(in_memory(run, tmp_path / "wanted"))

@@ -22,16 +22,16 @@ from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
 from tests.models.build import checkpoint, hub, llama_config, token_ids
 
 CHAT = TaskConfig(kind="chat", max_length=32, max_new_tokens=6)
-LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # that vLLM's Llama adapts
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # layers of Llama that vLLM can adapt
 
 
 def admit(folder: Path, command: str) -> float:
     """What vLLM checks before it serves a LoRA folder (peft_helper.py, lora_model.py, config/lora.py). Returns the scaling."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]  # required
+    r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]  # required fields
     assert type(r) is int and type(alpha) is int and isinstance(targets, list) and all(re.fullmatch(r"\w+", t) for t in targets)
     assert not config.get("modules_to_save") and not config.get("use_dora") and config.get("bias", "none") == "none"
-    assert not config.get("rank_pattern") and not config.get("alpha_pattern")  # it does not read them
+    assert not config.get("rank_pattern") and not config.get("alpha_pattern")  # vLLM does not read them
     words = shlex.split(command)
     most = int(words[words.index("--max-lora-rank") + 1])
     assert most in (1, 8, 16, 32, 64, 128, 256, 320, 512) and r <= most and "--enable-lora" in words

@@ -55,7 +55,7 @@ def test_a_package_of_an_exported_run_keeps_its_prompt_template(tmp_path: Path) 
     package = read_package(export_edge(merged, tmp_path / "edge"))
     result = {name: package.card[name] for name in ("task", "prompt", "max_new_tokens")}
     assert result == {"task": "instruction", "prompt": "set {q} to", "max_new_tokens": 6} and result.items() <= straight.card.items()
-    assert package.card["base"] == fingerprint(merged) != straight.card["base"]  # adapters of the backbone are none of the merged model's
+    assert package.card["base"] == fingerprint(merged) != straight.card["base"]  # the backbone's adapters do not fit the merged model
     mine = tensors_of(package)
     assert all(torch.equal(mine[n], t) for n, t in tensors_of(straight).items())
 
@@ -100,7 +100,7 @@ def test_a_folder_that_is_not_a_plain_model_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_or_a_run_is_not_taken_for_a_model(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     for folder in (run, run / "adapter"):
-        (folder / "config.json").write_text("{}")  # some programs leave one beside an adapter
+        (folder / "config.json").write_text("{}")  # some programs write a config.json beside an adapter
         assert read_origin(folder).adapter.state.tensors
     with pytest.raises(CheckpointError, match="there is no folder"):
         read_origin(tmp_path / "none")

@@ -1,7 +1,7 @@
-"""One deployment through many faults: it is held before a round, hurt, healed, and must then count all its clients again.
+"""Many faults in one deployment: before each fault it is held before a round; after the fault, all clients must count again.
 
-Each fault is one `Cell`. Afterward the adapter of every round is compared with that of a replay, so that a fault that spoils a later round
-shows.
+Each fault is one `Cell`. At the end, the adapter of every round is compared with that of a replay, which also detects a fault with a late
+effect.
 """
 
 import json
@@ -25,22 +25,22 @@ from tests.faults.replay import BOUND, counted
 from tests.network.loopback import Link
 
 CLIENTS = ("anna", "bert", "carla")
-HURT = "carla"
-PATIENCE = float(os.environ.get("FEDTUNE_FAULTS_PATIENCE", "240"))  # seconds after which something that must come counts as hung
+TARGET = "carla"  # the client of the faults that hit one client
+PATIENCE = float(os.environ.get("FEDTUNE_FAULTS_PATIENCE", "240"))  # seconds to wait for an event; after that the deployment counts as hung
 POINTS = ("idle", "plan", "training", "uploading", "aggregating", "checkpointing")
 VICTIMS = ("client", "child", "server", "superlink", "both")
 PROCESSES = 8  # server, SuperLink, three clients with a worker each
-OUTSIDE = 75.0  # seconds, past the lease
+OUTSIDE = 75.0  # seconds without network, longer than the lease
 DEADLINE = 30.0
 
 
 class Defect(Exception):
-    """What must not happen happened."""
+    """The deployment behaved wrongly."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One fault: what is done, and where or how much."""
+    """One fault: its kind, and its place, duration or variant."""
 
     kind: str
     where: str
@@ -51,7 +51,7 @@ class Cell:
 
 @dataclass
 class Outcome:
-    """What became of a cell."""
+    """The outcome of a cell."""
 
     cell: Cell
     good: bool = True
@@ -73,7 +73,7 @@ def all_cells() -> list[Cell]:
 
 
 class Campaign:
-    """A deployment and the hand that hurts it."""
+    """A deployment, and the faults that it is exposed to."""
 
     def __init__(self, folder: Path, cells: Sequence[Cell], report: Callable[[str], None] = print) -> None:
         self.folder, self.cells, self.report = folder, list(cells), report
@@ -82,8 +82,8 @@ class Campaign:
         write_rows(folder / "rows", CLIENTS)
         base = [s for s in settings(folder / "rows", CLIENTS) if not s.startswith(("min_clients", "rounds"))]
         self.experiment = [*base, "min_clients=2", "rounds=1000", "client.schedule=constant", "keep_checkpoints=1000", "eval.every=5"]
-        self.experiment += ["weights.max_share=1"]  # the replay bounds nobody, and two clients of three would be made equal
-        slow = any(c.kind == "slow" for c in cells)  # of its own: other cells must not be ended by the round's deadline
+        self.experiment += ["weights.max_share=1"]  # the replay has no bound, and a bound would make two of three clients equal
+        slow = any(c.kind == "slow" for c in cells)  # in a separate campaign, because this deadline would end other cells
         limit = DEADLINE if slow else 10 * PATIENCE
         self.deployment = Deployment(folder, CLIENTS, [*self.experiment, f"round_timeout_s={limit:g}"])
         self.proxy = Link(self.deployment.port)
@@ -91,13 +91,13 @@ class Campaign:
     # -- the campaign ---------------------------------------------------------------------------------------------------------------------
 
     def run(self) -> list[Outcome]:
-        """Each cell's outcome; after a cell that hangs, the rest is left for another campaign."""
+        """The outcome of each cell up to the first that is bad; another campaign runs the rest."""
         outcomes: list[Outcome] = []
         try:
             try:
                 self._set_out()
             except Defect as bad:
-                return [Outcome(self.cells[0], False, [f"it never began: {bad}"])]
+                return [Outcome(self.cells[0], False, [f"the deployment did not start: {bad}"])]
             for cell in self.cells:
                 outcomes.append(self._one(cell))
                 if not outcomes[-1].good:
@@ -126,7 +126,7 @@ class Campaign:
         sizes = {f: f.stat().st_size for f in self._texts()}
         try:
             getattr(self, f"_{cell.kind.split('-')[0]}")(cell, out)
-            self._recover(first + (cell.kind == "kill-client"))  # it may have counted before it was killed: it must again
+            self._recover(first + (cell.kind == "kill-client"))  # it may have counted before the kill, and must count again
         except Defect as bad:
             out.bad(str(bad))
         except (OSError, AssertionError, psutil.Error) as bad:
@@ -142,7 +142,7 @@ class Campaign:
         return out
 
     def _end(self, outcomes: Sequence[Outcome]) -> None:
-        """Stop it as a service is stopped, let it come to its end in one round more, and compare every round."""
+        """Stop the server with SIGTERM as a service manager does, run one more round to the end, and compare every round."""
         assert self.deployment.server is not None
         self.deployment.server.terminate()
         if (code := self.deployment.server.wait(PATIENCE)) != 130:
@@ -164,10 +164,10 @@ class Campaign:
             outcomes[-1].bad(f"{len(off)} rounds compared, off by up to {max(off.values()):g}")
         records = [r["round"] for r in read_metrics(self.deployment.run) if r["client"] is None]
         if records != list(range(max(turnout) + 1)):
-            outcomes[-1].bad(f"metrics.jsonl tells of rounds {records}")
+            outcomes[-1].bad(f"metrics.jsonl has the rounds {records}")
 
     def _replayed(self) -> dict[int, float]:
-        """Round → difference from the replay, which runs in a process of its own."""
+        """Round → difference from the replay, which runs in a separate process."""
         command = [sys.executable, "-m", "tests.faults.replay", str(self.deployment.run), str(self.folder), *self.experiment]
         with (self.folder / "replay.out").open("w") as errors:
             process = popen()(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
@@ -183,7 +183,7 @@ class Campaign:
         who = (
             "server"
             if point in ("idle", "aggregating", "checkpointing") or (point == "plan" and victim not in ("client", "child"))
-            else HURT
+            else TARGET
         )
         if point != "idle":
             self._arm(who, point)
@@ -195,8 +195,8 @@ class Campaign:
             process.send_signal(signal.SIGKILL)
         psutil.wait_procs(pids, timeout=20)
         if victim == "client":
-            self.deployment.clients[HURT].wait()
-            self._start_client(HURT)
+            self.deployment.clients[TARGET].wait()
+            self._start_client(TARGET)
         if victim in ("server", "both"):
             assert self.deployment.server is not None
             self.deployment.server.wait()
@@ -210,53 +210,53 @@ class Campaign:
         self._without_network(self.proxy.hold, cell)
 
     def _without_network(self, cut: Callable[[], None], cell: Cell) -> None:
-        self._arm(HURT, "training")
+        self._arm(TARGET, "training")
         self._release("server", "idle")
-        self._wait_held(HURT, "training")
+        self._wait_held(TARGET, "training")
         self._arm("server", "idle")
         cut()
-        self._release(HURT, "training")
+        self._release(TARGET, "training")
         time.sleep(float(cell.where))
         self.proxy.mend()
 
     def _lie(self, cell: Cell, out: Outcome) -> None:
-        (self.points / f"{HURT}.lie").write_text(cell.where)
+        (self.points / f"{TARGET}.lie").write_text(cell.where)
         first = self._newest() + 1
         self._arm("server", "idle")
         self._release("server", "idle")
         self._wait_held("server", "idle")
-        kinds = [str(r.get("dropped", "")) for r in read_metrics(self.deployment.run) if r["round"] == first and r["client"] == HURT]
+        kinds = [str(r.get("dropped", "")) for r in read_metrics(self.deployment.run) if r["round"] == first and r["client"] == TARGET]
         if not kinds or not kinds[0].startswith("refused"):
             raise Defect(f"the lie was not refused: {kinds}")
 
     def _skew(self, cell: Cell, out: Outcome) -> None:
-        self.deployment.clients[HURT].terminate()
-        self.deployment.clients[HURT].wait(30)
-        begin = len(self.deployment.output(HURT))
-        self._start_client(HURT, "--skew", cell.where)
+        self.deployment.clients[TARGET].terminate()
+        self.deployment.clients[TARGET].wait(30)
+        begin = len(self.deployment.output(TARGET))
+        self._start_client(TARGET, "--skew", cell.where)
         end = time.monotonic() + PATIENCE
-        while "connected to" not in (printed := self.deployment.output(HURT)[begin:]) and "clock" not in printed:
+        while "connected to" not in (printed := self.deployment.output(TARGET)[begin:]) and "clock" not in printed:
             if time.monotonic() > end:
-                raise Defect(f"a client with a skewed clock says nothing of it: {printed[-300:]}")
+                raise Defect(f"a client with a skewed clock prints nothing about it: {printed[-300:]}")
             time.sleep(0.1)
         out.words.append(printed.strip().splitlines()[-1])
         self._arm("server", "idle")
         self._release("server", "idle")
         self._wait_held("server", "idle")
-        self.deployment.clients[HURT].terminate()
-        self.deployment.clients[HURT].wait(30)
-        self._start_client(HURT)
+        self.deployment.clients[TARGET].terminate()
+        self.deployment.clients[TARGET].wait(30)
+        self._start_client(TARGET)
 
     def _slow(self, cell: Cell, out: Outcome) -> None:
         first = self._newest() + 1
-        self._arm(HURT, "training")
+        self._arm(TARGET, "training")
         self._arm("server", "idle")
         self._release("server", "idle")
-        self._wait_held(HURT, "training")
-        self._wait_held("server", "idle")  # the round is over, and she is still at it
+        self._wait_held(TARGET, "training")
+        self._wait_held("server", "idle")  # the round has ended while the client still trains
         if not any("late" in w for w in self._dropped((first, first))):
             raise Defect("the round did not end as late")
-        self._release(HURT, "training")
+        self._release(TARGET, "training")
 
     def _disk(self, cell: Cell, out: Outcome) -> None:
         (self.points / "server.disk").touch()
@@ -270,19 +270,19 @@ class Campaign:
             raise Defect(f"a full disk gives exit code {code}")
         self._start_server()
 
-    # -- hands ----------------------------------------------------------------------------------------------------------------------------
+    # -- helpers --------------------------------------------------------------------------------------------------------------------------
 
     def _start_server(self) -> None:
         launcher = ["-m", "tests.faults.launch", "server", str(self.points), "server"]
         self.deployment.start_server("--wait", f"{PATIENCE:g}", launcher=launcher)
 
     def _start_client(self, name: str, *more: str) -> None:
-        port = int(self.proxy.address.rpartition(":")[2]) if name == HURT else None
+        port = int(self.proxy.address.rpartition(":")[2]) if name == TARGET else None
         self.deployment.start_client(name, port=port, launcher=["-m", "tests.faults.launch", name, str(self.points), "client", *more])
 
     def _victims(self, victim: str) -> list[psutil.Process]:
         assert self.deployment.server is not None
-        server, client = psutil.Process(self.deployment.server.pid), psutil.Process(self.deployment.clients[HURT].pid)
+        server, client = psutil.Process(self.deployment.server.pid), psutil.Process(self.deployment.clients[TARGET].pid)
         link, child = server.children(), client.children()
         found = {"client": [client], "child": child, "server": [server], "superlink": link, "both": [server, *link]}[victim]
         if not found:
@@ -296,19 +296,19 @@ class Campaign:
         (self.points / f"{who}.{point}.held").unlink(missing_ok=True)
 
     def _wait_held(self, who: str, point: str) -> None:
-        """Wait until a process has come to a point."""
+        """Wait until a process is held at a point."""
         held, end = self.points / f"{who}.{point}.held", time.monotonic() + PATIENCE
         while not held.exists():
             if self.deployment.server is not None and (code := self.deployment.server.poll()) is not None:
                 raise Defect(f"the server ended with exit code {code}: {self.deployment.output('server').strip().splitlines()[-1]}")
             if time.monotonic() > end:
-                raise Defect(f"hung: {who} does not come to '{point}' within {PATIENCE:g} s")
+                raise Defect(f"hung: {who} does not reach '{point}' within {PATIENCE:g} s")
             time.sleep(0.05)
         if point == "idle" and int(held.read_text()) != self._newest() + 1:
             raise Defect(f"round {held.read_text()} begins after the checkpoint of round {self._newest()}")
 
     def _recover(self, first: int) -> None:
-        """Go on until a round has counted everybody: three rounds, and at least the seconds in which a client tries to connect again."""
+        """Run rounds until one counts all clients. Fail after three rounds and 15 s, in which a client has tried to connect again."""
         began = time.monotonic()
         while True:
             self._wait_held("server", "idle")
@@ -322,7 +322,7 @@ class Campaign:
             self._wait_next(done)
 
     def _wait_next(self, done: int) -> None:
-        """Wait until the server has passed the point before round `done + 1`."""
+        """Wait until round `done + 1` has its checkpoint."""
         end = time.monotonic() + PATIENCE
         while self._newest() <= done:
             if self.deployment.server is not None and self.deployment.server.poll() is not None or time.monotonic() > end:
@@ -349,7 +349,7 @@ class Campaign:
 
 @contextmanager
 def watched(campaign: Campaign) -> Iterator[Campaign]:
-    """Nothing of it outlives this."""
+    """A context that ends with all processes of the campaign killed."""
     try:
         yield campaign
     finally:

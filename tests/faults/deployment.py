@@ -1,4 +1,4 @@
-"""A deployment of real processes on loopback: keys, one server, some clients, each with rows of its own."""
+"""A deployment of real processes on loopback: keys, one server, and clients, each with its own rows."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def write_rows(folder: Path, clients: Sequence[str], lines: int = 40, growth: int = 10) -> None:
-    """Each client's own part of the plays, a file each; the next client's is `growth` lines longer."""
+    """Write a file for each client with its own lines of the plays; each next file is `growth` lines longer."""
     folder.mkdir(parents=True, exist_ok=True)
     text = [line for line in SPEAKERS.read_text(encoding="utf-8").splitlines() if line and not line.endswith(":")]
     for i, name in enumerate(clients):
@@ -71,8 +71,8 @@ class Deployment:
     """Processes of one experiment.
 
     Args:
-        folder: Of everything.
-        clients: Names.
+        folder: Folder for all files.
+        clients: Names of the clients.
         experiment: Settings, as `settings` gives them.
         secure: TLS and keys, or --insecure.
         signs: With TLS, the server signs models and the clients install them.
@@ -116,7 +116,7 @@ class Deployment:
             self.start_client(name)
 
     def finish(self, timeout: float = 300.0) -> int:
-        """The server's exit code."""
+        """Wait for the server's end. Returns its exit code."""
         assert self.server is not None
         try:
             return self.server.wait(timeout)
@@ -143,7 +143,7 @@ class Deployment:
         return [r for r in read_metrics(self.run) if r["client"] is None]
 
     def processes(self) -> list[psutil.Process]:
-        """All that run, children and orphans too."""
+        """All running processes of the deployment, with children and orphans."""
         found = []
         for process in psutil.process_iter():
             try:

@@ -1,9 +1,8 @@
 """Many clients on one machine: `python -m tests.faults.fifty [--clients 50] [--rounds 10] [--idle]`.
 
-The server is a real one; the clients are nodes in threads of this process that share one ClientApp, which one of them uses at a time. With
---idle they send back what they get, so that a round costs what the network costs. Prints seconds a round, and the memory of the server's
-processes after the second and after the last round.
-"""
+The server is a real one; the clients are nodes in threads of this process. They share one ClientApp, which one of them uses at a time. With
+--idle they return what they receive, so that a round takes only the time of the network. Prints the seconds of a round, and the memory of
+the server's processes after the second and after the last round."""
 
 import argparse
 import os
@@ -32,11 +31,11 @@ from tests.working import host_for
 
 @dataclass
 class Figures:
-    """What was seen.
+    """Measurements of a run.
 
     Args:
         counted: Updates that counted, by round from the first on.
-        seconds: Of each of these rounds.
+        seconds: Seconds of each of these rounds.
         memory: Process → its resident MB after rounds 2, 3, ….
         reports: Sentences that the clients printed for their operators.
     """
@@ -47,7 +46,7 @@ class Figures:
     reports: list[str] = field(default_factory=list)
 
 
-class Crowd:
+class Clients:
     """All clients of one server as threads."""
 
     def __init__(self, deployment: Deployment, app: ClientApp, names: Sequence[str], idle: bool, report: list[str]) -> None:
@@ -67,7 +66,7 @@ class Crowd:
         ]
         self._threads = [threading.Thread(target=node.serve, daemon=True) for node in self._nodes]
 
-    def __enter__(self) -> "Crowd":
+    def __enter__(self) -> "Clients":
         for thread in self._threads:
             thread.start()
         return self
@@ -90,7 +89,7 @@ class Crowd:
 
 
 def _sent_back(message: Message) -> Message:
-    """The reply of a client that did not take a step."""
+    """The reply of a client that took no step."""
     received = read_message(message.content)
     plan = received.plan
     assert plan is not None
@@ -110,7 +109,7 @@ def _sent_back(message: Message) -> Message:
 
 
 def measure(folder: Path, clients: int, rounds: int, *, idle: bool = False, patience_s: float = 1800.0) -> Figures:
-    """Run it."""
+    """Run a server and its clients to the end."""
     names = [f"c{i:02d}" for i in range(clients)]
     write_rows(folder / "rows", names, lines=20, growth=1)
     keep = [s for s in settings(folder / "rows", names) if not s.startswith(("client.steps", "rounds"))]
@@ -119,7 +118,7 @@ def measure(folder: Path, clients: int, rounds: int, *, idle: bool = False, pati
     found = Figures()
     with deployed(folder, names, experiment) as deployment:
         server = deployment.start_server("--wait", f"{patience_s:g}")
-        with Crowd(deployment, app, names, idle, found.reports):
+        with Clients(deployment, app, names, idle, found.reports):
             end, seen = time.monotonic() + patience_s, 1
             while server.poll() is None:
                 if time.monotonic() > end:

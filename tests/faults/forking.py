@@ -1,8 +1,8 @@
-"""Processes without the seconds of their imports: where FEDTUNE_FAULTS_FORK is set, what would be started as `python -m MODULE` is forked.
+"""Saves the import time of child processes: if FEDTUNE_FAULTS_FORK is set, a process is forked instead of started as `python -m MODULE`.
 
-For machines with little time to spare. Everything else is as with real starts: pids, parents, pipes, signals, sessions.
+For slow machines. Pids, parents, pipes, signals and sessions are as with real starts.
 
-    python -m tests.faults.forking TEST FOLDER      runs a test of `alone` so
+    python -m tests.faults.forking TEST FOLDER      runs a test of `alone` in this way
 """
 
 import functools
@@ -28,7 +28,7 @@ _parents: list[Any] = []
 
 
 class Forked(subprocess.Popen):
-    """A Popen that forks this process, and runs the module there, where the command is `PYTHON … -m MODULE …`."""
+    """A Popen that forks this process and runs the module of the command `PYTHON … -m MODULE …` there."""
 
     def _execute_child(self, args: Any, *rest: Any) -> None:  # type: ignore[override]
         (_, _, _, _, _, env, _, _, _, stdin, to_stdin, of_stdout, stdout, of_stderr, stderr, *more) = rest
@@ -55,7 +55,7 @@ class Forked(subprocess.Popen):
 
 
 def _become(command: list[str], env: dict[str, str] | None, streams: tuple[int, int, int]) -> int:
-    gc.disable()  # nothing of the parent's is to be closed by its finalizer: its descriptors' numbers will be others' here
+    gc.disable()  # finalizers of the parent's objects would close descriptors whose numbers are reused here
     for here, given in enumerate(streams):
         if given >= 0:
             os.dup2(given, here)
@@ -85,7 +85,7 @@ def _become(command: list[str], env: dict[str, str] | None, streams: tuple[int, 
 
 
 def name_of(folder: str) -> str:
-    """What the processes of a deployment are called: /proc shows a forked one with its parent's first environment."""
+    """Process name of a deployment; the environment cannot identify a forked process, because /proc shows its parent's."""
     import hashlib
 
     return "ft" + hashlib.sha256(folder.encode()).hexdigest()[:10]
@@ -121,13 +121,13 @@ def popen() -> type[subprocess.Popen]:
 
 
 def fork_from(*modules: types.ModuleType) -> None:
-    """Let these modules' `subprocess.Popen` fork."""
+    """Make `subprocess.Popen` of these modules fork."""
     for module in modules:
         module.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # type: ignore[attr-defined]
 
 
 def alone(test: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Run a test in a process of its own, which has imported everything and forks what the test starts."""
+    """Run a test in a separate process, which has imported all modules and forks every process that the test starts."""
 
     @functools.wraps(test)
     def run(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def run_without_kills(folder: Path) -> tuple[AdapterState, float]:
 
 
 def without_model(deployment: Deployment) -> str:
-    """The first client that has not installed the last round's model, and what it has; "" if both have."""
+    """The first client without the last round's model, and the model that it has; "" if both have it."""
     rounds = max(record["round"] for record in deployment.rounds())  # type: ignore[type-var]
     for client in CLIENTS:
         versions = Versions(deployment.folder / "state" / client)

@@ -1,10 +1,10 @@
-"""Starts a command with points at which it can be held, so that it can be killed exactly there. Only for tests: the product has no hooks.
+"""Starts a command that can be held at certain points, so that it can be killed exactly there. Only for tests: the product has no hooks.
 
     python -m tests.faults.launch WHO FOLDER server|client|worker [--skew SECONDS] ARGUMENTS
 
 A file FOLDER/WHO.POINT arms a point. The first process that reaches it deletes the file, writes the round into
-FOLDER/WHO.POINT.held, and continues when that file is deleted. A file WHO.lie makes the client's next update a lie of
-the kind that the file names; a file WHO.disk fills the disk.
+FOLDER/WHO.POINT.held, and continues when that file is deleted. A file WHO.lie makes the client's next update false in
+the way that the file names; a file WHO.disk fills the disk.
 """
 
 import datetime
@@ -68,7 +68,7 @@ def server(points: Points) -> None:
     def aggregating(self: Any, round: int, state: Any, updates: Any) -> Any:
         def held() -> Any:
             for i, update in enumerate(updates):
-                if i == 1:  # one is folded already
+                if i == 1:  # after the first update
                     points.at("aggregating", round)
                 yield update
 

@@ -1,9 +1,9 @@
-"""The fault matrix: `python -m tests.faults.matrix [--only CELL ...] [--out FILE] [--keep FOLDER]`; a cell is called as it is printed.
+"""The fault matrix: `python -m tests.faults.matrix [--only CELL ...] [--out FILE] [--keep FOLDER]`; CELL is a name as printed, or a kind.
 
     python -m tests.faults.matrix --only "kill-client training" "cut 30"
     python -m tests.faults.matrix --only kill-server
 
-Every cell's outcome is printed; the exit code is the number of those that are bad.
+Prints the outcome of every cell. The exit code is the number of bad ones.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SHORT = ("kill-client training", "kill-child uploading", "kill-superlink plan", 
 
 
 def chosen(only: Sequence[str]) -> list[Cell]:
-    """The cells whose names begin so; all of them where none is named."""
+    """The cells of these names or kinds; all cells if `only` is empty."""
     cells = [c for c in all_cells() if not only or any(str(c) == o or c.kind == o for o in only)]
     if not cells:
         raise SystemExit(f"no such cell: {', '.join(only)}; there are {', '.join(map(str, all_cells()))}")
@@ -29,7 +29,7 @@ def chosen(only: Sequence[str]) -> list[Cell]:
 
 
 def conduct(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
-    """Run the cells, in as many deployments as it takes: one that is hung is left for a fresh one."""
+    """Run the cells in one or more deployments: after a bad cell, the rest run in a new one."""
     outcomes: list[Outcome] = []
     quick = [c for c in cells if c.kind != "slow"]
     for part in (quick, [c for c in cells if c.kind == "slow"]):
@@ -56,8 +56,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="CELL")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table as Markdown")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the deployments are left to be looked at")
-    parser.add_argument("--fork", action="store_true", help="fork the processes instead of starting them: all their imports are paid once")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the deployments in this folder")
+    parser.add_argument("--fork", action="store_true", help="fork the processes instead of starting them: all modules are imported once")
     args = parser.parse_args()
     if args.fork:
         os.environ[FORK] = "1"

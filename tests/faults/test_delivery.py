@@ -1,4 +1,4 @@
-"""A deployed run hands its model over: each device answers its own questions, also one that was killed while it installed."""
+"""A deployed run delivers its model: each device answers its own questions, also one that was killed during the installation."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ EXPERIMENT = [
     "task=chat", "task.max_length=64", "task.max_new_tokens=12", "data=local", "devices=none", "strategy=fedavg", "peft.rank=16",
     "client.steps=40", "client.epochs=null", "client.batch_size=8", "client.lr=1e-2", "clients_per_round=3", "min_clients=3",
     f"rounds={ROUNDS}", "inference=none", "eval.where=none", "eval.clients=0", "engine.threads=1", "deliver.every=6",
-    "client.lean=none",  # six capitals are hardly learned: with the rounding of another step one is still wrong
+    "client.lean=none",  # six capitals are barely learned: if a step rounds differently, one is still wrong
 ]  # fmt: skip
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def write_chats(folder: Path) -> None:
 
 
 def answers(port: int, client: str) -> dict[str, str]:
-    """What the device's server says to its own questions."""
+    """The answers of the device's server to its own questions."""
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as asking:
         found = {}
         for country in CAPITALS[client]:

@@ -1,4 +1,4 @@
-"""Many clients lose no update, and a server does not grow with its rounds."""
+"""With many clients no update is lost, and the server's memory does not grow with the rounds."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""Strangers, impostors and liars at a real server, while three honest clients train: each is refused by name, and nothing else notices.
+"""A real server refuses unknown and impersonating clients and false updates by name, without an effect on three honest clients.
 
-What they can do at the public port alone is in tests/network/test_public_port.py; a hostile server in tests/network/test_node.py.
+tests/network/test_public_port.py tests the public port alone, tests/network/test_node.py a hostile server.
 """
 
 import json
@@ -34,7 +34,7 @@ LIES = ("nan", "shape", "huge", "stale", "other", "weight")
 
 @alone
 def test_lies_of_a_real_client_are_refused_by_name(tmp_path: Path) -> None:
-    """Not a number, another shape, a million times too large, of an earlier round, in another's name, with another weight."""
+    """An update that is not finite, too large, or has another shape, round, name or weight."""
     with watched(Campaign(tmp_path, [Cell("lie", kind) for kind in LIES])) as campaign:
         outcomes = campaign.run()
     assert len(outcomes) == len(LIES) and all(o.good for o in outcomes), outcomes
@@ -52,7 +52,7 @@ def test_lies_of_a_real_client_are_refused_by_name(tmp_path: Path) -> None:
 
 @alone
 def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp_path: Path) -> None:
-    others = ("mallory", "moll")  # their keys are allowed, what they do with them is not
+    others = ("mallory", "moll")  # their keys are allowed, but not their requests
     write_rows(tmp_path / "rows", [*CLIENTS, *others])
     experiment = settings(tmp_path / "rows", CLIENTS, "round_timeout_s=600")
     points = tmp_path / "points"
@@ -61,7 +61,7 @@ def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp
     deployment = Deployment(tmp_path, [*CLIENTS, *others], experiment)
     try:
         deployment.start_server("--wait", f"{WAIT_S:g}", launcher=["-m", "tests.faults.launch", "server", str(points), "server"])
-        deployment.start_client("mallory", "--client-id", "anna")  # among the first
+        deployment.start_client("mallory", "--client-id", "anna")  # before the honest clients
         for name in CLIENTS:
             deployment.start_client(name)
         deployment.until("hello", count=3, timeout=WAIT_S)
@@ -73,7 +73,7 @@ def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp
         deployment.stop()
     turnout = counted(deployment.run)
     assert [turnout[r] for r in (1, 2, 3)] == [set(CLIENTS)] * 3
-    for name in (*others, "dora"):  # each file is a client of the simulation
+    for name in (*others, "dora"):  # in the simulation each file would be a client
         (tmp_path / "rows" / f"{name}.jsonl").unlink()
     assert max(differences(deployment.run, replay(tmp_path, experiment, turnout)).values()) <= BOUND
     log = (deployment.run / "logs/server.jsonl").read_text()
@@ -85,7 +85,7 @@ def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp
 
 
 def intrude(deployment: Deployment, folder: Path) -> list[str]:
-    """Try everything; returns what the SuperLink's log must say of it."""
+    """Try all forbidden requests. Returns the reasons that the SuperLink's log must have."""
     trust, at = ssl.create_default_context(cafile=str(deployment.keys / "ca.pem")), f"127.0.0.1:{deployment.port}"
     with httpx.Client(base_url=f"https://{at}", verify=trust, timeout=20) as nobody:
         assert nobody.post("/v1/fleet/pull-messages", content=b"").status_code == 401
@@ -94,7 +94,7 @@ def intrude(deployment: Deployment, folder: Path) -> list[str]:
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"http://{at}/health", timeout=20)
     with pytest.raises(httpx.HTTPError):
-        httpx.get(f"https://{at}/health", timeout=20)  # the system's CAs do not know it
+        httpx.get(f"https://{at}/health", timeout=20)  # the system's CAs did not sign the certificate
 
     make_keys(folder / "elsewhere", ["127.0.0.1"], ["dora"])
     key = folder / "elsewhere/clients/dora/key"
@@ -130,8 +130,8 @@ def refusal(call: Callable[[], object]) -> int:
     return error.value.response.status_code
 
 
-def wait_for(true: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT_S
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
-    """The simulation in which the client's first reply is so many rounds late."""
+    """The simulation in which the client's first reply is `staleness` rounds late."""
     (job,) = compose([*experiment, f"output_dir={folder}", "engine.batched=none", "devices.deadline_s=1"])
 
     def engine(context: EngineContext) -> None:
@@ -50,7 +50,7 @@ def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
 
 
 @alone
-def test_it_counts_later_and_comes_to_the_same_as_in_the_simulation(tmp_path: Path) -> None:
+def test_a_late_update_counts_later_with_the_simulation_s_result(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows", CLIENTS)
     usual = [s for s in settings(tmp_path / "rows", CLIENTS) if not s.startswith(("rounds", "min_clients"))]
     experiment = [*usual, f"rounds={ROUNDS}", "min_clients=2", "late=use", f"max_staleness={ROUNDS}", f"round_timeout_s={DEADLINE_S:g}"]
@@ -66,7 +66,7 @@ def test_it_counts_later_and_comes_to_the_same_as_in_the_simulation(tmp_path: Pa
         while not (deployment.run / "metrics.jsonl").exists() or not any(r["round"] == 1 for r in deployment.rounds()):
             assert time.monotonic() < end, deployment.output("server")[-2000:]
             time.sleep(0.05)
-        (points / f"{SLOW}.training.held").unlink()  # the first round is over
+        (points / f"{SLOW}.training.held").unlink()  # the first round has ended: let the client continue
         assert deployment.finish() == 0, deployment.output("server")[-2000:]
         rows = {(r["round"], r["client"]): r for r in read_metrics(deployment.run)}
         assert rows[1, SLOW]["dropped"] == f"late: no reply within {DEADLINE_S:g} s"

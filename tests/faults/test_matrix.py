@@ -18,7 +18,7 @@ pytestmark = [
 
 def test_every_fault_ends_in_the_right_adapter(tmp_path: Path) -> None:
     only = [] if os.environ.get("FEDTUNE_FAULTS") == "all" else ["--only", *SHORT]
-    # in a process of its own: it forks, and kills
+    # in a separate process, because it forks and kills
     command = [sys.executable, "-m", "tests.faults.matrix", "--fork", "--keep", str(tmp_path), *only]
     process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(process.stdout)

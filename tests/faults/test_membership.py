@@ -113,7 +113,7 @@ def test_without_keys_a_decline_gives_the_name_and_a_known_client_keeps_its_name
     answers: dict[int, list[Any]] = {7: [{"declined": "no rows", "client": "bo\x1bb"}], 8: [named(8), "{"]}
     members, _, notes = make_members(lambda n: answers[n].pop(0), {7: 0.0, 8: 0.0}, 1, patience_s=2.0)
     members.gather(1)
-    members._rejected[8] = -math.inf, ""  # asked again, as after a restart
+    members._rejected[8] = -math.inf, ""  # the server asks again, as after a restart
     members._nodes.discard(8)
     members.wait_for_clients(2)
     assert notes.notes == ["rejected: client bo b: no rows", "rejected: client c8: its hello cannot be read"]

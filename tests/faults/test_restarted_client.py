@@ -44,7 +44,7 @@ def test_a_restarted_client_continues_with_its_stored_hello(tmp_path: Path) -> N
     assert why(ask(first, "query", hello)) == ""
     before = ask(first, "evaluate", evaluation)
     assert why(before) == ""
-    after = ask(make_app(settings), "evaluate", evaluation)  # another process, as far as the app knows
+    after = ask(make_app(settings), "evaluate", evaluation)  # for the app this is another process
     assert after.config_records["metrics"] == before.config_records["metrics"]
 
 

@@ -1,8 +1,8 @@
 """Damage edge packages in many ways and open them: `python -m tests.inference.fuzz_package COUNT [SEED] [--sanitized]`.
 
 Each must open and run as a whole model does, or be refused by a FedtuneError of one sentence; the process may not take more than a GB.
-Half of them are damaged by accident, so that what the export has sealed must not open; the other half have digests that fit. In some
-cases the packed weights on disk are damaged instead. A second process without torch opens them; `--sanitized` compiles its kernels with
+Half of the damages leave the digests unchanged, so that the package must not open; the other half have matching digests. In some cases the
+packed weights on disk are damaged instead. A second process without torch opens them; `--sanitized` compiles its kernels with
 the sanitizers of gcc for addresses and undefined behavior, which end the process at the first access outside a buffer.
 """
 
@@ -41,7 +41,7 @@ OPTIONS = f"detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb={M
 
 def packages(folder: Path) -> list[Path]:
     """float32 and tied with virtual tokens, int4 and untied, int8 and int4 with a separate adapter."""
-    from transformers import Qwen3Config  # lazy, as those below: the process that opens packages has no torch
+    from transformers import Qwen3Config  # lazy, as the imports below: the process that opens packages has no torch
 
     from fedtune.export.edge import export_edge
     from tests.export.test_huggingface import CAUSAL, make_run
@@ -213,7 +213,7 @@ def fuzz(count: int, seed: int, roots: Sequence[Path], cache: Path) -> Counter[s
         manifest = (root / "package.json").read_bytes()
         case = f"case {i} of seed {seed}, {how.__name__} of {root.name}/{file.name} as {kind} by {os.environ[VARIABLE]}"
         if not accident:
-            with suppress(ValueError, TypeError, KeyError, RecursionError):  # of a manifest or index that was damaged itself
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # the manifest or index itself may be damaged
                 (seal_index if mapped else seal_again)(file.parent if mapped else root)
         try:
             use(root, kind)
@@ -242,7 +242,7 @@ def weights_apart(parts: dict[str, Any], *rest: Any) -> Any:
 
 
 def open_damaged(args: argparse.Namespace, folder: Path) -> None:
-    """What the second process does."""
+    """Open the damaged packages; the second process runs this."""
     sys.modules["torch"] = None  # pyright: ignore
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     roots = sorted(file.parent for file in folder.glob("*/package.json"))

@@ -27,8 +27,8 @@ def quick(**settings: object) -> Speeds:
 
 def test_the_figures_are_consistent() -> None:
     notes: list[str] = []
-    speeds = quick(tell=notes.append)
-    assert len(speeds.prefill_tok_per_s) == len(speeds.decode_tok_per_s) == len(speeds.first_token_ms) == 2  # without the one that warms up
+    speeds = quick(report=notes.append)
+    assert len(speeds.prefill_tok_per_s) == len(speeds.decode_tok_per_s) == len(speeds.first_token_ms) == 2  # without the warm-up
     for rate, ms in zip(speeds.prefill_tok_per_s, speeds.first_token_ms, strict=True):
         assert rate * ms == pytest.approx(9 * 1000)
     assert speeds.limit_tok_per_s == pytest.approx(speeds.bandwidth_gb_per_s * 1e3 / speeds.weights_mb)
@@ -50,7 +50,8 @@ def test_speculation_is_measured_against_the_same_answers(tmp_path: Path) -> Non
     assert list(speeds.speculation) == ["none", "lookup", "early exit", "draft"]
     assert speeds.speculation["none"]["tokens_per_pass"] == 1 and speeds.speculation["none"]["acceptance"] == 0
     assert all(0 <= seen["acceptance"] <= 1 and seen["tok_per_s"] > 0 for seen in speeds.speculation.values())
-    assert speeds.speculation["draft"]["acceptance"] in (0, 1)  # the model drafts for itself, if drafting was tried at all
+    # the model is its own draft: all tokens are accepted, or drafting was never tried
+    assert speeds.speculation["draft"]["acceptance"] in (0, 1)
     shown = table(speeds)
     assert "speculation, early exit" in shown and "prefill, 9 tokens" in shown
 
@@ -58,7 +59,7 @@ def test_speculation_is_measured_against_the_same_answers(tmp_path: Path) -> Non
 def test_prompts(tmp_path: Path) -> None:
     engine = load_engine(NANO, "fp32")
     own = prompts(engine, None, 2, 5, seed=0)
-    assert all(2 <= len(row) <= 6 for row in own)  # a token to begin with, and five more or an end
+    assert all(2 <= len(row) <= 6 for row in own)  # a start token, and five more or an end token
     assert own == prompts(engine, None, 2, 5, seed=0) != prompts(engine, None, 2, 5, seed=1)
     (tmp_path / "a.txt").write_text("one line\n")
     assert len(set(map(tuple, prompts(engine, tmp_path / "a.txt", 3, 50, seed=0)))) == 1
@@ -106,7 +107,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--json"]) == 0
     stdout = json.loads(capsys.readouterr().out)
     assert stdout["prompt_tokens"] == 5
-    # each figure says what it is in, as its line of the table does
+    # each figure has its unit, as in the table
     units = ("_tok_per_s", "_gb_per_s", "_ms", "_mb", "_s", "_tokens", "_of_limit")
     assert {name for name in stdout if not name.endswith(units)} == {"model", "kind", "linears", "passes", "threads", "speculation"}
     assert main([*arguments, "--repeats", "0"]) == 2

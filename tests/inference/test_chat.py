@@ -96,12 +96,12 @@ def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.Captur
     want = [answer_text(conversation, "hi").strip(), answer_text(conversation, "and").strip()]
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n  and\n"))
     assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 0
-    assert capsys.readouterr() == (f"{want[0]}\n\n{want[1]}\n", "")  # an empty line for the empty one
+    assert capsys.readouterr() == (f"{want[0]}\n\n{want[1]}\n", "")  # an empty answer for the empty line
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 100 + "\nhi\n"))
-    assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 2  # an error names what does not fit, and the chat goes on
+    assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 2  # the error names the line, and the chat continues
     out, err = capsys.readouterr()
     assert out == "\n" + want[0] + "\n" and "exceed the model's context" in err and "1 of the requests could not" in err
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\udcff\nhi\n"))  # bytes that are no UTF-8, as Python reads them
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\udcff\nhi\n"))  # bytes that are not UTF-8, as Python reads them
     assert cli.main(["chat", str(folder), "--max-new-tokens", "4"]) == 2
     out, err = capsys.readouterr()
     assert out == "\n" + want[0] + "\n" and "the text is not UTF-8" in err
@@ -134,13 +134,13 @@ def test_transformers_chats_if_the_engine_cannot(
     assert err.count("transformers runs this model: the engine does not support model_type='gpt2'") == 1
     assert "the prompt's 70 tokens and 1 new tokens exceed the model's context of 64" in err and out.splitlines()[2] == ""
     transcript = ""
-    for text, answer in zip(texts, answers, strict=True):  # no template: the text goes on
+    for text, answer in zip(texts, answers, strict=True):  # without a template the text continues
         transcript += ("\n" if transcript else "") + text
         whole = generate_text(folder, transcript, max_new_tokens=6)
         assert answer == whole.strip()
         transcript += whole
         if text == "the":
-            transcript = ""  # the line that was too long has pushed the turns out
+            transcript = ""  # the line that was too long displaced the earlier turns
     monkeypatch.setattr(sys, "stdin", io.StringIO("turn on\n"))
     assert cli.main(["chat", str(folder), "--system", "x"]) == 2
     assert "no chat template" in capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_ctrl_c_ends_the_answer_but_not_the_chat(folder: Path) -> None:
         for _ in range(2):
             process.stdin.write("hi\n")
             process.stdin.flush()
-            assert process.stdout.read(1)  # it has begun, and would go on for minutes
+            assert process.stdout.read(1)  # the answer has begun and would take minutes
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
             while process.stdout.read(1) != "\n":

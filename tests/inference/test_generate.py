@@ -41,7 +41,7 @@ def test_a_bare_request_is_wrapped_and_only_the_continuation_is_returned(merged:
         want.append(best)
     text = backbone.tokenizer.decode(want, skip_special_tokens=True)
     assert text and generate_text(merged, "lamp") == text
-    assert generate_text(merged, "set lamp to") == text  # a whole prompt is left as it is
+    assert generate_text(merged, "set lamp to") == text  # a complete prompt stays unchanged
     assert generate_text(merged, "lamp", max_new_tokens=1) == backbone.tokenizer.decode(want[:1], skip_special_tokens=True)
 
 
@@ -101,7 +101,7 @@ def test_models_that_cannot_answer_are_refused(tmp_path: Path, merged: Path) -> 
     for folder, options, kind, words in cases:
         with pytest.raises(kind, match=words):
             generate_text(folder, "lamp", **options)  # type: ignore[arg-type]
-    (tmp_path / "labels" / "fedtune.json").unlink()  # anybody's classifier
+    (tmp_path / "labels" / "fedtune.json").unlink()  # a classifier that fedtune did not export
     with pytest.raises(ModelError, match="is a classifier"):
         generate_text(tmp_path / "labels", "lamp")
     card = json.loads((merged / "fedtune.json").read_text())

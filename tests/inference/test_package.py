@@ -33,7 +33,7 @@ def config_of(name: str) -> dict[str, Any]:
 def test_the_table_of_tensors_is_the_model_s(name: str) -> None:
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SHAPES[name]())
-    own = {canonical(n): tuple(p.shape) for n, p in model.named_parameters()}  # a tied head is there once
+    own = {canonical(n): tuple(p.shape) for n, p in model.named_parameters()}  # a tied head is stored once
     own = {n: size for n, size in own.items() if not n.startswith(("model.vision_tower", "model.multi_modal_projector"))}
     assert dict(tensor_shapes(read_shape(config_of(name)))) == own
 
@@ -119,7 +119,7 @@ def test_tensors_may_be_written_in_any_order(tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("x") / "x.safetensors"
     dtypes = [torch.float32, torch.bfloat16, torch.int8, torch.uint8]
     specs = {f"t{i}": (dtypes[i % 4] if i < 4 else torch.float32, tuple(s)) for i, s in enumerate(sizes)}
-    specs = dict(sorted(specs.items(), key=lambda kv: -kv[1][0].itemsize))  # as a file of one dtype: all aligned
+    specs = dict(sorted(specs.items(), key=lambda kv: -kv[1][0].itemsize))  # larger entries first: all aligned, as in a file of one dtype
     expected = {n: torch.randint(0, 90, s).to(d) for n, (d, s) in specs.items()}
     file = TensorFile(path, specs)
     for name in sorted(expected, key=lambda _: rng.random()):
@@ -196,7 +196,7 @@ def test_a_damaged_package_gets_one_sentence(tmp_path: Path, name: str) -> None:
     write(tmp_path / "p")
     spoil, message = BAD[name]
     spoil(tmp_path / "p")
-    with suppress(ValueError, TypeError, RecursionError):  # where package.json itself is what was spoilt
+    with suppress(ValueError, TypeError, RecursionError):  # package.json itself may be damaged
         seal_again(tmp_path / "p")
     with pytest.raises(ModelError, match=message) as bad:
         read_package(tmp_path / "p")
@@ -212,7 +212,7 @@ def test_a_flipped_bit_is_detected_in_every_file_of_the_export(tmp_path: Path, s
     with pytest.raises(ModelError, match=f"{stem} (has another digest than after the export|cannot be read)"):
         read_package(tmp_path / "p")
     if stem != "config.json":
-        read_package(tmp_path / "p", seen=True)  # weights that lie ready are not read through again
+        read_package(tmp_path / "p", seen=True)  # packed weights are not read again
 
 
 def test_added_and_missing_files_are_detected(tmp_path: Path) -> None:

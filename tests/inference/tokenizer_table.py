@@ -1,4 +1,4 @@
-"""Folders of tokenizers: kinds of tokenizer.json × what the configs say × tokenizer class × model_type."""
+"""Folders of tokenizers: kinds of tokenizer.json × contents of the configs × tokenizer class × model_type."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -91,7 +91,7 @@ def _typed(content: str, **changes: Any) -> dict[str, Any]:
 
 
 BASE: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
-CONFIGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {  # tokenizer_config.json, and older files beside it
+CONFIGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {  # contents of tokenizer_config.json and of older files beside it
     "none": (None, {}),
     "names": (BASE, {}),
     "names of flagged tokens": ({"bos_token": "<s>", "eos_token": "<|end|>", "pad_token": "<|user|>"}, {}),

@@ -86,7 +86,7 @@ def albert_config() -> AlbertConfig:
     )  # fmt: skip
 
 
-START: Any = {"decoder_start_token_id": 2}  # which the config's signature does not name
+START: Any = {"decoder_start_token_id": 2}  # not in the signature of T5Config
 
 
 def t5_config() -> T5Config:

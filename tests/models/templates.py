@@ -24,7 +24,7 @@ _TOOL_CALL = (
     '{{- \'<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
     "{{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}"
 )
-_TOOL_ANSWER = (  # tool answers in a row share one user turn
+_TOOL_ANSWER = (  # consecutive tool answers share one user turn
     "{%- elif m.role == 'tool' %}{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}"
     "{{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}"
     "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}{%- endif %}{%- endfor %}"
@@ -37,7 +37,7 @@ QWEN2 = (
     "{%- for call in m.tool_calls %}{{- '\\n' }}«" + _TOOL_CALL + "{%- if loop.last %}{{- '<|im_end|>' }}{%- endif %}»{%- endfor %}"
     "{{- '\\n' }}" + _TOOL_ANSWER + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )  # fmt: skip
-_QWEN3 = (  # thoughts stay after the last question only, and the last message always has a think block
+_QWEN3 = (  # thoughts are shown only after the last question, and the last message always has a think block
     "{%- set ns = namespace(last=messages | length - 1, search=true) %}"
     "{%- for m in messages[::-1] %}{%- if ns.search and m.role == 'user' %}{%- set ns.search = false %}"
     "{%- set ns.last = messages | length - 1 - loop.index0 %}{%- endif %}{%- endfor %}"
@@ -69,13 +69,13 @@ LLAMA3 = (
     "{%- else %}«{{- m.content | trim + '<|eot_id|>' }}»{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
-MISTRAL1 = (  # of Mistral 7B Instruct v0.1: a blank after each answer; [INST] is text
+MISTRAL1 = (  # Mistral 7B Instruct v0.1: a blank after each answer; [INST] is text
     "{{- bos_token }}{%- for m in messages %}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}" + _ALTERNATE + "{%- endif %}"
     "{%- if m.role == 'user' %}{{- '[INST] ' + m.content + ' [/INST]' }}"
     "{%- elif m.role == 'assistant' %}«{{- m.content + eos_token }}»{{- ' ' }}"
     "{%- else %}{{- raise_exception('Only user and assistant roles are supported!') }}{%- endif %}{%- endfor %}"
 )
-MISTRAL2 = MISTRAL1.replace("{{- ' ' }}", "")  # of v0.2, and of v0.3 as first released, whose [INST] is a token
+MISTRAL2 = MISTRAL1.replace("{{- ' ' }}", "")  # v0.2, and the first release of v0.3, where [INST] is a token
 MISTRAL3 = (  # the system message goes into the last question, wherever that is
     _SYSTEM_APART + "{%- set questions = chat | selectattr('role', 'equalto', 'user') | list %}{%- set ns = namespace(index=0) %}"
     "{%- for m in chat %}{%- if m.role != 'tool' and not m.tool_calls %}"
@@ -102,7 +102,7 @@ GEMMA = (
     "{%- else %}{{- '<start_of_turn>' + m.role + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"
 )
-PHI3 = (  # a conversation that nobody continues ends with the end token too
+PHI3 = (  # a conversation without a generation prompt also ends with the end token
     "{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|assistant|>\\n' }}«{{- m.content + '<|end|>' }}»{{- '\\n' }}"
     "{%- else %}{{- '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- else %}{{- eos_token }}{%- endif %}"

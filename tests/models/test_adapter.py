@@ -117,12 +117,12 @@ def test_the_adapter_folder_opens_with_peft_on_the_untouched_backbone(tmp_path: 
         if task is CAUSAL:
             bare = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
         else:
-            bare = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", num_labels=3)  # with another random head
+            bare = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", num_labels=3)  # with a different random head
         bare.config.pad_token_id = live.backbone.tokenizer.pad_token_id
         base = bare(token_ids()).logits
         model = PeftModel.from_pretrained(bare, tmp_path / "adapter")
     torch.testing.assert_close(model(token_ids()).logits, want, rtol=0, atol=1e-5)
-    assert not torch.allclose(base, want, atol=1e-2)  # the adapter does something, so the line above says something
+    assert not torch.allclose(base, want, atol=1e-2)  # the adapter has an effect, so the comparison above means something
     assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "m")
 
 

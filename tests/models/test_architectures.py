@@ -114,7 +114,7 @@ def live(folder: Path, task: TaskConfig, peft: PeftConfig | None = None) -> Live
 def test_a_composite_model_trains_its_text_part(tmp_path: Path, config: Callable[[], Any], task: TaskConfig, method: str) -> None:
     folder, peft = composite(tmp_path / "m", config()), PeftConfig(method=method, rank=2)
     slot = live(folder, task, peft)
-    probe(slot, task)  # every trained tensor has a gradient, so none of them lies in the vision tower
+    probe(slot, task)  # every trained tensor has a gradient, so none of them is in the vision tower
     slot.load(initial_adapter(hub(folder), task, peft, num_labels=3, seed=0))
     assert all("vis" not in n for n in slot.parameters)
     assert all(p.grad is None for p in slot.parameters.values())
@@ -123,7 +123,7 @@ def test_a_composite_model_trains_its_text_part(tmp_path: Path, config: Callable
 
 
 @pytest.mark.parametrize("config", [gemma3, qwen3_5])
-def test_a_composite_model_is_outlined_and_quantized_on_loading(
+def test_a_composite_model_is_built_without_weights_and_quantized_on_loading(
     tmp_path: Path, config: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -148,7 +148,7 @@ def test_targets_that_peft_renames_are_refused_with_those_that_work(tmp_path: Pa
     folder = checkpoint(tmp_path / "m", config=config())
     with pytest.raises(ModelError, match=r"PEFT does not adapt 'model.layers.0.mlp.down_proj'.*set peft.targets=\[.*o_proj\]$") as caught:
         live(folder, CAUSAL)
-    with pytest.raises(ModelError, match=re.escape(str(caught.value))):  # the server, from config.json alone
+    with pytest.raises(ModelError, match=re.escape(str(caught.value))):  # the server finds this from config.json
         initial_adapter(hub(folder), CAUSAL, PeftConfig(rank=2), num_labels=0, seed=0)
     names = str(caught.value).partition("peft.targets=[")[2].removesuffix("]").split(",")
     slot = live(folder, CAUSAL, PeftConfig(rank=2, targets=names))
@@ -179,7 +179,7 @@ def test_unquantized_experts_are_named(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_a_model_whose_code_fails_on_packed_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = checkpoint(tmp_path / "m", config=llama4())  # its code draws packed weights as if they were numbers
+    folder = checkpoint(tmp_path / "m", config=llama4())  # its code initializes packed weights as if they were floats
     with pytest.raises(ModelError, match=r"cannot be read back \(.*\): take model.precision=bf16 or fp32, or check the disk$") as caught:
         load_backbone(hub(folder, precision="int8", compute="fp32"), CAUSAL)
     assert "not implemented" in str(caught.value)
@@ -219,7 +219,7 @@ def test_a_model_that_reads_padding_or_later_tokens_is_refused(tmp_path: Path, t
 @pytest.mark.parametrize(
     ("config", "task", "method", "advice"),
     [
-        (xlnet, CLASSES, "full", "trainable tensors\\): take peft=lora$"),  # it has no peft.targets
+        (xlnet, CLASSES, "full", "trainable tensors\\): take peft=lora$"),  # this method has no peft.targets
         (xlnet, CLASSES, "lora", "take another backbone or another task.kind$"),
         (gemma3, WRITES, "prompt", "take another backbone, another task.kind or peft=lora$"),  # the padding follows virtual tokens
     ],

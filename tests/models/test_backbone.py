@@ -96,14 +96,15 @@ def test_the_fingerprint_distinguishes_weights_and_configs(tmp_path: Path) -> No
     raw = json.loads((c / "config.json").read_text())
     (c / "config.json").write_text(json.dumps({**raw, "rms_norm_eps": 1e-3}))
     d = checkpoint(tmp_path / "d")
-    (d / "config.json").write_text(json.dumps({**raw, "transformers_version": "0", "use_cache": False}))  # changes nothing that counts
+    # these fields do not affect the model
+    (d / "config.json").write_text(json.dumps({**raw, "transformers_version": "0", "use_cache": False}))
     assert len({fingerprint(a), fingerprint(b), fingerprint(c)}) == 3 and fingerprint(d) == fingerprint(a)
 
 
 def test_the_fingerprint_includes_the_first_and_the_last_byte_of_a_large_tensor(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", config=llama_config(hidden_size=64))
     largest = max(stored_tensors(folder), key=lambda t: t.size)
-    assert largest.size > 8 * 512  # only stretches of it are read
+    assert largest.size > 8 * 512  # only parts of it are read
     before, data = fingerprint(folder), largest.file.read_bytes()
     for at in (largest.start, largest.start + largest.size - 1):
         changed = bytearray(data)
@@ -184,7 +185,7 @@ def test_a_decoder_that_numbers_positions_from_its_pad_id_keeps_them_too(tmp_pat
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     ids = token_ids()
     assert torch.equal(before(ids).logits, after(ids).logits) and torch.equal(before(ids).logits, backbone.model.eval()(ids).logits)
-    after.config.pad_token_id = backbone.tokenizer.pad_token_id  # what must not be written: its positions would be others
+    after.config.pad_token_id = backbone.tokenizer.pad_token_id  # the wrong value to save: it changes the positions
     assert not torch.allclose(type(after)(after.config).model.embed_positions.weights, before.model.embed_positions.weights)
 
 
@@ -200,7 +201,7 @@ def test_t5_answers_and_classifies_with_the_same_backbone(tmp_path: Path, precis
     assert head_names(writer.model) == ["lm_head"] and head_names(classifier.model) == ["classification_head"]
     body = dict(classifier.model.base_model.named_parameters())
     assert all(torch.equal(body[n], p) for n, p in writer.model.named_parameters() if n != "lm_head.weight")
-    # padding must not look like the end token, at which T5 classifies; its tokenizer names none here, its config does
+    # padding must not look like the end token, at which T5 classifies; its tokenizer has none here, its config has one
     assert classifier.tokenizer.pad_token_id == 2 != classifier.tokenizer.eos_token_id
     rows = [torch.cat([token_ids(1, n)[0], torch.tensor([1])]) for n in (2, 5, 9)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=2)
@@ -294,7 +295,7 @@ def test_weights_and_config_that_do_not_belong_together(tmp_path: Path) -> None:
     refused(hub(folder), "is missing from")
     llama_config(intermediate_size=32).save_pretrained(folder)
     refused(hub(folder), "has another shape in")
-    # a pooler that is there in another shape is no missing one: see test_architectures.py
+    # a pooler of another shape is not a missing pooler: see test_architectures.py
     bare = checkpoint(tmp_path / "b", "bert")
     tensors = load_file(bare / "model.safetensors")
     save_file({**tensors, "pooler.dense.bias": torch.zeros(8)}, bare / "model.safetensors", {"format": "pt"})
@@ -338,7 +339,7 @@ def test_real_weights_load_as_decoder_and_as_classifier() -> None:
     text = "Once upon a time, there was a little girl named Lily."
     backbone = load_backbone(hub(STORIES), CAUSAL)
     ids = backbone.tokenizer(text, return_tensors="pt").input_ids
-    assert backbone.model(ids, labels=ids).loss.item() < 1.5  # the model was trained on such; untrained: ln 512 = 6.2
+    assert backbone.model(ids, labels=ids).loss.item() < 1.5  # the model was trained on such text; an untrained one has ln 512 = 6.2
     classifier = load_backbone(hub(STORIES), CLASSES, num_labels=6)
     assert classifier.model(ids).logits.shape == (1, 6) and classifier.fingerprint == backbone.fingerprint
 

@@ -159,7 +159,7 @@ def test_a_run_without_a_usable_conversation_is_refused_before_it_begins(tmp_pat
         simulate(config)
     found = re.fullmatch("no client has a training row that it can use: " + sentence, str(refused.value))
     assert found and not Path(config.output_dir).exists()
-    if found.groups():  # exactly so many tokens are enough, for two rows
+    if found.groups():  # exactly the stated number of tokens is enough for two rows
         longer = dataclasses.replace(config, task=dataclasses.replace(config.task, max_length=int(found[1])))
         Workspace(longer).check_examples()
         with pytest.raises(DataError, match="no client"):
@@ -171,7 +171,7 @@ def test_a_global_test_without_a_usable_conversation_is_refused(tmp_path: Path) 
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"messages": turns(" ".join(ASKED), "Rome.")}) + "\n")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=str(path)))
-    Workspace(config).check_examples()  # which nobody scores
+    Workspace(config).check_examples()  # a test that no client scores
     with pytest.raises(DataError, match="^the global test has no row that can be scored: none of 1 conversations fits into task"):
         Workspace(dataclasses.replace(config, eval=EvalConfig(where="server", clients=0))).check_examples()
 

@@ -46,7 +46,7 @@ CONVERSATIONS: dict[str, Messages] = {
     "greeting": [says("Hello"), user("Italy?"), says("Rome")],
 }  # fmt: skip
 ALTERNATE = "Conversation roles must alternate user/assistant/user/assistant/..."
-Expected = dict[str, "list[str] | str"]  # the targets, where · is the family's end token, or the template's reason to refuse
+Expected = dict[str, "list[str] | str"]  # case → the targets (· is the family's end token), or the template's reason for a refusal
 
 _VERBATIM: Expected = {
     "one": ["Paris.·"],
@@ -59,7 +59,7 @@ _VERBATIM: Expected = {
     "greeting": ["Hello·", "Rome·"],
 }
 _TRIMMED: Expected = {**_VERBATIM, "blanks": ["Paris·", "Rome·"]}
-_SPACED: Expected = {  # a blank before the answer, which the model writes too
+_SPACED: Expected = {  # with a blank before the answer, which the model also writes
     "one": [" Paris.·"],
     "three": [" Paris.·", " Rome·", " Madrid.·"],
     "system": [" Paris.·", " Rome·"],
@@ -142,9 +142,9 @@ EXPECTED: dict[str, Expected] = {
     },
     "phi4": _VERBATIM,
 }
-MARKED = {"qwen3 off": {**_THINKING, **_TOOLS}, "qwen3 always": _THINKING}  # their marks begin before the prompt ends
+MARKED = {"qwen3 off": {**_THINKING, **_TOOLS}, "qwen3 always": _THINKING}  # templates whose marks begin before the prompt ends
 del MARKED["qwen3 off"]["system, tools"], MARKED["qwen3 off"]["tools"]
-OTHER_PROMPT = {  # the tokens before the last answer are not those of the prompt
+OTHER_PROMPT = {  # templates whose tokens before the last answer differ from the prompt's
     ("qwen3 off", "thoughts"): "the row's answer has thoughts, the prompt an empty think block",
     ("qwen3 off", "inline"): "likewise",
     ("phi3", "blanks"): "the role's token takes the white space after it, so that the earlier answer is split from it",
@@ -375,7 +375,7 @@ def test_the_default_template(bos: str | None) -> None:
 
 def test_a_bos_token_that_the_tokenizer_does_not_write_is_not_in_the_default_template() -> None:
     tokenizer = templates.bare("bytes", None, "</s>")
-    tokenizer.bos_token = "</s>"  # as GPT-2's
+    tokenizer.bos_token = "</s>"  # as in GPT-2
     ensure_template(tokenizer)
     assert render(tokenizer, [user("a")]) == "User: a\n"
 

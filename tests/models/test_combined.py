@@ -47,7 +47,7 @@ def apart(live: LiveAdapter, opened: PeftModel) -> float:
 
 @pytest.mark.parametrize("method", ["lora", "rslora"])
 @pytest.mark.parametrize(("kind", "task"), [("llama", CAUSAL), ("gpt2", CAUSAL), ("llama", CLASSES), ("bert", CLASSES)])
-# modules at odd places have ranks 3 + 2, those at even places 3 + 5; layers are 8 to 64 wide, so that 3 + 40 is more than most are
+# modules at odd positions have ranks 3 + 2, at even positions 3 + 5; layers are 8 to 64 wide, so 3 + 40 exceeds most of them
 @pytest.mark.parametrize("ranks", [(2, 5), (40, 5, 30)])
 def test_peft_opens_the_fold_on_the_untouched_backbone(
     tmp_path: Path, kind: str, task: TaskConfig, ranks: tuple[int, ...], method: str
@@ -55,14 +55,14 @@ def test_peft_opens_the_fold_on_the_untouched_backbone(
     live, opened = folded_adapter(tmp_path, kind, task, ranks, method)
     assert apart(live, opened) < 1e-5
     with live.disabled():
-        assert apart(live, opened) > 1e-3  # the adapter matters
+        assert apart(live, opened) > 1e-3  # the adapter has an effect
     stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert set(config["rank_pattern"]) == set(config["alpha_pattern"]) == {m.replace(".", r"\.") for m in live.spec.ranks}
     for module in live.spec.ranks:
         a, b = (live.parameters[f"{module}.lora_{x}"] for x in "AB")
         own = [ranks[v - 1] for v in range(1, len(ranks) + 1) if module in list(live.spec.ranks)[v % 2 :: 2]]
-        assert len(stored[_A.format(module)]) == min(3 + sum(own), a.shape[1], len(b))  # stacked while that fits, never more rows
+        assert len(stored[_A.format(module)]) == min(3 + sum(own), a.shape[1], len(b))  # stacked, but never more rows than the layer has
 
 
 def test_without_shifts_the_fold_is_the_adapter(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_module_that_no_shift_names_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["dropped", "scaling", "swapped"])
-def test_a_wrong_stack_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+def test_a_wrong_stack_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     from fedtune.models import combined
 
     right = combined.stack

@@ -38,7 +38,7 @@ def test_a_row_takes_two_exchanges_with_the_rendering_process(monkeypatch: pytes
 
     monkeypatch.setattr("fedtune.models.chat_template.render", counted)
     encode_conversation(templates.tokenizer("llama3"), CONVERSATIONS["three"])
-    assert asked == [1, 5]  # the whole; the prompts of three answers and the ends of the first two
+    assert asked == [1, 5]  # first the whole row, then the prompts of three answers and the ends of the first two
     asked.clear()
     encode_conversation(templates.tokenizer("llama3", marks=True), CONVERSATIONS["three"])
     assert asked == [1, 1]

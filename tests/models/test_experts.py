@@ -62,7 +62,7 @@ def test_the_merged_model_has_the_live_logits(tmp_path: Path, config: Any, metho
     merge(bare, state)
     torch.testing.assert_close(logits(bare), expected, atol=1e-4, rtol=1e-4)
     merge(without, some)
-    assert (logits(without) - expected).abs().max() > 0.05  # the experts' part is seen
+    assert (logits(without) - expected).abs().max() > 0.05  # the experts' part has an effect
 
 
 def test_each_expert_changes_by_its_own_product(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_clients_train_one_after_the_other(tmp_path: Path) -> None:
     live = live_on(checkpoint(tmp_path / "m", config=mixtral()))
     assert "stacked experts, which have no stacked form" in (stacked.why_not(live) or "")
     assert vmapped.why_not(live, CAUSAL)
-    assert torch.isfinite(logits(live.model)).all()  # the attempt leaves the model as it was
+    assert torch.isfinite(logits(live.model)).all()  # the attempt leaves the model unchanged
 
 
 def test_exports_hold_the_adapted_experts(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_the_layers_that_compute_tensors_again_are_the_first_and_the_gradients_s
             assert keep_none() == (kept != 0) and not keep_none()
     assert all(torch.equal(g, found[0][n]) for grads in found for n, g in grads.items())
     assert sizes[0] == sizes[1] > sizes[2] > sizes[3] and sizes[1] - sizes[2] == sizes[2] - sizes[3]
-    with lean.keeping(live.model, None) as keep_none:  # the limit ended with its context
+    with lean.keeping(live.model, None) as keep_none:  # the limit ends with its context
         assert keep_none()
     lean.disable(live)
     with lean.keeping(live.model, 1) as keep_none:
@@ -244,7 +244,7 @@ def test_an_evaluation_and_a_trained_weight_use_the_models_own_modules(tmp_path:
     with live.disabled():
         assert step_of(live.model) is None
     frozen = live.model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer.weight
-    frozen.requires_grad_(True)  # as SLoRA's search for a mask does
+    frozen.requires_grad_(True)  # as in SLoRA's search for a mask
     assert step_of(live.model) is None
     frozen.requires_grad_(False)
     forwards = [m.forward for m in live.backbone.model.model.layers]
@@ -277,8 +277,8 @@ def test_a_run_ends_with_the_adapter_of_pefts_modules(layers: float, tmp_path: P
         assert (ends[1][name] - tensor).norm() <= 1e-4 * tensor.norm(), name
 
 
-def test_a_hook_on_a_frozen_layer_counts(tmp_path: Path) -> None:
-    """As shifts of quantized weights add it."""
+def test_a_hook_on_a_frozen_layer_prevents_lean_steps(tmp_path: Path) -> None:
+    """Shifts of quantized weights add such a hook."""
     live = live_model(tmp_path)
     lean.enable(live)
     assert step_of(live.model) is not None
@@ -290,7 +290,7 @@ def test_a_hook_on_a_frozen_layer_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
-def test_shifts_of_quantized_weights_count(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shifts_of_quantized_weights_take_effect(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(ROWS, "wide", dataclasses.replace(ROWS["Qwen2, 2.5"], config=wide_config))
     live = live_model(tmp_path, "wide", model={"precision": precision, "compute": "fp32"})

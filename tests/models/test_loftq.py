@@ -46,10 +46,10 @@ def check_start(folder: Path, precision: str, peft: PeftConfig = PEFT, **changes
         a, b, rank = state[f"{name}.lora_A"].double(), state[f"{name}.lora_B"].double(), state.spec.ranks[name]
         sigma = torch.linalg.svdvals(weight - coarse)
         left = (weight - coarse - state.spec.scaling[name] * b @ a).norm()
-        # Eckart-Young: nothing of that rank comes nearer than the root of the squares of the other singular values
+        # Eckart-Young: no matrix of that rank has an error below the root of the sum of the other squared singular values
         torch.testing.assert_close(left, sigma[rank:].square().sum().sqrt(), rtol=1e-5, atol=0)
         assert left < sigma.norm()
-        torch.testing.assert_close(a.norm(), b.norm(), rtol=1e-5, atol=0)  # each has √σ of every direction
+        torch.testing.assert_close(a.norm(), b.norm(), rtol=1e-5, atol=0)  # each factor has √σ of every direction
 
 
 @pytest.mark.parametrize("precision", quick(KINDS, "nf4"))
@@ -67,7 +67,7 @@ def test_random_backbones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["transpose", "scaling"])
 def test_a_wrong_initialization_is_detected(tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong == "transpose":
-        monkeypatch.setattr(loftq, "Conv1D", ())  # no layer is one
+        monkeypatch.setattr(loftq, "Conv1D", ())  # so that no layer counts as Conv1D
     else:
         good = loftq.factors
         monkeypatch.setattr(loftq, "factors", lambda residual, drawn, scaling: good(residual, drawn, 1.0))

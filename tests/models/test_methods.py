@@ -25,7 +25,7 @@ CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=16), TaskConfig(kind="
 ASK = TaskConfig(kind="instruction", max_length=16, max_new_tokens=6)
 DECODERS = ("llama", "qwen2", "qwen3", "gpt2", "opt")
 PAIRS = [(kind, CAUSAL) for kind in DECODERS] + [(kind, CLASSES) for kind in (*DECODERS, *ENCODERS, "t5")] + [("t5", ASK)]
-QUICK = (("gpt2", CAUSAL), ("bert", CLASSES))  # where every method is tried in the quick suite, LoRA everywhere
+QUICK = (("gpt2", CAUSAL), ("bert", CLASSES))  # the quick suite tries every method on these, and LoRA on all
 ACTS_AT_ONCE = ("prompt", "prefix", "ptuning_v2")  # virtual tokens change the output from the start; version 0 of any other method does not
 PEFT_KNOWS = ("lora", "dora", "rslora", "ia3", "prompt", "prefix", "ptuning_v2")
 NO_BIAS = ("llama", "qwen3", "t5")
@@ -59,7 +59,8 @@ def batch(task: TaskConfig, pad: int = 1) -> dict[str, torch.Tensor]:
     mask[1, 6:] = 0
     ids[1, 6:] = pad
     labels = {"classification": torch.tensor([0, 1, 2]), "causal_lm": ids.masked_fill(mask == 0, -100)}
-    labels["instruction"] = torch.tensor([[-100, 5, 6, 1], [-100, 7, 1, -100], [-100, 9, 8, 1]])  # of T5: the answers behind their start
+    # T5's labels: the answers after the start token
+    labels["instruction"] = torch.tensor([[-100, 5, 6, 1], [-100, 7, 1, -100], [-100, 9, 8, 1]])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels[task.kind]}
 
 
@@ -89,7 +90,7 @@ def test_every_method_on_every_architecture(tmp_path: Path, name: str, kind: str
     trained = {id(p) for p in live.model.parameters() if p.requires_grad}
     assert trained == {id(p) for p in live.parameters.values()}
     assert (task is CLASSES) == any(n.startswith(("score.", "classifier.", "classification_head.")) for n in live.parameters)
-    # version 0 is the backbone, where the method allows it
+    # version 0 equals the backbone, if the method allows it
     live.load(initial)
     bare = logits(load_backbone(hub(tmp_path / "m"), task, num_labels=3, seed=5), task)
     if name not in ACTS_AT_ONCE:
@@ -99,7 +100,7 @@ def test_every_method_on_every_architecture(tmp_path: Path, name: str, kind: str
     live.load(state)
     for n, tensor in live.read(3).tensors.items():
         torch.testing.assert_close(tensor, state[n], rtol=0, atol=2e-6)
-    # it acts, it can be left out, and it comes back
+    # the adapter has an effect, can be disabled, and is enabled again
     adapted = logits(live, task)
     assert not torch.allclose(adapted, bare, atol=1e-2)
     with live.disabled():
@@ -160,7 +161,7 @@ def test_the_folder_opens_with_peft(tmp_path: Path, name: str, kind: str, task: 
     live = make(tmp_path / "m", kind, task, name)
     live.load(perturb(start(tmp_path / "m", task, name)))
     live.save_peft(tmp_path / "adapter")
-    if name not in PEFT_KNOWS or (name == "ptuning_v2" and kind in ("distilbert", "t5")):  # of encoders, transformers 5 takes no past
+    if name not in PEFT_KNOWS or (name == "ptuning_v2" and kind in ("distilbert", "t5")):  # transformers 5 passes no past to encoders
         assert not list((tmp_path / "adapter").iterdir())
         return
     with quiet():
@@ -194,13 +195,13 @@ def test_a_smaller_rank_in_the_slot_is_exact(tmp_path: Path, name: str, kind: st
     small = truncate(big, {m: 1 + i % 3 for i, m in enumerate(big.spec.ranks)})
     live.load(big)
     live.load(small)
-    own = make(tmp_path / "m", kind, CLASSES, name, rank=6, rank_pattern=dict(small.spec.ranks))  # slots of just these ranks
+    own = make(tmp_path / "m", kind, CLASSES, name, rank=6, rank_pattern=dict(small.spec.ranks))  # slots of exactly these ranks
     own.load(small)
     torch.testing.assert_close(logits(live, CLASSES), logits(own, CLASSES), rtol=1e-5, atol=1e-5)
     back = live.read(2)
     assert back.spec.ranks == small.spec.ranks and back.spec.scaling == small.spec.scaling
     assert all(back[n].shape == t.shape and back[n].is_contiguous() for n, t in small.tensors.items())
-    # three steps: the padding gets no gradient, and the tensors go the way that they go in their own slot
+    # three steps: the padding gets no gradient, and the tensors change as in their own slot
     for slot in (live, own):
         optimizer = torch.optim.AdamW(slot.parameters.values(), lr=1e-2)
         for _ in range(3):
@@ -211,14 +212,14 @@ def test_a_smaller_rank_in_the_slot_is_exact(tmp_path: Path, name: str, kind: st
         torch.testing.assert_close(live.read(1)[n], tensor, rtol=0, atol=1e-5)
     for module, rank in small.spec.ranks.items():
         assert not live.parameters[f"{module}.lora_A"][rank:].any() and not live.parameters[f"{module}.lora_B"][:, rank:].any()
-    # and PEFT opens what it saves, scaling included
+    # PEFT opens the saved adapter, scaling included
     live.save_peft(tmp_path / "adapter")
     with quiet():
         bare = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", num_labels=3)
         bare.config.pad_token_id = 1
         model = PeftModel.from_pretrained(bare, tmp_path / "adapter")
     torch.testing.assert_close(model(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
-    # the full rank comes back as it was
+    # the full rank is restored unchanged
     live.load(big)
     assert live.read(0).spec == big.replace(base=live.backbone.fingerprint).spec and torch.equal(live.read(0)[n], big[n])
 
@@ -235,7 +236,7 @@ def test_ranks_by_module_and_the_scaling_of_each_method(tmp_path: Path) -> None:
     for name, scale in {"lora": lambda r: 6 / r, "dora": lambda r: 6 / r, "rslora": lambda r: 6 / r**0.5}.items():
         spec = start(tmp_path / "m", CAUSAL, name, rank_pattern=pattern).spec
         ranks = {m.removeprefix("model.layers."): r for m, r in spec.ranks.items()}
-        assert ranks["0.self_attn.q_proj"] == 4 and ranks["1.self_attn.q_proj"] == 9  # the longest name counts
+        assert ranks["0.self_attn.q_proj"] == 4 and ranks["1.self_attn.q_proj"] == 9  # the longest matching name counts
         assert ranks["0.mlp.up_proj"] == 2 and ranks["1.self_attn.k_proj"] == 3
         assert spec.scaling == pytest.approx({m: scale(r) for m, r in spec.ranks.items()})
         live = make(tmp_path / "m", "llama", CAUSAL, name, rank_pattern=pattern)
@@ -284,11 +285,11 @@ def test_a_classifiers_logits_do_not_depend_on_the_padding(tmp_path: Path, name:
 @pytest.mark.parametrize("name", ["prompt", "prefix", "ptuning_v2"])
 @pytest.mark.parametrize("kind", [*DECODERS, "t5"])
 def test_generation_continues_the_prompt(tmp_path: Path, name: str, kind: str) -> None:
-    checkpoint(tmp_path / "m", kind, seed=5 if kind == "t5" else 0)  # T5's seed 0 has nothing to say
+    checkpoint(tmp_path / "m", kind, seed=5 if kind == "t5" else 0)  # with seed 0 T5's answers are empty
     live = make(tmp_path / "m", kind, ASK, name)
     live.load(perturb(start(tmp_path / "m", ASK, name), std=0.5))
     texts = ["turn on the light", "set heat", "red lamp in a kitchen"]
-    words = tokenizer(pad_token="<unk>" if kind == "t5" else "</s>")  # transformers reads ours wrongly beside a T5 or Qwen2
+    words = tokenizer(pad_token="<unk>" if kind == "t5" else "</s>")  # transformers misreads our tokenizer beside a T5 or Qwen2
     prompts = [np.array(ids) for ids in words(texts).input_ids]
     rows = [Example(ids, np.full(len(ids), -100), len(ids), "") for ids in prompts]
     want = []

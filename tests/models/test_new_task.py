@@ -109,7 +109,7 @@ def test_two_rounds_end_in_a_report_a_card_and_a_model_that_transformers_loads(t
     records = read_metrics(run)
     rounds = [r for r in records if r.get("client") is None]
     assert [r["round"] for r in rounds] == [0, 1, 2] and all({"loss", "mae", "clients_mean"} <= set(r) for r in rounds)
-    assert all(r["mae"] ** 2 <= r["loss"] * (1 + 1e-6) for r in rounds)  # by Jensen, and not by chance another number
+    assert all(r["mae"] ** 2 <= r["loss"] * (1 + 1e-6) for r in rounds)  # by Jensen's inequality
     assert rounds[-1]["clients_worst_decile"] >= rounds[-1]["clients_mean"]  # lower is better
     assert primary_metric(records) == "mae" and not higher_is_better("mae")
     html = (run / "report.html").read_text(encoding="utf-8")
@@ -120,7 +120,7 @@ def test_two_rounds_end_in_a_report_a_card_and_a_model_that_transformers_loads(t
     assert json.loads((run / "merged" / "fedtune.json").read_text())["task"] == "regression"
     with pytest.raises(ModelError, match="is a regressor: it outputs numbers, not text"):
         read_card(run / "merged")
-    # the exported model gives the numbers of the trained adapter
+    # the exported model predicts the same numbers as the trained adapter
     model = AutoModelForSequenceClassification.from_pretrained(run / "merged").eval()
     tokens = AutoTokenizer.from_pretrained(run / "merged")("lamp kettle door", return_tensors="pt").input_ids
     config = experiment(tmp_path)

@@ -141,7 +141,7 @@ def test_a_step_reaches_every_trained_tensor_and_nothing_else(kind: str, task: T
     backbone = {n: p.clone() for n, p in model.named_parameters()}
     live = attach(model, peft, task)
     if peft is not PROMPTS:
-        # the start is the backbone; not to the bit for T5, whose trainable position biases make SDPA choose another kernel
+        # version 0 equals the backbone; not bit for bit for T5, whose trainable position biases make SDPA choose another kernel
         torch.testing.assert_close(logits(live.model, task, kind), before, rtol=0, atol=1e-4 if kind == "t5" else 0)
     shake(live, 0.05)
     own = dict(live.model.named_parameters())
@@ -152,7 +152,7 @@ def test_a_step_reaches_every_trained_tensor_and_nothing_else(kind: str, task: T
     # padding rows of embedding tables, and positions and segments that the batch lacks, have a gradient of zeros
     assert all(p.grad is not None and p.grad.isfinite().all() for p in live.parameters.values())
     silent = {n for n, p in live.parameters.items() if p.grad is not None and not p.grad.any()}
-    assert all(n.endswith(("k_proj.bias", "key.bias", "k_lin.bias")) for n in silent)  # softmax does not see a key's bias
+    assert all(n.endswith(("k_proj.bias", "key.bias", "k_lin.bias")) for n in silent)  # softmax does not depend on a key's bias
     torch.optim.SGD(live.parameters.values(), lr=0.1).step()
     after = dict(live.model.named_parameters())
     trained = {live.names[n] for n in live.parameters}
@@ -197,7 +197,7 @@ def test_a_server_learns_names_and_shapes_on_the_meta_device(kind: str, peft: Pe
 @pytest.mark.parametrize(("kind", "task"), [("qwen2", CAUSAL), ("gpt2", CAUSAL), ("bert", CLASSES), ("albert", CLASSES)])
 def test_over_bf16_the_trained_tensors_are_float32(kind: str, task: TaskConfig, peft: PeftConfig) -> None:
     model = build(kind, task, dtype=torch.bfloat16)
-    for head in (n for n in ("classifier", "score") if hasattr(model, n)):  # as load_backbone has it
+    for head in (n for n in ("classifier", "score") if hasattr(model, n)):  # as after load_backbone
         model.get_submodule(head).float().register_forward_pre_hook(lambda m, a: (a[0].float(),))
     before = logits(model, task)
     live = attach(model, peft, task)
@@ -221,7 +221,7 @@ def test_vmap_over_clients_equals_sequential_training(kind: str, peft: PeftConfi
     live = attach(build(kind, CLASSES), peft, CLASSES)
     shake(live)
     live.model.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]  # vmap would warn of SDPA, which it loops over
-    inputs = batch(CLASSES)["input_ids"][:2]  # without a mask: making one looks at its values, which vmap cannot
+    inputs = batch(CLASSES)["input_ids"][:2]  # without a mask: making one reads values, which vmap does not allow
     stacks = {}
     for name, parameter in live.parameters.items():
         generator = torch.Generator().manual_seed(7)

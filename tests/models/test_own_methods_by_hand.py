@@ -172,7 +172,7 @@ def test_each_layer_is_a_tensor_that_can_be_trained_alone() -> None:
     assert [n for n, p in live.parameters.items() if p.grad is not None] == ["layers.1.prompt"]
     want = logits(live.model, CLASSES)
     with torch.no_grad():
-        live.parameters["layers.2.prompt"].add_(1.0)  # a frozen one acts all the same
+        live.parameters["layers.2.prompt"].add_(1.0)  # a frozen prompt has an effect too
     assert not torch.allclose(logits(live.model, CLASSES), want, atol=1e-3)
 
 
@@ -190,7 +190,7 @@ def test_each_depth_of_albert_has_its_own_prompt_also_with_groups() -> None:
             )
     logits(live.model, CLASSES)
     assert seen == list(range(8))
-    model.albert.encoder.albert_layer_groups[0].albert_layers[0].attention.prompts.turn = 1  # as after a pass that broke off
+    model.albert.encoder.albert_layer_groups[0].albert_layers[0].attention.prompts.turn = 1  # as after an interrupted pass
     seen.clear()
     logits(live.model, CLASSES)
     assert seen == list(range(8))

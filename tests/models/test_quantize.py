@@ -118,7 +118,7 @@ def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
     own, result = linears(plain.model), linears(backbone.model)
     assert result.keys() == own.keys()
     whole = {n for n, m in result.items() if not quantize.is_quantized(m)}
-    # classifiers and the output layer; T5's wo, whose code reads its weight's dtype; what is fed by an embedding of 8
+    # not quantized: classifiers, the output layer, T5's wo (its code reads the weight's dtype), and layers that read an embedding of 8
     also = (".wo", *((".project_in", ".embedding_hidden_mapping_in") if precision == "nf4" else ()))
     heads = {n for n in own if n.split(".")[0] in ("classifier", "pre_classifier", "lm_head")}
     assert whole == heads | {n for n in own if n.endswith(also)}
@@ -127,7 +127,7 @@ def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
         assert off(quantize.weight_of(result[name]), weight) < (0.15 if precision == "nf4" else 0.02), name
     assert not any(p.requires_grad or p.is_meta for p in backbone.model.parameters())
     assert off(logits(backbone), logits(dequantized_backbone(backbone, folder, task))) < 1e-4
-    assert backbone.fingerprint == plain.fingerprint  # adapters go between precisions
+    assert backbone.fingerprint == plain.fingerprint  # so adapters fit backbones of any precision
 
 
 def test_rows_that_are_not_a_multiple_of_a_block_are_not_quantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -148,7 +148,7 @@ def test_the_second_start_reads_the_cache(tmp_path: Path, cache: Path, precision
     monkeypatch.setattr(quantize, "_build", None)
     assert torch.equal(
         logits(quantized_backbone(folder, precision, CLASSES)), first
-    )  # heads, which are not kept, are drawn from the seed again
+    )  # heads are not in the cache: they are drawn from the seed again
 
 
 def test_each_setting_has_its_own_entry(tmp_path: Path, cache: Path) -> None:

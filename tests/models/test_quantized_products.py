@@ -80,7 +80,7 @@ def test_no_shift_is_too_small_for_four_bits(tmp_path: Path) -> None:
     module = "model.layers.0.self_attn.q_proj"
     for version in range(1, 11):
         frozen.add(step.replace(version=version))
-    want = 10 * 0.5 * (step[f"{module}.lora_B"] @ step[f"{module}.lora_A"])  # some 5e-4: NF4's levels lie 0.1 apart
+    want = 10 * 0.5 * (step[f"{module}.lora_B"] @ step[f"{module}.lora_A"])  # about 5e-4, while NF4's levels are 0.1 apart
     branch = frozen._branches[module]
     assert off(branch(layer, (x,), zero).float(), x.float() @ want.T) < 0.01
 
@@ -99,7 +99,7 @@ NARROW = ["bf16", *KINDS]
 def test_a_step_keeps_no_float32_copy_of_a_layers_input(tmp_path: Path, precision: str) -> None:
     live = narrow(wide(tmp_path / "llama"), precision)
     kept: dict[torch.dtype, set[int]] = {}
-    rows: list[Tensor] = []  # alive, so that no address is taken twice
+    rows: list[Tensor] = []  # keeps the tensors alive, so that no address is reused
 
     def pack(t: Tensor) -> Tensor:
         rows.append(t)
@@ -125,7 +125,7 @@ def test_a_narrow_product_has_the_gradient_of_the_float64_one(tmp_path: Path, pr
     layer(x).backward(g)
     s = live.spec.scaling[name]
     wide_x, wide_g, wide_a, wide_b = (t.detach().double() for t in (x, g, a, b))
-    # a bf16 number is off by 0.2 % on average at most; four roundings lie between
+    # rounding to bf16 changes a number by at most 0.2 % on average; there are four roundings
     assert off(cast(Tensor, b.grad).double(), s * wide_g.T @ (wide_x @ wide_a.T)) < 0.01
     assert off(cast(Tensor, a.grad).double(), s * (wide_g @ wide_b).T @ wide_x) < 0.01
 
@@ -143,7 +143,7 @@ def test_narrow_logits_are_counted_in_pieces(tmp_path: Path, monkeypatch: pytest
 
     def found() -> tuple[float, Tensor]:
         loss, count = loss_sum(live.model, rows_of_text(), LM)
-        assert count == 27  # 3 rows of 10 tokens, whose first is predicted by nothing
+        assert count == 27  # 3 rows of 10 tokens; no token predicts the first
         grads = torch.autograd.grad(loss, list(live.parameters.values()))
         return loss.item(), torch.cat([g.flatten() for g in grads])
 
@@ -179,18 +179,18 @@ def test_an_adapter_trained_on_nf4_is_merged_into_float32(tmp_path: Path) -> Non
     plain = LiveAdapter(load_backbone(hub(folder), LM), PeftConfig(rank=3), LM)
     plain.load(state)
     assert off(logits(merged), logits(plain.backbone)) < 1e-5
-    assert off(logits(merged), logits(live.backbone)) > 1e-3  # which differ by what NF4 rounds
+    assert off(logits(merged), logits(live.backbone)) > 1e-3  # they differ by NF4's rounding
 
 
 @pytest.mark.slow
 def test_quantizing_needs_no_whole_model_in_memory(tmp_path: Path) -> None:
-    """124 M parameters, 495 MB in float32: a process of its own quantizes them with well under the whole of them in memory (measured: 180
-    to 320 MB, pages of the mapped checkpoint included, which the system may take back); a second one maps what was written, and takes no
-    more than that (about 0.8 bytes each, with the embeddings in 16 bits)."""
+    """124 M parameters, 495 MB in float32: a separate process quantizes them with much less memory (measured: 180 to
+    320 MB, including pages of the mapped checkpoint, which the system may reclaim). A second process maps the written weights and takes no
+    more memory than they have (about 0.8 bytes each, with the embeddings in 16 bits)."""
     args = argparse.Namespace(compute="bf16", shape="2x32", steps=1, threads=1, checkpointing=False)
     in_process(args, "125m", "fp32", str(tmp_path), "make")
     first = []
-    for _ in range(3):  # how many mapped pages are resident at the peak differs from start to start; a whole model would be there in each
+    for _ in range(3):  # the number of resident mapped pages varies between starts; a whole model would show in each
         first.append(in_process(args, "125m", "nf4", str(tmp_path), "load"))
         if first[-1]["load MB"] - first[-1]["libraries MB"] < 300:
             break

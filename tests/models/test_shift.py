@@ -1,4 +1,4 @@
-"""Shifts of the frozen weights: W ← W0 + Σ s·B·A, in any storage, and back."""
+"""Shifts of the frozen weights: W ← W0 + Σ s·B·A in any storage, and their removal."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def test_mismatched_shifts_are_refused() -> None:
 def test_a_shift_is_merged_whole_or_not_at_all() -> None:
     layer = nn.Linear(5, 3)
     before, frozen = layer.weight.detach().clone(), FrozenWeights(nn.ModuleDict({"q": layer, "up": nn.Linear(4, 3)}))
-    good, other = shift(1, 2), shift(2, 2, module="up")  # the latter is (3, 5), the layer (3, 4)
+    good, other = shift(1, 2), shift(2, 2, module="up")  # the second shift is (3, 5), but the layer is (3, 4)
     both = AdapterState({**good.tensors, **other.tensors}, good.spec).replace(scaling={"q": 0.5, "up": 0.5})
     with pytest.raises(ModelError, match="changes 'up' by"):
         frozen.add(both)

@@ -119,7 +119,7 @@ def test_entries_outside_the_mask_do_not_change_even_with_weight_decay(tmp_path:
         after, start = effective(linear).flatten(), matrices[name].flatten()
         masked = torch.zeros(len(start), dtype=torch.bool)
         masked[random_mask("7", name, len(start), len(state[f"{name}.sparse"]))] = True
-        # a bias, subtracted again, rounds; without one it is bit for bit
+        # with a bias, which is subtracted again, there is rounding; without one, none
         same = torch.equal if linear.bias is None or not linear.bias.any() else torch.allclose
         assert same(after[~masked], start[~masked])
         assert not torch.equal(after[masked], start[masked])
@@ -133,7 +133,7 @@ def test_the_corrected_switch_changes_no_logit(tmp_path: Path, kind: str, task: 
     if mask == "random":
         assert_switch_changes_nothing(tmp_path / "m", kind, task)
         return
-    state = first(checkpoint(tmp_path / "m", kind), task, density=0.3)  # the same positions, but sent along
+    state = first(checkpoint(tmp_path / "m", kind), task, density=0.3)  # the same positions, but in the state
     shapes = {n: m.numel() for n, m in ((n, effective(x)) for n, x in linears(make(tmp_path / "m", kind, task)).items())}
     sent = {f"{n}.index": random_mask("x", n, size, len(state[f"{n}.sparse"])).int() for n, size in shapes.items()}
     assert_switch_changes_nothing(tmp_path / "m", kind, task, state.replace({**sent, **state.tensors}, mask=""))
@@ -149,7 +149,7 @@ def assert_switch_changes_nothing(folder: Path, kind: str, task: TaskConfig, sta
     before = logits(slot)
     slot.release()
     live.load(live.read(0).replace({n: torch.zeros_like(t) if "lora_B" in n else t for n, t in live.read(0).tensors.items()}))
-    assert (logits(live) - before).abs().max() > 0.05  # the sparse stage did something
+    assert (logits(live) - before).abs().max() > 0.05  # the sparse stage has an effect
     begun = type(start)(adapter=trained, memory=start.memory)
     sent = trained.subset([n for n in trained.tensors if not n.endswith(".index")])
     after = server.aggregate(1, begun, iter([Update(client="c", round=1, base_version=0, adapter=sent, examples=5)]))
@@ -200,9 +200,9 @@ def test_every_entry_under_the_mask_is_federated_full_fine_tuning(tmp_path: Path
         torch.testing.assert_close(after[f"{name}.sparse"].double(), mean.flatten(), atol=1e-5, rtol=1e-4)
 
 
-def test_gradients_are_those_of_the_dense_weights_a_shared_layer_counted_thrice(tmp_path: Path) -> None:
+def test_gradients_are_those_of_the_dense_weights_with_a_shared_layer_counted_three_times(tmp_path: Path) -> None:
     live, state = make(tmp_path / "m", "albert", CLASSES), first(tmp_path / "m", CLASSES)
-    assert len(sparse.lora_layers(live.model)) == 8  # six matrices of the one layer, though it is used thrice; two around it
+    assert len(sparse.lora_layers(live.model)) == 8  # six matrices of the layer that is used three times, and two around it
     slot = SparseSlot(live, state.spec)
     slot.load(state)
     batch = collate(rows(5, CLASSES), 1)
@@ -232,7 +232,7 @@ def test_a_bf16_backbone_trains_float32_values(tmp_path: Path) -> None:
     assert len(changed) > len(place) / 2 and set(changed.tolist()) <= set(place.tolist())
 
 
-def test_the_optimizer_sees_packed_values_only(tmp_path: Path) -> None:
+def test_the_optimizer_gets_only_packed_values(tmp_path: Path) -> None:
     live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL)
     slot = SparseSlot(live, state.spec)
     slot.load(state)

@@ -157,13 +157,13 @@ def test_decisions_of_one_forward_pass_agree_with_generation(tmp_path: Path) -> 
     backbone = load_backbone(hub(checkpoint(tmp_path / "m", config=config)), INSTRUCTION)
     model, words = backbone.model, backbone.tokenizer
     eos = words.eos_token_id
-    with torch.no_grad():  # so that it ends some of its answers
+    with torch.no_grad():  # so that the model ends some of its answers
         model.get_parameter("lm_head.weight")[eos] *= 2.5
     rows: list[Example] = []
     for i in range(24):
         prompt = token_ids(1, 2 + i % 5, seed=i)[0]
         answer = by_hand(model, prompt, eos, 6)
-        # right answers (cut ones among them), right beginnings, wrong ends, and wrong from the start
+        # right answers (some of them cut), answers that are right at first, and wrong answers
         wanted = (answer, answer[:-1], [*answer[:-1], 4], [5, *answer])[i % 4]
         rows.append(prompt_example(prompt, torch.tensor([*wanted, eos]), words.decode(wanted, skip_special_tokens=True)))
     generated = generate_answers(model, words, rows, INSTRUCTION, batch_size=5)

@@ -117,7 +117,7 @@ class Echo(threading.Thread):
                 if answer.messages_list:
                     self._send_back(message_from_proto(answer.messages_list[0]), answer.message_object_trees[0])
             except (httpx.HTTPError, RuntimeError):
-                time.sleep(0.1)  # as every node: it tries again
+                time.sleep(0.1)  # try again, as every node does
 
     def _send_back(self, message: Message, tree: Any) -> None:
         run, name = message.metadata.run_id, message.metadata.message_id

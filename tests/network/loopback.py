@@ -99,7 +99,7 @@ class Server:
         return [node.node_id for node in self.state.get_node_info() if node.status == "online"]
 
     def send(self, run_id: int, node_id: int, content: RecordDict, kind: str = "train", late: int = 0) -> str:
-        """Post a message; `late` of its parts are withheld. Returns its id."""
+        """Post a message; `late` of its parts are withheld. Returns the message's id."""
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 1, 1
         message = Message(content, node_id, kind, group_id="3", ttl=600.0)
         message.metadata.__dict__["_message_id"] = message.object_id

@@ -40,11 +40,11 @@ def make_app(settings: Mapping[str, Any]) -> ClientApp:
             case ["raise"]:
                 raise ValueError("it does not fit")
             case ["memory"]:
-                raise MemoryError("no room")
+                raise MemoryError("out of memory")
             case ["hang"]:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 time.sleep(600)
-            case ["fork"]:  # a helper that holds every descriptor and outlives us
+            case ["fork"]:  # a child process that inherits every descriptor and outlives this one
                 if os.fork() == 0:
                     time.sleep(30)
                     os._exit(0)

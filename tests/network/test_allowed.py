@@ -14,7 +14,7 @@ from fedtune.network.allowed import AllowedClientsWatcher
 from fedtune.network.keys import read_allowed
 from fedtune.network.public import PULL, PublicPort
 from tests.network.echo import Key, new_key, public_text
-from tests.network.test_linkstate import empty, registrar  # noqa: F401
+from tests.network.test_linkstate import empty, make_registrar  # noqa: F401
 from tests.network.test_public_port import MAX, Inside, call, signed
 from tests.network.waiting import wait_until
 
@@ -93,22 +93,22 @@ def test_the_file_is_checked_periodically(server: Server, monkeypatch: pytest.Mo
 
 
 def test_keys_are_added_and_removed_while_the_port_is_open(tmp_path: Path, empty: Path) -> None:  # noqa: F811
-    office = registrar(tmp_path, names(a=A, b=B), empty)
-    office.sync_nodes()
-    port = PublicPort(Inside(), max_body=MAX, keys=office._keys)
+    registrar = make_registrar(tmp_path, names(a=A, b=B), empty)
+    registrar.sync_nodes()
+    port = PublicPort(Inside(), max_body=MAX, keys=registrar._keys)
 
     def statuses() -> list[int]:
         return [call(port, PULL, [b""], headers=signed(key))[0] for key in (A, B, C)]
 
-    ids = {n["name"]: n["node_id"] for n in office.nodes()["nodes"]}
+    ids = {n["name"]: n["node_id"] for n in registrar.nodes()["nodes"]}
     assert statuses() == [200, 200, 401]
-    office.allow(names(a=A, b=C))  # b's key was rotated
+    registrar.allow(names(a=A, b=C))  # b's key was rotated
     assert statuses() == [200, 401, 200]
-    now = {n["name"]: n["node_id"] for n in office.nodes()["nodes"]}
+    now = {n["name"]: n["node_id"] for n in registrar.nodes()["nodes"]}
     assert now["a"] == ids["a"] and set(now) == {"a", "b"} and now["b"] != ids["b"]
-    assert office._state.get_node_id_by_public_key(public_key_to_bytes(B.public_key())) is None
-    office.allow(names(a=A))
+    assert registrar._state.get_node_id_by_public_key(public_key_to_bytes(B.public_key())) is None
+    registrar.allow(names(a=A))
     assert statuses() == [200, 401, 401]
     with pytest.raises(NetworkError, match="cannot be read"):
-        office.allow({"a": "no key"})
+        registrar.allow({"a": "no key"})
     assert statuses() == [200, 401, 401]

@@ -1,4 +1,4 @@
-"""Server and clients as real processes on loopback come to the adapter that the simulation comes to."""
+"""Server and clients as real processes on loopback end with the simulation's adapter."""
 
 import re
 import subprocess
@@ -89,7 +89,7 @@ def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> No
     assert_same(deployment.adapter(), simulated(tmp_path, experiment))
 
 
-def test_doors_refuse_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_and_client_refuse_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, sentence in (
         (["-m", "fedtune.cli.server"], "fedtune-server: --certificates and --allowed are both needed"),
         (["-m", "fedtune.cli.server", "--insecure", "--address", "8080"], "fedtune-server: --address 8080 is not an address"),
@@ -105,6 +105,6 @@ def test_doors_refuse_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
         assert program.main(args[2:]) == 2
         error = capsys.readouterr().err
         assert error.startswith(sentence) and error.count("\n") == 1, error
-        if "rounds=x" in args or "localhost:1" in args:  # each program as a process, too
+        if "rounds=x" in args or "localhost:1" in args:  # these also as real processes
             done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120)
             assert (done.returncode, done.stderr) == (2, error)

@@ -1,4 +1,4 @@
-"""The warm child process: its answers, its ways to die, and that no process remains."""
+"""The child process of a node: its answers, its crashes, and that no process is left behind."""
 
 import io
 import os
@@ -84,10 +84,10 @@ def test_one_warm_child_answers_all_messages_and_its_prints_do_not_interfere(mak
     assert log.count("a library prints") == log.count("and one writes") == 3
     reply = child.answer(order("raise"), 7)
     assert reason(reply) == "ValueError: it does not fit" and "Traceback" in (tmp_path / "logs" / "worker.log").read_text()
-    assert reason(child.answer(order("memory"), 7)) == "MemoryError: no room"
+    assert reason(child.answer(order("memory"), 7)) == "MemoryError: out of memory"
     error = reason(child.answer(order("a", node_id=9), 7))
     assert error == "the message is addressed to another node: the server mixes up its clients"
-    assert status_of(child.answer(order("still"), 7))["lives"] == 1  # none of that cost a child
+    assert status_of(child.answer(order("still"), 7))["lives"] == 1  # still the first child
 
 
 @pytest.mark.slow
@@ -131,11 +131,11 @@ def test_a_message_that_kills_two_children_is_an_error_with_the_cause_of_death(m
     for do, how in (
         ("kill 9", "it was killed by signal 9, perhaps out of memory"),
         ("exit 3", "it ended with exit code 3"),
-        ("fork", "it was killed by signal 9, perhaps out of memory"),  # though its helper lives on
+        ("fork", "it was killed by signal 9, perhaps out of memory"),  # although its own child lives on
     ):
         reply = child.answer(order(do), 7)
         assert reason(reply) == f"the client's worker died 2 times on this message: {how} (its log is worker.log)"
-    assert status_of(child.answer(order("later"), 7))["lives"] == 7  # a fresh one, after 3 x 2
+    assert status_of(child.answer(order("later"), 7))["lives"] == 7  # a new child, after 3 × 2 that died
 
 
 @pytest.mark.slow

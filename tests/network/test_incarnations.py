@@ -1,4 +1,4 @@
-"""Two processes with one key: a restarted client gets its place at once; a second machine is refused by name."""
+"""Two processes with one key: a restarted client is accepted at once; a second machine is refused by name."""
 
 import httpx
 
@@ -29,15 +29,15 @@ def test_a_second_machine_is_refused_while_the_first_is_active() -> None:
     clock = Clock()
     lives = Incarnations(clock)
     assert lives.may_call(KEY, "first", activates=True)
-    assert lives.may_call(KEY, "second", activates=True)  # the first may be dead
+    assert lives.may_call(KEY, "second", activates=True)  # the first process may be dead
     clock.now = 10.0
-    assert lives.may_call(KEY, "first", activates=False)  # it is not
+    assert lives.may_call(KEY, "first", activates=False)  # but it is alive
     assert not lives.may_call(KEY, "second", activates=False) and not lives.may_call(KEY, "second", activates=True)
     clock.now += QUIET_S - 0.1
     assert not lives.may_call(KEY, "second", activates=True)
     clock.now += 0.2
     assert lives.may_call(KEY, "second", activates=True) and lives.may_call(KEY, "second", activates=False)
-    assert lives.may_call(b"another", "first", activates=False)  # each key has a place of its own
+    assert lives.may_call(b"another", "first", activates=False)  # each key has its own holder
 
 
 def test_a_late_leave_of_the_old_process_changes_nothing() -> None:
@@ -65,7 +65,7 @@ def test_the_public_port_refuses_the_second_before_it_reads_a_body() -> None:
     assert [ask(ACTIVATE, "first"), ask(ACTIVATE, "second"), ask(PULL, "first")] == [200, 200, 200]
     assert [ask(PULL, "second"), ask(ACTIVATE, "second"), ask(DEACTIVATE, "second"), ask(PULL, "first")] == [409, 409, 409, 200]
     assert came == [public, public]
-    assert call(port, PULL, [b""], headers=signed(key))[0] == 200  # a stock SuperNode names no life
+    assert call(port, PULL, [b""], headers=signed(key))[0] == 200  # Flower's own SuperNode sends no process id
 
 
 def test_the_error_of_the_second_machine_says_what_to_do(running: Start) -> None:

@@ -42,14 +42,14 @@ def shake(folder: Path, ca: Path, name: str) -> str:
     def serve() -> None:
         try:
             side.wrap_socket(there, server_side=True).close()
-        except OSError:  # the client refused, and says so on its own side
+        except OSError:  # the client refused; its side raises the error
             there.close()
 
     thread = threading.Thread(target=serve)
     thread.start()
     try:
         context = ssl.create_default_context(cafile=ca)
-        context.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python asks for from 3.13 on
+        context.verify_flags |= ssl.VERIFY_X509_STRICT  # Python's default since 3.13
         with context.wrap_socket(here, server_hostname=name) as tls:
             return tls.version() or ""
     finally:
@@ -94,7 +94,7 @@ def test_modes_and_private_keys(keys_folder: Path) -> None:
 
 
 def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = os.umask(0)  # nothing that the process is started with may open a key
+    before = os.umask(0)  # a permissive umask must not make a key readable
     opened: dict[str, int] = {}
     real = os.open
 
@@ -169,7 +169,7 @@ def test_private_material_is_never_printed(tmp_path: Path, capfd: pytest.Capture
     for line in (line for p in secret for line in p.read_text().splitlines()):
         assert line not in output
     (out / "server.key").write_text((out / "server.key").read_text()[:60])
-    with pytest.raises(ConfigError) as bad:  # nor does a refusal quote it
+    with pytest.raises(ConfigError) as bad:  # a refusal does not quote it either
         check_private_key(out / "server.key")
     assert "MIG" not in str(bad.value) and "\n" not in str(bad.value)
 
@@ -212,7 +212,7 @@ def test_a_key_that_others_can_read_is_refused(keys_folder: Path, tmp_path: Path
         check_private_key(copy)
     copy.chmod(0o400)
     check_private_key(copy)
-    if copy.stat().st_uid == 0:  # the superuser's: systemd and Docker hand such files to a service through its group
+    if copy.stat().st_uid == 0:  # files of the superuser may be readable by a group: systemd and Docker pass secrets in this way
         copy.chmod(0o440)
         with monkeypatch.context() as service:
             service.setattr(keys.os, "geteuid", lambda: 10001)
@@ -260,7 +260,7 @@ def test_rotate_replaces_the_key_of_that_client_only(tmp_path: Path) -> None:
     assert stat.S_IMODE((out / "clients" / "a" / "key").stat().st_mode) == 0o600
     changed = {p.relative_to(out).as_posix() for p, data in files.items() if p.read_bytes() != data}
     assert changed == {"allowed.json", "clients/a/key", "clients/a/key.pub"} and {p for p in out.rglob("*") if p.is_file()} == set(files)
-    shutil.rmtree(out / "clients")  # the copies were deleted, as they should be
+    shutil.rmtree(out / "clients")  # the operator has deleted the copies, as advised
     (out / "clients").mkdir()
     rotate_clients(out, ["a"])
     assert (out / "clients" / "a" / "key").is_file() and read_allowed(out / "allowed.json")["b"] == old["b"]
@@ -294,7 +294,7 @@ def test_clients_trust_a_renewed_server_without_changes(tmp_path: Path, capsys: 
     assert "server.pem server.key" in capsys.readouterr().out
     assert before[0] != (out / "server.pem").read_bytes() and before[1] != (out / "server.key").read_bytes()
     assert shake(out, trusted, "fed.example.org") == shake(out, trusted, "127.0.0.1") == "TLSv1.3"
-    (out / "ca.key").rename(tmp_path / "kept.key")  # off this machine, as it may be
+    (out / "ca.key").rename(tmp_path / "kept.key")  # stored on another machine
     with pytest.raises(ConfigError, match="there is no .*ca.key: give the CA's key with --ca-key FILE"):
         renew_server(out, [])
     assert (
@@ -328,7 +328,7 @@ def test_a_new_signing_key_reaches_every_client_s_folder(tmp_path: Path, capsys:
     old = out / "signing.pub"
     verifier = Verifier(old)
     assert {(out / "clients" / c / "signing.pub").read_bytes() for c in "ab"} == {old.read_bytes()}
-    shutil.rmtree(out / "clients" / "b")  # its files are on the client
+    shutil.rmtree(out / "clients" / "b")  # its files are only on the client
     assert main(["keys", "--out", str(out), "--renew-signing-key"]) == 0
     assert "To the server" in (output := capsys.readouterr().out) and "signing.pub" in output
     signature = Signer(out / "signing.key").sign(b"data")

@@ -37,19 +37,19 @@ from tests.quick import quick
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with all of Flower's tables; creating them takes a second."""
     folder = tmp_path_factory.mktemp("empty")
-    registrar(folder, None)
+    make_registrar(folder, None)
     return folder / "superlink.db"
 
 
-def registrar(folder: Path, allowed: dict[str, str] | None, empty: Path | None = None) -> Registrar:
+def make_registrar(folder: Path, allowed: dict[str, str] | None, empty: Path | None = None) -> Registrar:
     if empty is not None:
         shutil.copy(empty, folder)
     keys = None if allowed is None else read_keys(allowed)
     rest: dict[str, Any] = {"host": "", "port": 0, "private_port": 0, "certificate": None, "certificate_key": None}
     task = ProcessSettings(folder=str(folder), log="", allowed_keys=allowed, max_body=1, parent=0, **rest)
-    app, office = _make_app(task, keys)
-    office.app = app  # type: ignore[attr-defined]
-    return office
+    app, registrar = _make_app(task, keys)
+    registrar.app = app  # type: ignore[attr-defined]
+    return registrar
 
 
 def test_the_bundle_is_metadata_only() -> None:
@@ -61,14 +61,14 @@ def test_the_bundle_is_metadata_only() -> None:
 
 def test_an_allowed_key_keeps_its_node_and_a_removed_key_loses_it(tmp_path: Path, empty: Path) -> None:
     a, b = public_text(new_key()), public_text(new_key())
-    first = registrar(tmp_path, {"a": a, "b": b}, empty)
+    first = make_registrar(tmp_path, {"a": a, "b": b}, empty)
     first.sync_nodes()
     ids = {n["name"]: n["node_id"] for n in first.nodes()["nodes"]}
     assert set(ids) == {"a", "b"} and not any(n["online"] or n["last_seen"] for n in first.nodes()["nodes"])
     second = Registrar(first._state, read_keys({"a": a}))
     second.sync_nodes()
     assert {n["name"]: n["node_id"] for n in second.nodes()["nodes"]} == {"a": ids["a"]}
-    third = Registrar(first._state, read_keys({"a": a, "b": b}))  # taken back: Flower alone would refuse the key for ever
+    third = Registrar(first._state, read_keys({"a": a, "b": b}))  # allowed again: Flower itself would refuse the key forever
     third.sync_nodes()
     assert {n["name"] for n in third.nodes()["nodes"]} == {"a", "b"}
 
@@ -85,29 +85,29 @@ def test_an_unusable_key_is_named(tmp_path: Path) -> None:
 
 
 def test_a_new_run_ends_the_older_one(tmp_path: Path, empty: Path) -> None:
-    office = registrar(tmp_path, None, empty)
-    first, second = office.open_run("one"), office.open_run("two")
+    registrar = make_registrar(tmp_path, None, empty)
+    first, second = registrar.open_run("one"), registrar.open_run("two")
     assert first["run_id"] != second["run_id"] and first["token"] != second["token"]
-    state = office._state
+    state = registrar._state
     status = state.get_run_status({first["run_id"], second["run_id"]})
     assert (status[first["run_id"]].status, status[second["run_id"]].status) == ("finished", "running")
     assert state.get_run_info(run_ids=[second["run_id"]])[0].fab_id == "fedtune/fedtune"
 
 
 def test_a_locked_database_is_waited_for(tmp_path: Path, empty: Path) -> None:
-    with registrar(tmp_path, None, empty)._state.session() as session:  # type: ignore[attr-defined]
+    with make_registrar(tmp_path, None, empty)._state.session() as session:  # type: ignore[attr-defined]
         assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * LOCK_TIMEOUT_S  # ms; Flower's own 5 s are not enough
 
 
 def test_a_restarted_node_is_admitted_at_once_and_messages_of_its_old_process_are_lost(tmp_path: Path, empty: Path) -> None:
     key = new_key()
-    office = registrar(tmp_path, {"a": public_text(key)}, empty)
-    office.sync_nodes()
-    state, encoded = office._state, public_key_to_bytes(key.public_key())
-    (node,) = (n["node_id"] for n in office.nodes()["nodes"])
-    run = office.open_run("x")["run_id"]
+    registrar = make_registrar(tmp_path, {"a": public_text(key)}, empty)
+    registrar.sync_nodes()
+    state, encoded = registrar._state, public_key_to_bytes(key.public_key())
+    (node,) = (n["node_id"] for n in registrar.nodes()["nodes"])
+    run = registrar.open_run("x")["run_id"]
     flower.identify_process(run)
-    office.take_over(encoded)  # its first life: nothing to take over
+    registrar.take_over(encoded)  # its first process: nothing to take over
     assert state.activate_node(node, 30)
     names = []
     for value in range(2):
@@ -115,18 +115,18 @@ def test_a_restarted_node_is_admitted_at_once_and_messages_of_its_old_process_ar
         message.metadata.__dict__["_message_id"] = message.object_id
         names.append(state.store_message_ins(message))
     (taken,) = state.get_message_ins(node_id=node, limit=1)
-    assert not state.activate_node(node, 30)  # Flower refuses its second life, for a minute
-    office.take_over(encoded)
+    assert not state.activate_node(node, 30)  # Flower would refuse its second process for a minute
+    registrar.take_over(encoded)
     assert state.activate_node(node, 30)
     waiting = state.get_message_ids_from_run_id(run)
-    assert waiting == set(names) - {taken.metadata.message_id}  # what it had not taken waits for it
+    assert waiting == set(names) - {taken.metadata.message_id}  # messages that it had not fetched still wait for it
     (reply,) = state.get_message_res({taken.metadata.message_id}, run)
     assert reply.has_error() and reply.metadata.reply_to_message_id == taken.metadata.message_id
 
 
 def test_a_request_takes_no_lock_to_look_for_silent_tasks(tmp_path: Path, empty: Path) -> None:
-    office = registrar(tmp_path, None, empty)
-    run, state = office.open_run("x")["run_id"], office._state
+    registrar = make_registrar(tmp_path, None, empty)
+    run, state = registrar.open_run("x")["run_id"], registrar._state
     state.get_run_status({run})
     statements: list[str] = []
     event.listen(state._engine, "before_cursor_execute", lambda c, cursor, statement, *_: statements.append(statement))  # type: ignore[attr-defined]
@@ -135,13 +135,13 @@ def test_a_request_takes_no_lock_to_look_for_silent_tasks(tmp_path: Path, empty:
     vars(state)["_fedtune_cleaned"] -= CLEANUP_S
     with state.session() as session:  # type: ignore[attr-defined]
         session.execute(text("UPDATE task SET active_until = '2000-01-01 00:00:00'"))
-    assert state.get_run_status({run})[run].status == "finished"  # its ServerApp was not heard for long
+    assert state.get_run_status({run})[run].status == "finished"  # because its ServerApp was silent for long
 
 
-def half_sent(office: Registrar, key: Key) -> tuple[str, int, int]:
+def half_sent(registrar: Registrar, key: Key) -> tuple[str, int, int]:
     """Send half of a reply. Returns the ids of the message, the run and the node."""
-    state, (node,) = office._state, (n["node_id"] for n in office.nodes()["nodes"])
-    run = office.open_run("x")["run_id"]
+    state, (node,) = registrar._state, (n["node_id"] for n in registrar.nodes()["nodes"])
+    run = registrar.open_run("x")["run_id"]
     flower.identify_process(run)
     assert state.activate_node(node, 30)
     message = Message(small(1), node, "train")
@@ -156,36 +156,36 @@ def half_sent(office: Registrar, key: Key) -> tuple[str, int, int]:
     name, parts = taken.metadata.message_id, get_all_nested_objects(reply)
     first = next(iter(parts))
     assert state.store_object(run, session, first, parts[first].deflate())
-    assert office.reply_states([name]) == {"complete": [], "uploading": [name], "large": {}, "lost": []}
+    assert registrar.reply_states([name]) == {"complete": [], "uploading": [name], "large": {}, "lost": []}
     return name, run, node
 
 
 @pytest.mark.slow
 def test_a_half_sent_reply_is_lost_when_its_node_restarts(tmp_path: Path, empty: Path) -> None:
     key = new_key()
-    office = registrar(tmp_path, {"a": public_text(key)}, empty)
-    office.sync_nodes()
-    name, run, node = half_sent(office, key)
-    office.take_over(public_key_to_bytes(key.public_key()))
-    assert office.reply_states([name]) == {
+    registrar = make_registrar(tmp_path, {"a": public_text(key)}, empty)
+    registrar.sync_nodes()
+    name, run, node = half_sent(registrar, key)
+    registrar.take_over(public_key_to_bytes(key.public_key()))
+    assert registrar.reply_states([name]) == {
         "complete": [],
         "uploading": [],
         "large": {},
         "lost": [name],
-    }  # and not for the 180 s that Flower keeps half a reply
-    (reply,) = office._state.get_message_res({name}, run)
+    }  # not only after the 180 s that Flower keeps half a reply
+    (reply,) = registrar._state.get_message_res({name}, run)
     assert reply.has_error() and reply.metadata.reply_to_message_id == name
 
 
 def test_half_a_reply_of_a_node_with_an_expired_lease_is_not_awaited(tmp_path: Path, empty: Path) -> None:
     key = new_key()
-    office = registrar(tmp_path, {"a": public_text(key)}, empty)
-    office.sync_nodes()
-    name, run, node = half_sent(office, key)
-    with office._state.session() as session:  # type: ignore[attr-defined]
+    registrar = make_registrar(tmp_path, {"a": public_text(key)}, empty)
+    registrar.sync_nodes()
+    name, run, node = half_sent(registrar, key)
+    with registrar._state.session() as session:  # type: ignore[attr-defined]
         session.execute(text("UPDATE node SET online_until = 1.0"))  # long ago
-    assert office.reply_states([name]) == {"complete": [], "uploading": [], "large": {}, "lost": [name]}
-    (reply,) = office._state.get_message_res({name}, run)
+    assert registrar.reply_states([name]) == {"complete": [], "uploading": [], "large": {}, "lost": [name]}
+    (reply,) = registrar._state.get_message_res({name}, run)
     assert reply.has_error() and "Unavailable" in str(reply.error.reason)
 
 
@@ -194,18 +194,18 @@ class InProcess:
 
     failure = None
 
-    def __init__(self, office: Registrar, port: int) -> None:
-        self.office, self.private_address = office, f"127.0.0.1:{port}"
+    def __init__(self, registrar: Registrar, port: int) -> None:
+        self.registrar, self.private_address = registrar, f"127.0.0.1:{port}"
 
     def ask(self, patience_s: float, **request: Any) -> dict[str, Any]:
-        return _answer(self.office, request)
+        return _answer(self.registrar, request)
 
 
 @pytest.fixture
 def near(tmp_path: Path, empty: Path) -> Iterator[InProcess]:
     """Flower's application behind fedtune's public port, and the private application, on one port of this process."""
-    office = registrar(tmp_path, None, empty)
-    app, port = office.app, PublicPort(office.app, max_body=2 * 10**7, keys=None, redeliver_lost=office.redeliver_lost)  # type: ignore
+    registrar = make_registrar(tmp_path, None, empty)
+    app, port = registrar.app, PublicPort(registrar.app, max_body=2 * 10**7, keys=None, redeliver_lost=registrar.redeliver_lost)  # type: ignore
 
     async def both(scope: Any, receive: Any, send: Any) -> None:
         await (app if scope["path"].startswith("/v1/runtime/") else port)(scope, receive, send)
@@ -217,7 +217,7 @@ def near(tmp_path: Path, empty: Path) -> Iterator[InProcess]:
         thread.start()
         while not server.started:
             time.sleep(0.005)
-        yield InProcess(office, sock.getsockname()[1])
+        yield InProcess(registrar, sock.getsockname()[1])
         server.should_exit = True
         thread.join(10)
 
@@ -233,7 +233,7 @@ def test_a_message_gets_its_reply(near: InProcess) -> None:
 
 
 CHUNK = 5 * 1024 * 1024
-ZEROS = RecordDict({"a": ArrayRecord({"w": Array(np.zeros(4 * CHUNK // 8))})})  # three chunks are the same one
+ZEROS = RecordDict({"a": ArrayRecord({"w": Array(np.zeros(4 * CHUNK // 8))})})  # three chunks are equal
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_reply_over_the_requested_size_is_refused_before_it_is_fetched(
     assert f"MB exceeds the limit of {most / 1e6:.3g} MB" in str(refused.content.config_records["declined"]["why"])
     assert good.content.config_records["c"]["value"] == 1
     assert [ids[0]] not in fetched
-    assert near.office._state.object_store.get(ids[0]) in (None, b"")  # type: ignore[attr-defined]
+    assert near.registrar._state.object_store.get(ids[0]) in (None, b"")  # type: ignore[attr-defined]
     grid.close()
 
 
@@ -316,16 +316,16 @@ def test_a_message_dropped_by_its_node_is_not_awaited(near: InProcess, running: 
 def test_a_busy_node_loses_no_message_whatever_it_calls(tmp_path: Path, empty: Path) -> None:
     """Only a poll for the next message shows that a node is idle; answered and waiting messages stay."""
     key = new_key()
-    office = registrar(tmp_path, {"a": public_text(key)}, empty)
-    office.sync_nodes()
-    name, run, place = half_sent(office, key)
+    registrar = make_registrar(tmp_path, {"a": public_text(key)}, empty)
+    registrar.sync_nodes()
+    name, run, place = half_sent(registrar, key)
     waiting = Message(small(3), place, "train")
     waiting.metadata.__dict__["_message_id"] = waiting.object_id
-    office._state.store_message_ins(waiting)
-    office.redeliver_lost(public_key_to_bytes(new_key().public_key()))  # another's look
-    assert office._state.get_message_ids_from_run_id(run) == {name, waiting.object_id}
-    office.redeliver_lost(public_key_to_bytes(key.public_key()))  # half a reply, and nobody sends the rest
-    assert office._state.get_message_ids_from_run_id(run) == {waiting.object_id}
+    registrar._state.store_message_ins(waiting)
+    registrar.redeliver_lost(public_key_to_bytes(new_key().public_key()))  # a poll of another node
+    assert registrar._state.get_message_ids_from_run_id(run) == {name, waiting.object_id}
+    registrar.redeliver_lost(public_key_to_bytes(key.public_key()))  # its poll shows that nobody sends the rest of the reply
+    assert registrar._state.get_message_ids_from_run_id(run) == {waiting.object_id}
 
 
 def test_a_full_disk_while_running_gives_one_sentence(near: InProcess) -> None:
@@ -333,9 +333,9 @@ def test_a_full_disk_while_running_gives_one_sentence(near: InProcess) -> None:
     node = Echo(int(near.private_address.partition(":")[2])).activate()
 
     def full(connection: Any, _: Any, __: Any) -> None:
-        connection.execute("PRAGMA max_page_count = 1")  # SQLite keeps what it has, and finds no room for more
+        connection.execute("PRAGMA max_page_count = 1")  # SQLite keeps its pages and cannot add more
 
-    event.listen(near.office._state._engine, "checkout", full)  # type: ignore[attr-defined]
+    event.listen(near.registrar._state._engine, "checkout", full)  # type: ignore[attr-defined]
     with pytest.raises(NetworkError, match="^cannot send messages: .*check its disk space$"):
         for value in range(50):
             grid.push_messages([Message(large(0.5 + value / 100), node, "train")])

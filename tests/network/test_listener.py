@@ -76,12 +76,12 @@ def ask(client: httpx.Client, address: tuple[str, int]) -> int:
 @pytest.mark.slow
 def test_connections_without_a_key_are_limited_per_address_and_clients_are_still_served(address: tuple[str, int]) -> None:
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(httpx.Client()) for _ in range(FEW + 2)]  # more than may stay without a key
+        clients = [stack.enter_context(httpx.Client()) for _ in range(FEW + 2)]  # more than may be open without a key
         assert [ask(client, address) for client in clients] == [200] * len(clients)
         with connections(address, FEW + 3) as flood:
-            assert [refused(guest) for guest in flood] == [True] * 3 + [False] * FEW  # the oldest are hung up
-            assert [ask(client, address) for client in clients] == [200] * len(clients)  # on the connections that they have
-            assert ask(stack.enter_context(httpx.Client()), address) == 200  # and a new one, which shows its key at once
+            assert [refused(guest) for guest in flood] == [True] * 3 + [False] * FEW  # the oldest are closed
+            assert [ask(client, address) for client in clients] == [200] * len(clients)  # on their open connections
+            assert ask(stack.enter_context(httpx.Client()), address) == 200  # and on a new connection that sends its key at once
             assert [refused(guest) for guest in flood[3:]] == [True] + [False] * (FEW - 1)
 
 
@@ -93,7 +93,7 @@ def test_all_connections_together_have_a_limit(address: tuple[str, int]) -> None
             assert refused(one)
         clients.pop().close()
         one = await_place(address)
-        assert ask(stack.enter_context(httpx.Client()), address) == 200  # who has a key is served before who has none
+        assert ask(stack.enter_context(httpx.Client()), address) == 200  # connections with a key take precedence
         assert refused(one)
         one.close()
 
@@ -112,10 +112,10 @@ def test_an_address_is_a_host_or_the_ipv6_prefix_of_one_household(same: list[str
         return connections.admit((host, port), lambda: ended.append(port))
 
     assert all(admit(host, port) for port, host in enumerate(same)) and admit(other, 90) and ended == []
-    assert admit(same[0], 91) and ended == [0]  # the oldest of the same
+    assert admit(same[0], 91) and ended == [0]  # the oldest connection of the same host
     connections.authenticate((same[1], 1))
     connections.remove((same[2], 2))
-    connections.remove((same[2], 2))  # once more: nothing
+    connections.remove((same[2], 2))  # a second removal has no effect
     assert admit(same[0], 92) and admit(same[0], 93) and ended == [0]
     assert admit(same[0], 94) and ended == [0, 3]
 
@@ -128,7 +128,7 @@ def test_a_flood_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert (record.__dict__["peer"], record.getMessage()) == ("192.0.2.1", "refused")
 
 
-def test_the_limit_of_open_files_has_room_for_all_connections() -> None:
+def test_the_limit_of_open_files_covers_all_connections() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))

@@ -55,7 +55,7 @@ def test_late_parts_are_awaited(server: Server, run_id: int, running: Start) -> 
 
 def test_an_answer_that_raises_is_an_error_reply(server: Server, run_id: int, running: Start) -> None:
     client = running(server.address, lambda m, n: 1 / 0)  # type: ignore[arg-type,return-value]
-    for _ in range(2):  # and the next message is answered, too
+    for _ in range(2):  # the next message is answered too
         reply = server.reply(run_id, server.send(run_id, client.id, content()))
         assert reply.error.reason == "ZeroDivisionError: division by zero"
 
@@ -144,9 +144,9 @@ def test_a_generated_key_is_stored_and_keeps_the_node_id(server: Server, running
     known = first.id
     first.stop()
     assert key.stat().st_mode & 0o777 == 0o600
-    assert known not in server.online()  # it gave its place back
+    assert known not in server.online()  # it has deactivated its node
     assert running(server.address, key=key).id == known
-    assert running(server.address).id != known  # a key of its own
+    assert running(server.address).id != known  # with a new key
 
 
 def test_unusable_keys_and_addresses_are_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -174,13 +174,13 @@ def test_unusable_keys_and_addresses_are_refused_in_one_sentence(tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def papers(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return certificates(tmp_path_factory.mktemp("papers"))
+def tls_files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return certificates(tmp_path_factory.mktemp("tls_files"))
 
 
 @pytest.fixture(scope="module")
-def safe_server(papers: Certificates) -> Iterator[Server]:
-    server = Server(certificates=papers)
+def safe_server(tls_files: Certificates) -> Iterator[Server]:
+    server = Server(certificates=tls_files)
     server.start()
     yield server
     server.stop()
@@ -196,9 +196,9 @@ def allowed_key(server: Server | None, file: Path) -> Path:
     return file
 
 
-def test_a_node_with_an_allowed_key_serves_over_tls(safe_server: Server, papers: Certificates, running: Start, tmp_path: Path) -> None:
+def test_a_node_with_an_allowed_key_serves_over_tls(safe_server: Server, tls_files: Certificates, running: Start, tmp_path: Path) -> None:
     key = allowed_key(safe_server, tmp_path / "key")
-    client = running(safe_server.address, insecure=False, root_certificates=papers[0], key=key)
+    client = running(safe_server.address, insecure=False, root_certificates=tls_files[0], key=key)
     run = safe_server.open_run()
     assert safe_server.reply(run, safe_server.send(run, client.id, content())).has_content()
 
@@ -213,23 +213,23 @@ def test_a_wrong_ca_is_named_once_and_the_node_retries(safe_server: Server, runn
 
 
 def test_a_key_that_is_not_allowed_is_reported_and_the_node_retries(
-    safe_server: Server, papers: Certificates, running: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    safe_server: Server, tls_files: Certificates, running: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fleet, "LEASE", 20.5)
     key = allowed_key(None, tmp_path / "key")
-    client = running(safe_server.address, insecure=False, root_certificates=papers[0], key=key)
+    client = running(safe_server.address, insecure=False, root_certificates=tls_files[0], key=key)
     wait_until(lambda: client.heard(f"its previous process holds the lease for up to 20 s more, or its key {key} is not allowed there"))
-    monkeypatch.setattr(fleet, "LEASE", 0.0)  # as if that were over
+    monkeypatch.setattr(fleet, "LEASE", 0.0)  # as if the lease had ended
     wait_until(lambda: client.heard(f"{safe_server.address} does not accept the key {key}: it is not among the allowed keys there"))
     assert client.thread.is_alive()
     assert not any(line.startswith("-----") or key.read_text()[40:60] in line for line in client.reports)  # the key is never printed
 
 
 def test_plain_http_to_a_tls_port_and_tls_to_a_plain_one(
-    safe_server: Server, server: Server, papers: Certificates, running: Start, tmp_path: Path
+    safe_server: Server, server: Server, tls_files: Certificates, running: Start, tmp_path: Path
 ) -> None:
     plain = running(safe_server.address)
     wait_until(lambda: plain.heard("(does it want TLS?)"))
     key = allowed_key(None, tmp_path / "key")
-    tls = running(server.address, insecure=False, root_certificates=papers[0], key=key)
+    tls = running(server.address, insecure=False, root_certificates=tls_files[0], key=key)
     wait_until(lambda: tls.heard("the TLS handshake with"))

@@ -32,7 +32,7 @@ def test_retries_are_counted(running: Start, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fleet.Fleet, "join", lambda self: (calls.append(1), (_ for _ in ()).throw(fleet.Unreachable("down")))[1])
     client = running("127.0.0.1:1", max_retries=3)
     wait_until(lambda: client.failure)
-    assert len(calls) == 4 and client.reports == ["down; trying again"]  # the first time and three more
+    assert len(calls) == 4 and client.reports == ["down; trying again"]  # the first attempt and three more
 
 
 def test_a_nonexistent_host_name_is_reported(running: Start) -> None:
@@ -86,7 +86,7 @@ def test_an_interrupted_upload_is_completed(server: Server, run_id: int, link: L
 
 @pytest.mark.slow
 def test_a_connection_loss_of_thirty_seconds_is_survived(server: Server, run_id: int, running: Start) -> None:
-    """A link that holds everything back, and one that is cut; both at once, as each takes its time."""
+    """A link that holds all data, and one that is cut; both in parallel, because each takes 30 s."""
     links = {"hold": Link(server.port), "cut": Link(server.port)}
     try:
         clients = {kind: running(link.address) for kind, link in links.items()}
@@ -167,7 +167,7 @@ def test_a_server_that_forgot_the_node_gets_it_back_while_it_is_busy(
     own_server.stop()
     own_server.empty()
     own_server.start()
-    wait_until(lambda: client.connections() == 2)  # the answer is still being made
+    wait_until(lambda: client.connections() == 2)  # the answer is still being computed
     assert own_server.online() == [client.id]
     go.set()
 
@@ -200,7 +200,7 @@ Node(server=sys.argv[1], key=Path(sys.argv[2]), root_certificates=None, insecure
     key = tmp_path / "key"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-u", "-c", program, server.address, str(key)]
-    others = set(server.online())  # of the tests before, within their lease
+    others = set(server.online())  # nodes of earlier tests, within their lease
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert first.stdout and "connected to" in first.stdout.readline()
     (known,) = set(server.online()) - others

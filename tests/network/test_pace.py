@@ -21,9 +21,9 @@ def test_nodes_wait_longer_if_there_are_more_of_them() -> None:
     pace = PollPacer(clock)
     # 80 ms × (n − 5)
     assert [pace.interval(b"%d" % i) for i in range(50)][::7] == pytest.approx([0.1, 0.24, 0.8, 1.36, 1.92, 2.48, 3.04, 3.6])
-    assert pace.interval(b"7") == pytest.approx(3.6)  # heard before
+    assert pace.interval(b"7") == pytest.approx(3.6)  # node 7 is already counted
     clock.now = 31.0
-    assert pace.interval(b"7") == 0.1  # the others are gone
+    assert pace.interval(b"7") == 0.1  # the other nodes are no longer counted
     many = PollPacer(clock)
     assert max(many.interval(b"%d" % i) for i in range(2000)) == 10.0
 

@@ -50,7 +50,7 @@ def test_a_message_without_tensors_is_not_packed() -> None:
 
 
 def test_an_adapter_of_any_size_is_a_few_objects_that_messages_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_SMALL", 1000)  # bytes, as if these were many
+    monkeypatch.setattr(packing, "_SMALL", 1000)  # bytes; a low limit, so that this adapter counts as large
     shared, known = adapter(70), {}
     a, b = (message(RecordDict({"adapter": shared, "plan": ConfigRecord({"client": c})})) for c in "ab")
     assert len(get_all_nested_objects(a)) > 140

@@ -1,4 +1,4 @@
-"""A stranger can do nothing at the public port."""
+"""A caller without an allowed key can do nothing at the public port."""
 
 import asyncio
 import contextlib
@@ -173,7 +173,7 @@ def test_an_incomplete_body_does_not_reach_flower() -> None:
     assert inside.bodies == []
 
 
-def test_a_stranger_is_refused_before_the_body_is_read() -> None:
+def test_an_unknown_caller_is_refused_before_the_body_is_read() -> None:
     inside, key, other = Inside(), new_key(), new_key()
     port = PublicPort(inside, max_body=MAX, keys={public_key_to_bytes(key.public_key())})
     for headers in (
@@ -185,7 +185,7 @@ def test_a_stranger_is_refused_before_the_body_is_read() -> None:
         assert call(port, "/v1/fleet/push-object", [b"x"], headers=headers) == (401, 0)
     assert inside.bodies == []
     assert call(port, "/v1/fleet/push-object", [b"x"], headers=signed(key)) == (200, 1)
-    assert call(port, "/health", [b""], "GET")[0] == 200  # whoever asks
+    assert call(port, "/health", [b""], "GET")[0] == 200  # for any caller
 
 
 def test_no_node_can_call_in_the_name_of_another() -> None:
@@ -195,7 +195,7 @@ def test_no_node_can_call_in_the_name_of_another() -> None:
     request.node.node_id = 3
     request.messages_list.add().metadata.src_node_id = 3
     assert call(port, PUSH, [request.SerializeToString()])[0] == 200
-    request.messages_list.add().metadata.src_node_id = 4  # Flower itself looks at the 3 above only
+    request.messages_list.add().metadata.src_node_id = 4  # Flower itself checks only the 3 above
     assert call(port, PUSH, [request.SerializeToString()])[0] == 403
     assert len(inside.bodies) == 1
 
@@ -338,7 +338,7 @@ def test_a_stalling_caller_is_disconnected_and_blocks_nobody(impatient: int) -> 
 
 def test_a_slow_but_steady_caller_is_served(impatient: int) -> None:
     def drip() -> Iterator[bytes]:
-        for _ in range(6):  # 0.6 s, longer than the 0.5 s that it may stand still
+        for _ in range(6):  # 0.6 s in all, longer than the 0.5 s that a caller may pause
             time.sleep(0.1)
             yield b"x" * public.PACE_BYTES
 

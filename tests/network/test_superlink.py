@@ -52,7 +52,7 @@ def test_a_port_that_becomes_free_soon_is_awaited(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch, pytest.raises(NetworkError, match="the port is in use"):
             patch.setattr(superlink, "PORT_WAIT_S", 0.0)
             _listen("127.0.0.1", port)
-        ends = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: listener.close())  # as the server's last life does
+        ends = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: listener.close())  # as when the server's previous process ends
         monkeypatch.setattr(superlink, "time", ends)
         _listen("127.0.0.1", port).close()
 
@@ -103,7 +103,7 @@ def test_half_a_reply_waits_for_the_rest(link: SuperLink) -> None:
 @pytest.mark.slow
 def test_a_grid_reports_the_end_of_its_run(link: SuperLink) -> None:
     grid = link.open_run("one")
-    link.ask(5, do="open_run", name="another")  # as a restarted server would
+    link.ask(5, do="open_run", name="another")  # as a restarted server does
     with pytest.raises(LinkLost, match="Flower has ended the run"):
         list(grid.get_node_ids())
 
@@ -163,9 +163,9 @@ def test_only_allowed_keys_are_admitted_and_no_secret_is_written(tmp_path: Path)
             with pytest.raises(httpx.TransportError):  # plain HTTP to the TLS port
                 httpx.post(f"http://127.0.0.1:{link.port}/v1/fleet/pull-messages")
             with pytest.raises(httpx.HTTPError):  # an allowed key cannot be registered again
-                anew = Echo(link.port, a, ca)
-                anew.secured = False
-                anew.activate()
+                again = Echo(link.port, a, ca)
+                again.secured = False
+                again.activate()
             assert round_trip(grid, small(2), node.node.node_id).content.config_records["c"]["value"] == 2
         token = grid._token
     finally:
@@ -197,9 +197,9 @@ def test_a_killed_child_comes_back_with_nodes_and_run(tmp_path: Path) -> None:
             before, port, address = link._child.process.pid, link.port, link.private_address
             os.kill(before, signal.SIGKILL)
             link._child.process.wait()
-            link.start()  # what the keeper does anyway
+            link.start()  # the supervising thread does this too
             assert link.alive and link._child.process.pid != before and (link.port, link.private_address) == (port, address)
-            assert node.node.node_id in set(grid.get_node_ids())  # the same Grid goes on
+            assert node.node.node_id in set(grid.get_node_ids())  # the same Grid still works
             assert round_trip(grid, small(2), node.node.node_id).content.config_records["c"]["value"] == 2
             assert node.beat()
     finally:
@@ -231,7 +231,7 @@ time.sleep(600)
 
 
 @pytest.mark.slow
-def test_a_link_that_stays_away_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_that_does_not_return_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = SuperLink(settings(tmp_path))
     link.start()
     try:

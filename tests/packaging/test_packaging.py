@@ -63,7 +63,7 @@ def test_a_unit_starts_its_command_with_valid_flags(path: Path) -> None:
     handed = {c.partition(":")[0] for c in sections["LoadCredential"]}
     assert {p.name for p in map(Path, words) if str(p).startswith("/creds/")} == handed
     if path.stem == "fedtune-server":
-        assert args.run == Path("/var/lib/fedtune-server/run") and not args.insecure  # a restart goes on with the same run
+        assert args.run == Path("/var/lib/fedtune-server/run") and not args.insecure  # a restart continues the same run
         assert int(sections["LimitNOFILE"][0]) > 2 * CONNECTIONS
     else:
         assert args.state == Path("/var/lib/fedtune-client") and not args.insecure and args.max_retries is None

@@ -143,7 +143,7 @@ def test_a_seed_repeats_and_the_system_does_not() -> None:
 
 def test_the_tests_detect_a_lost_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounting, "_epsilon", lambda history, *rest: float(len(history)))
-    # merged by kind, and not by overwriting: seven steps a round
+    # equal kinds are added, not overwritten: seven steps a round
     seen: list[tuple[tuple[float, float, int], ...]] = []
     monkeypatch.setattr(accounting, "_epsilon", lambda history, *rest: seen.append(history) or 1.0)
     epsilon([ROUND] * 3, 1e-5)

@@ -102,7 +102,7 @@ def test_removing_one_row_of_a_real_model_moves_the_sum_by_at_most_c(tmp_path: P
     left = [i for i in range(5) if i != removed]
     with_ = gradient(tmp_path / "a", examples(5), clip=0.05, source=Chosen(0, 1, 2, 3, 4))
     without = gradient(tmp_path / "b", examples(5), clip=0.05, source=Chosen(*left))
-    # the step is the sum over B = 4, whoever came
+    # the step is the sum divided by B = 4, for any number of rows
     apart = 4 * norm({n: with_[n] - without[n] for n in with_})
     assert 0.04 < apart <= 0.05 * (1 + 1e-5)
 
@@ -146,7 +146,7 @@ def test_out_of_memory_halves_the_pass_and_keeps_sample_and_noise(tmp_path: Path
     monkeypatch.setattr(samples, "_losses", small)
     with private_gradient(tmp_path / "b", rows, at_once=6, **settings) as private:
         actual = [private.step(), private.step()]
-    # what went through before is kept, and nothing is counted twice
+    # finished passes are kept, and no row is counted twice
     tried, again = small.sizes[since : since + 2]
     assert private.out_of_memory == 1 and tried > 3 and again == private.at_once == tried // 2
     for before, after in zip(expected, actual, strict=True):

@@ -35,13 +35,13 @@ LOCAL = PrivacyConfig(kind="user", where="client", epsilon=8.0, clip=0.5, accoun
 
 
 def apart(drawn: list[Tensor]) -> float:
-    """The smallest distance between two of them, relative to the mean distance of independent ones of their size."""
+    """The smallest distance between two results, relative to the mean distance of independent ones of their size."""
     return min(float((a - b).norm() / (a.norm() ** 2 + b.norm() ** 2).sqrt()) for a, b in itertools.combinations(drawn, 2))
 
 
 @pytest.mark.parametrize("kind", quick(["record", "user"], "user"))
 def test_every_client_round_and_step_has_its_own_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    # the noise is a thousand times what the rows can do: two results that share their noise are the same to three digits
+    # the noise is a thousand times the effect of the rows: two results with the same noise are equal to three digits
     loud = dataclasses.replace(RECORD if kind == "record" else LOCAL, epsilon=None, noise=1000.0, clip=1e-3)
     drawn, right = list[Tensor](), PrivateGradient.step
 
@@ -93,7 +93,7 @@ def test_the_sampling_rate_covers_a_whole_step(tmp_path: Path, monkeypatch: pyte
     client = ClientConfig(steps=2, epochs=None, batch_size=2, accumulate=2, lr=1e-2, schedule="constant")
     run = simulate(check(tiny_config(tmp_path, privacy=RECORD, client=client, rounds=1)))
     reported = [r["dp_sample_rate"] for r in read_metrics(run) if r["client"] is not None and r["round"] == 1]
-    # two batches of two of a client's eight rows make a step: q = 4 / 8, in what is drawn and in what is counted
+    # two batches of two of a client's eight rows make a step: q = 4 / 8, both in sampling and in accounting
     assert reported == [0.5] * 4 and rates == [0.5] * 8
 
 

@@ -19,7 +19,7 @@ COST = Spend(noise=1.0, rate=0.1, steps=5)
 def test_turns_add_up_over_restarts(tmp_path: Path) -> None:
     path = tmp_path / "c" / "privacy.jsonl"
     assert Ledger(path).spent() == [] and Ledger(path).epsilon(1e-5, "rdp") == 0.0
-    for round in (1, 2, 2, 5):  # round 2 was taken again after a kill, and is paid for again
+    for round in (1, 2, 2, 5):  # round 2 is repeated after a kill and paid for again
         Ledger(path).spend(round, COST, "record")
     assert Ledger(path).spent() == [COST] * 4
     assert Ledger(path).epsilon(1e-5, "rdp") == epsilon([COST] * 4, 1e-5, "rdp")

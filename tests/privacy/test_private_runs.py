@@ -44,7 +44,8 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 
 def tiny(tmp_path: Path, privacy: PrivacyConfig, **changes: Any) -> Config:
-    six = ClientConfig(steps=2, epochs=None, batch_size=6, lr=1e-2, schedule="constant")  # of 8: a rate of 1/2 takes Opacus seconds
+    # of 8 rows; with a rate of 1/2 Opacus would take seconds
+    six = ClientConfig(steps=2, epochs=None, batch_size=6, lr=1e-2, schedule="constant")
     return check(tiny_config(tmp_path, privacy=privacy, **{"client": six, **changes}))
 
 
@@ -56,7 +57,7 @@ def test_a_record_level_run(tmp_path: Path) -> None:
     for r in turns:
         assert r["dp_clip"] == 0.5 and r["dp_noise"] > 0 and r["dp_steps"] == r["steps"] == 2 and 0 < r["dp_sample_rate"] <= 1
         assert "train_loss" not in r and "start_loss" not in r
-        # what the client says is what an independent sum over its turns gives
+        # the reported ε equals an independent sum over the client's turns
         cost = Spend(noise=r["dp_noise"], rate=r["dp_sample_rate"], steps=2)
         assert r["epsilon"] == epsilon([cost] * r["round"], 1e-5, "rdp") <= 8.0
         assert Ledger(ledger_file(run / "privacy", str(r["client"]))).spent() == [cost] * 2
@@ -99,7 +100,7 @@ def test_the_cost_of_a_failed_turn_is_reported(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(dpsgd.PrivateGradient, "step", breaks)
     run = simulate(tiny(tmp_path, dataclasses.replace(RECORD, epsilon=None, noise=1.0)))
     (lost,) = [r for r in lines(run) if r.get("dropped") == "failed: ValueError: broken"]
-    (others,) = {r["dp_sample_rate"] for r in lines(run) if "dp_sample_rate" in r}  # all have as many rows
+    (others,) = {r["dp_sample_rate"] for r in lines(run) if "dp_sample_rate" in r}  # all have the same number of rows
     cost = Spend(noise=1.0, rate=others, steps=2)
     assert lost["epsilon"] == epsilon([cost], 1e-5, "rdp")
     (after,) = [r for r in lines(run) if r["client"] == lost["client"] and r["round"] == 2 and "steps" in r]
@@ -133,7 +134,7 @@ def test_a_resumed_run_keeps_its_privacy_costs(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(dpsgd.PrivateGradient, "step", right)
     run = max((tmp_path / "outputs" / "tiny").iterdir(), key=lambda p: p.stat().st_mtime)
     counts = {f.stem: len(f.read_text().splitlines()) for f in (run / "privacy").iterdir()}
-    assert sorted(counts.values()) == [1, 2, 2, 2]  # the third had paid before it was killed
+    assert sorted(counts.values()) == [1, 2, 2, 2]  # the third client had paid before the kill
     config = RunDirectory.open(run)
     config.close()
     resumed = simulate(dataclasses.replace(config.config, resume=str(run)))
@@ -147,14 +148,14 @@ def test_a_resumed_run_keeps_its_privacy_costs(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 @pytest.mark.parametrize("privacy", [RECORD, PrivacyConfig(kind="user", clip=0.1, accountant="rdp")], ids=["record", "user at the server"])
 def test_resuming_from_an_older_checkpoint_keeps_all_privacy_costs(tmp_path: Path, privacy: PrivacyConfig) -> None:
-    run = simulate(tiny(tmp_path, privacy))  # two rounds, for which epsilon=8 was to last
+    run = simulate(tiny(tmp_path, privacy))  # epsilon=8 is planned for these two rounds
     spent = lines(run)[-1]["epsilon"]
     shutil.rmtree(run / "checkpoints" / "round-0002")
     config = RunDirectory.open(run)
     config.close()
     simulate(dataclasses.replace(config.config, resume=str(run)))
     rounds = [r for r in lines(run) if r["client"] is None]
-    assert rounds[2]["counted"] == 0 and rounds[2]["dropped"] == {"privacy": 4}  # all is spent, though round 2 is to be done again
+    assert rounds[2]["counted"] == 0 and rounds[2]["dropped"] == {"privacy": 4}  # the budget is spent, although round 2 is repeated
     assert f"(ε, δ) = ({spent:.3g}, 1e-05)" in (run / "adapter" / "README.md").read_text() and 7.5 < spent <= 8.0
 
 
@@ -196,7 +197,8 @@ def test_kill_9_at_any_point_of_a_turn_loses_no_privacy_cost(tmp_path: Path, poi
     privacy = dataclasses.replace(RECORD, epsilon=None, noise=1.0)
     config, begun = tiny(tmp_path, privacy), tmp_path / "begun"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedtune.experiment", "transformers", "peft"])  # as tests/runs/test_resume.py: the two share it
+    # as in tests/runs/test_resume.py, so that both share the server
+    context.set_forkserver_preload(["fedtune.experiment", "transformers", "peft"])
     process = context.Process(target=run_and_die, args=(config, point, begun))
     process.start()
     process.join(600)
@@ -207,7 +209,7 @@ def test_kill_9_at_any_point_of_a_turn_loses_no_privacy_cost(tmp_path: Path, poi
         return sum(len(Ledger(f).spent()) for f in (run / "privacy").iterdir())
 
     before, steps = paid(), len(begun.read_text().splitlines())
-    assert before >= -(-steps // 2)  # a turn has two steps, and none was taken that was not paid for
+    assert before >= -(-steps // 2)  # a turn has two steps; every step was paid for
     assert before == {"before the line": 6, "before the checkpoint": 8}.get(point, 7)
     simulate(dataclasses.replace(config, resume=str(run)))
     assert paid() == before + 4  # round 2 is paid for again, by all four
@@ -246,7 +248,7 @@ def test_a_client_clips_and_adds_noise_before_it_encodes(tmp_path: Path, monkeyp
     norms = seen(monkeypatch)
     quiet = dataclasses.replace(LOCAL, epsilon=None, noise=1e-6, clip=0.01)
     simulate(tiny(tmp_path, quiet, rounds=1, traffic=TrafficConfig(up=up)))
-    # without noise worth the name each is of the clip's length, but for the codec's rounding: encoded first, it would be longer
+    # with negligible noise, each update has the clip norm, up to the codec's rounding; if it were encoded first, it would be longer
     assert norms == pytest.approx([0.01] * 4, rel=0.01)
 
 
@@ -294,7 +296,7 @@ def test_the_card_states_the_adjacency_that_is_proven(privacy: PrivacyConfig, un
     from fedtune.runs.report.card import _privacy
 
     (line,) = [s for s in _privacy(to_dict(Config(privacy=privacy))["privacy"], [1.0]) if "privacy unit" in s]
-    # a row more or less would change q = B / n and the division by it, a client more or less the division by m: neither is covered
+    # adding or removing a row changes q = B / n and the division by it, a client the division by m: neither is covered
     assert line.endswith(unit) and "added" not in line and "removed" not in line
 
 

@@ -21,7 +21,7 @@ from fedtune.rounds.planning import base_plan
 from tests.privacy.test_private_runs import LOCAL, RECORD, lines, tiny
 from tests.working import host_for
 
-# -- who holds whom to it -----------------------------------------------------------------------------------------------------------------
+# -- checks of client and server ----------------------------------------------------------------------------------------------------------
 
 
 def plan_of(config: Config) -> Plan:
@@ -102,8 +102,9 @@ def test_a_fixed_noise_must_equal_the_plan_s() -> None:
 
 
 def test_an_update_without_its_clip_is_dropped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.clients.app.privacy_measurements", lambda *args: {})  # a client whose privacy is missing
-    run = simulate(tiny(tmp_path, dataclasses.replace(RECORD, epsilon=None, noise=1.0), rounds=1))  # to solve for ε takes two seconds
+    monkeypatch.setattr("fedtune.clients.app.privacy_measurements", lambda *args: {})  # a client that reports no privacy
+    # fixed noise, because solving for ε takes two seconds
+    run = simulate(tiny(tmp_path, dataclasses.replace(RECORD, epsilon=None, noise=1.0), rounds=1))
     dropped = [r["dropped"] for r in lines(run) if r["client"] is not None and r["round"] == 1]
     assert len(dropped) == 4 and all("refused: the update must be private (privacy=record)" in d for d in dropped)
 
@@ -157,4 +158,4 @@ def test_invalid_privacy_settings_are_refused(privacy: PrivacyConfig, sentence: 
 
 def test_per_row_clipping_replaces_gradient_clipping() -> None:
     assert plan_of(Config(privacy=RECORD)).clip_norm is None and plan_of(Config()).clip_norm == 1.0
-    assert terms(Config(privacy=PrivacyConfig(kind="user"))) == {"privacy": "none"}  # the server does it all
+    assert terms(Config(privacy=PrivacyConfig(kind="user"))) == {"privacy": "none"}  # only the server acts

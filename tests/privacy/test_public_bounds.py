@@ -27,7 +27,7 @@ TASKS = {
     "instruction": TaskConfig(kind="instruction", max_length=16, max_new_tokens=4),
     "classification": TaskConfig(kind="classification", max_length=16),
 }
-TRAINED = 0  # row of the file
+TRAINED = 0  # index of the row in the file
 SLOW = DeviceClass(gflops_per_core=1e-3, memory_mb=0.9, mbit_per_second=10.0, jitter=0.1)
 
 
@@ -43,7 +43,7 @@ def neighbors(folder: Path, kind: str, short: str = "cat door", **changes: Any) 
         if config.task.kind == "instruction":
             config.data.prompt, config.data.answer = "{question}", " {reply}"
         out.append(check(config))
-    assert widths(out[0])[-1] > widths(out[1])[-1]  # the row that differs is one to train on
+    assert widths(out[0])[-1] > widths(out[1])[-1]  # the row that differs is a training row
     return out[0], out[1]
 
 
@@ -86,7 +86,7 @@ def test_without_privacy_a_device_depends_on_its_rows(tmp_path: Path, real: bool
     a, b = neighbors(tmp_path, "none", devices=devices, round_timeout_s=20.0)
     own = SLOW if real else None
     one, two = turn(a, own, 4.0), turn(b, own, 2.0)
-    assert all(one[name] != two[name] for name in one)  # the profile is such that the rows would show
+    assert all(one[name] != two[name] for name in one)  # the profile makes the choice depend on the rows
 
 
 @pytest.mark.slow
@@ -117,5 +117,5 @@ def server_metrics(config: Config) -> list[dict[str, Any]]:
     """The server's metrics of each turn of a run without dropped turns."""
     records = [r for r in read_metrics(simulate(config)) if r["client"] is not None and r["round"] > 0]
     assert not any("dropped" in r for r in records)
-    # bytes are of noised tensors, whose ids and digits differ; all else must not
+    # the bytes of noised tensors differ in ids and digits; nothing else may differ
     return [{n: v for n, v in r.items() if n != "bytes_up"} for r in records]

@@ -85,7 +85,7 @@ CASES = [
     *((m, "llama", LM, "hooked") for m in ("lora", "rslora", "prefix")),
     *((m, "llama", LM, "mapped") for m in ("dora", "ia3", "prompt", "adapter", "ptuning_v2", "full")),
     ("lora", "gpt2", LM, "hooked"),
-    ("lora", "opt", CLASSES, "mapped"),  # its feed-forward layers see all rows as one
+    ("lora", "opt", CLASSES, "mapped"),  # its feed-forward layers flatten all rows into one
     *((m, "roberta", CLASSES, "mapped") for m in ("dora", "ia3", "prompt", "adapter", "ptuning_v2", "full")),
     *((m, "roberta", CLASSES, "hooked") for m in ("lora", "rslora", "bitfit")),
     ("prefix", "llama", CLASSES, None),  # encoders take no past keys and values
@@ -96,7 +96,7 @@ CASES = [
     ("lora", "t5", ANSWERS, "hooked"),
     ("adapter", "t5", ANSWERS, "mapped"),
     ("lora", "t5", CLASSES, "hooked"),
-    ("adapter", "t5", CLASSES, "looped"),  # transformers counts each row's end tokens, which vmap does not run through
+    ("adapter", "t5", CLASSES, "looped"),  # transformers counts each row's end tokens, which vmap cannot trace
 ]
 
 
@@ -121,14 +121,14 @@ def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, w
         again = grads(batch)
     assert {n: g.shape for n, g in actual.items()} == {n: (4, *p.shape) for n, p in live.parameters.items()}
     assert apart(actual, expected) <= 1e-6 and apart(again, expected) <= 1e-6
-    # nothing is left behind
+    # no hook is left
     assert all(p.grad is None and getattr(p, "grad_sample", None) is None for p in live.parameters.values())
     assert hooks(live) == before and len(before) > 10
 
 
 def test_a_row_with_a_single_target_counts_as_any_other(tmp_path: Path) -> None:
     live, batch = perturbed_adapter(tmp_path / "m", "llama", "ia3", LM), rows(LM)
-    batch["labels"][1, :3] = IGNORED  # of four
+    batch["labels"][1, :3] = IGNORED  # three of four tokens
     assert (batch["labels"][:, 1:] != IGNORED).sum(1).tolist() == [8, 1, 5, 6]
     with samples.mapped(live, list(live.parameters), LM) as grads:
         assert apart(grads(batch), one_by_one(live, batch, LM)) <= 1e-6
@@ -238,7 +238,7 @@ def quantized_adapter(folder: Path, method: str, task: TaskConfig, precision: st
     return live
 
 
-QUANTIZED = [  # `full` has nothing that is frozen
+QUANTIZED = [  # without `full`, which freezes nothing
     (m, p) for p in ("nf4", "int8") for m in ("lora", "dora", "rslora", "adapter", "prefix", "prompt", "ptuning_v2", "ia3", "bitfit")
 ]
 
@@ -264,7 +264,7 @@ def test_the_loop_is_used_if_int8_depends_on_the_whole_batch(tmp_path: Path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     live = quantized_adapter(tmp_path / "m", "lora", LM, "int8")
     names = list(live.parameters)
-    assert samples.find_way(live, names, LM) is samples.hooked  # on a CPU rows do not meet
+    assert samples.find_way(live, names, LM) is samples.hooked  # on a CPU rows do not affect each other
     layer = next(m for n, m in live.model.named_modules() if n.endswith("down_proj.base_layer"))
     given = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
     given[0, 5] = 20.0  # an outlier of the first row, beyond bitsandbytes' threshold of 6
@@ -272,7 +272,8 @@ def test_the_loop_is_used_if_int8_depends_on_the_whole_batch(tmp_path: Path, mon
     def on_cuda(x: torch.Tensor) -> torch.Tensor:
         return functions.MatMul8bitLt.apply(x, layer.weight, None, None, layer.state)
 
-    assert not torch.equal(on_cuda(given)[1:], on_cuda(given[1:]))  # there it changes the others: with it goes more than its own gradient
+    # on CUDA it changes the other rows, so removing it removes more than its own gradient
+    assert not torch.equal(on_cuda(given)[1:], on_cuda(given[1:]))
     samples._chosen.clear()
     object.__setattr__(live.backbone, "device", torch.device("cuda"))
     assert samples._mixes_rows(live)

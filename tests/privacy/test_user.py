@@ -45,7 +45,7 @@ def test_without_noise_and_clip_it_is_the_uniform_mean() -> None:
     out, _ = mean(sent).close()
     for n in SHAPES:
         torch.testing.assert_close(out[n].float(), torch.stack([s[n] for s in sent]).mean(0), rtol=1e-6, atol=1e-6)
-        assert out[n].dtype == torch.float64 and torch.equal(out[n], out[n].to(BEFORE[n].dtype).double())  # rounded, as what is kept
+        assert out[n].dtype == torch.float64 and torch.equal(out[n], out[n].to(BEFORE[n].dtype).double())  # rounded to the stored dtype
 
 
 @pytest.mark.parametrize("removed", range(4))
@@ -54,7 +54,7 @@ def test_one_client_moves_the_sum_by_at_most_c(removed: int, clip: float) -> Non
     sent = [plus(tensors(k, size)) for k, size in ((1, 0.1), (2, 1.0), (3, 50.0), (4, 2.0))]
     with_, _ = mean(sent, clip=clip, cohort=4).close()
     without, _ = mean(sent[:removed] + sent[removed + 1 :], clip=clip, cohort=4).close()
-    # the mean is the sum over m = 4, whoever came; float32 tensors round
+    # the mean is the sum divided by m = 4, for any number of clients; float32 tensors round
     assert 4 * norm(moved(with_, without)) <= clip * (1 + 1e-3) + 1e-5
 
 
@@ -94,7 +94,7 @@ def test_the_tracker_reaches_the_median(start: float, noise: float) -> None:
 
 
 def test_counting_clipped_updates_instead_diverges() -> None:
-    # the sign that Flower has: C falls where it should rise
+    # Flower's sign: C falls where it should rise
     sizes, clip, tracker = [1.0] * 10, 0.1, Tracker(noise=0.0)
     for _ in range(60):
         clip = tracker.next(clip, sum(s > clip for s in sizes), 10, 10, Seeded(0))

@@ -376,7 +376,7 @@ def test_a_client_gets_exactly_the_shifts_that_it_lacks(tmp_path: Path, monkeypa
     assert [s.spec.version for s in state.shifts] == [1, 2, 3, 4, 5, 6]
     held: dict[str, int] = {}
     turns = [(who, names) for who, names in sent if who.startswith("train")]
-    assert len({who for who, _ in turns}) == 2  # both were sampled, each missed rounds of the other
+    assert len({who for who, _ in turns}) == 2  # both clients were sampled, and each missed rounds of the other
     for round, (who, names) in enumerate(turns, 1):
         assert names == {f"shift-{v}" for v in range(held.get(who, 0) + 1, round)}
         held[who] = round - 1

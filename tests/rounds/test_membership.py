@@ -17,7 +17,7 @@ from tests.fakes import RecordingObserver
 
 
 class Grid(InProcessGrid):
-    """Keeps what is sent."""
+    """Records the sent messages."""
 
     def __init__(self, app: ClientApp) -> None:
         super().__init__(app, 2)
@@ -49,7 +49,7 @@ def gather(network: bool) -> tuple[Grid, RecordingObserver, Membership]:
     return grid, observer, members
 
 
-def test_a_rejected_client_is_told_once_and_says_so() -> None:
+def test_a_rejected_client_is_notified_once_and_reports_it() -> None:
     grid, observer, _ = gather(network=True)
     (message,) = [m for m in grid.sent if m.metadata.message_type == REJECTED]
     why = "client anna has backbone cccccccccccc, but the run has bbbbbbbbbbbb"
@@ -60,7 +60,7 @@ def test_a_rejected_client_is_told_once_and_says_so() -> None:
     assert describe(message, reply, 0.0) == (f"the server does not let this client take part: {why}", {"why": why})
 
 
-def test_a_simulation_tells_nobody() -> None:
+def test_a_simulation_notifies_no_client() -> None:
     grid, observer, _ = gather(network=False)
     assert {m.metadata.message_type for m in grid.sent} == {"query"}
     assert len(observer.notes) == 2

@@ -1,4 +1,4 @@
-"""How far an update may lie from what was sent, and what else of a reply is bounded."""
+"""The largest distance of an update from the sent tensors, and other bounds on a reply."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ REACH = 3 * 0.01 * (1 - 0.9) / (1 - 0.999) ** 0.5  # three steps of AdamW at 0.0
         (1.6 * REACH, {}, "moves an entry of 'q.lora_A' by 0.152, but 3 steps of the plan move it by at most 0.142"),
         (0.03, {"optimizer": "sgd", "clip_norm": 1.0}, None),  # 3 · 0.01 · 1
         (0.05, {"optimizer": "sgd", "clip_norm": 1.0}, "3 steps of the plan move it by at most 0.045"),
-        (1e6, {"optimizer": "sgd", "clip_norm": None}, None),  # nothing bounds it
+        (1e6, {"optimizer": "sgd", "clip_norm": None}, None),  # without clipping there is no bound
         (1.0, {"privacy": "user", "dp_noise": 1.0, "dp_turns": 1}, None),  # mostly noise
         (1.0, {"codec": "topk=0.1+fp32+feedback"}, None),  # includes the residual of earlier updates
     ],
@@ -83,7 +83,7 @@ def test_a_client_may_prune_ranks_only_if_the_assignment_allows_it() -> None:
         reply = RecordDict({"adapter": pruned.to_arrays(), "update": record})
         if may:
             assert read_update(reply, Assignment(plan=plan, adapter=sent, may_prune=True)).adapter.spec.ranks == {"q": 1, "up": 1}
-            with pytest.raises(UpdateMismatch, match="ranks or scaling differ"):  # more than it was sent
+            with pytest.raises(UpdateMismatch, match="ranks or scaling differ"):  # more than it received
                 read_update(reply, Assignment(plan=plan, adapter=pruned.replace(ranks={"q": 0, "up": 1}), may_prune=True))
         else:
             with pytest.raises(UpdateMismatch, match="ranks or scaling differ"):

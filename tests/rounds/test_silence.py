@@ -55,7 +55,8 @@ def trained(grid: Deaf) -> list[int]:
 def test_a_client_that_hangs_costs_one_deadline_and_is_reported(tmp_path: Path) -> None:
     grid, observer = run(tmp_path / "r", 8)
     assert trained(grid) == [1]
-    assert [round for kind, round in grid.asked if kind == "evaluate"] == [0]  # it gets no evaluation either while its turn is unanswered
+    # it is not asked for evaluations while its turn is unanswered
+    assert [round for kind, round in grid.asked if kind == "evaluate"] == [0]
     assert [r["cohort"] for r in observer.records[1:]] == [2, 1, 1, 1, 1, 1, 1, 1]
     # by hand: pauses of 1, 2 and 4 rounds; the server looks for its reply in rounds 3, 5 and 9
     assert [n for n in observer.notes if "did not answer" in n] == [
@@ -67,7 +68,7 @@ def test_a_client_that_hangs_costs_one_deadline_and_is_reported(tmp_path: Path) 
 
 def test_a_client_that_is_always_late_has_growing_pauses(tmp_path: Path) -> None:
     grid, _ = run(tmp_path / "r", 12, when=lambda round: round + 1)
-    assert trained(grid) == [1, 3, 6, 11]  # 1, 2 and 4 rounds in between
+    assert trained(grid) == [1, 3, 6, 11]  # with pauses of 1, 2 and 4 rounds
 
 
 def test_a_client_that_was_late_once_is_asked_again_every_round(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def sizes(held: tuple[int, ...], shifts: list[AdapterState]) -> dict[str, int]:
 def test_a_new_client_gets_at_most_the_size_of_the_weights() -> None:
     many = [shift(v) for v in range(1, 61)]
     assert sizes((), many) == {"snapshot": 4 * (30 + 1200), **{str(v): 0 for v in range(1, 61)}}  # 60 shifts are 44,160 bytes
-    assert sizes(tuple(range(1, 60)), many) == {"snapshot": 0, "60": 4 * (2 * 11 + 2 * 70)}  # one that lacks a round gets the round
+    assert sizes(tuple(range(1, 60)), many) == {"snapshot": 0, "60": 4 * (2 * 11 + 2 * 70)}  # a client that lacks one round gets its shift
     assert sizes((1, 2, 99), many) == sizes((), many)  # weights with unknown shifts are reset to W0
     assert sizes((), many[:1]) == {"snapshot": 0, "1": 4 * 162} and sizes(tuple(range(1, 61)), many) == {"snapshot": 0}
 
@@ -199,7 +199,7 @@ def test_a_client_that_declines_an_offer_gets_no_tensors(tmp_path: Path, monkeyp
 
 
 class Space:
-    """A host with just what reading an offer needs; its devices accept up to `max_bytes` bytes."""
+    """A host with only the methods for reading an offer; its devices accept up to `max_bytes` bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.ledgers, self.floor, self.client_ids = max_bytes, None, None, ["c"]

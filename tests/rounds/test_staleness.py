@@ -117,7 +117,7 @@ def test_a_simulated_late_update_counts_in_the_round_of_its_arrival(tmp_path: Pa
 
 
 def test_updates_older_than_max_staleness_never_count(tmp_path: Path) -> None:
-    alone = [1.0]  # a alone: 1 after round 1; then both: each adds 1 and 3, (1 + 9) / 4
+    alone = [1.0]  # only a: 1 after round 1; then both, which add 1 and 3: (1 + 9) / 4
     for _ in range(3):
         alone.append(alone[-1] + 2.5)
     bridge, observer = fake_bridge(
@@ -125,7 +125,8 @@ def test_updates_older_than_max_staleness_never_count(tmp_path: Path) -> None:
     )
     assert value(bridge.loop()) == pytest.approx(alone[3]) and [r["cohort"] for r in observer.records[1:]] == [2, 2, 2, 2]
     bridge, observer = on_slow_node(tmp_path / "n", available=99, rounds=4, max_staleness=2)
-    assert value(bridge.loop()) == pytest.approx(1 + 1 + 1 + 1)  # b is forgotten after round 3, and paused because it still does not answer
+    # b's reply is dropped after round 3, and b is paused, because it still does not answer
+    assert value(bridge.loop()) == pytest.approx(1 + 1 + 1 + 1)
     assert [r["cohort"] for r in observer.records[1:]] == [2, 1, 1, 1] and not any("staleness" in r for r in observer.clients)
 
 
@@ -198,7 +199,7 @@ def misreport(**changes: Any) -> Any:
 )
 def test_a_late_reply_is_checked_against_its_assignment(tmp_path: Path, fault: Any, sentence: str) -> None:
     bridge, observer = on_slow_node(tmp_path / "r", faults={"b": fault})
-    assert value(bridge.loop()) == pytest.approx(2.0)  # a alone, twice
+    assert value(bridge.loop()) == pytest.approx(2.0)  # only a, twice
     assert "client b: its reply to round 1 is refused: " in observer.notes[-1] and sentence in observer.notes[-1]
     assert observer.records[2]["late_used"] == 0
 

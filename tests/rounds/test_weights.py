@@ -65,7 +65,7 @@ def run(path: Path, faults: dict[str, Any] | None = None, **changes: Any) -> tup
     bridge, observer = fake_bridge(path, fake_client_app({**HOMES, "liar": 99_000}, faults), 12, config, strategy=strategy, **changes)
     config = dataclasses.replace(
         bridge.config, client=dataclasses.replace(bridge.config.client, lr=1e6)
-    )  # its step is as long as its claim
+    )  # its step is as large as the number of rows it claims
     state = dataclasses.replace(bridge, config=config).loop()
     return strategy, state.adapter["head.weight"], observer
 

@@ -42,7 +42,7 @@ def test_a_run_in_use_is_not_opened_twice(run: RunDirectory) -> None:
     for rounds in (None, 99):
         with pytest.raises(RunError, match="in use by another process"):
             RunDirectory.open(run.path, rounds=rounds)
-    assert read_config(run.path) == run.config  # whoever came second changed nothing
+    assert read_config(run.path) == run.config  # the second process has changed nothing
     run.close()
     assert RunDirectory.open(run.path).config == run.config
 
@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_skipped_and_reported(run: RunDirectory, victim:
     newest, skipped = run.newest()
     assert newest is not None and newest.round == 1
     assert len(skipped) == 1 and "round-0002" in skipped[0] and "damaged" in skipped[0]
-    run.save(checkpoint(2))  # the round is run again, over the damaged one
+    run.save(checkpoint(2))  # the repeated round replaces the damaged checkpoint
     assert run.newest()[0].round == 2  # type: ignore[union-attr]
 
 

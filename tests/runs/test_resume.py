@@ -68,7 +68,7 @@ def test_a_run_killed_at_random_points_and_resumed_ends_with_the_same_bits(tmp_p
     while killed < _KILLS:
         exists = (tmp_path / "killed").exists()
         again = dataclasses.replace(read_config(only_run(config)), resume=str(only_run(config))) if exists else config
-        code = child(again, rng.uniform(0.0, 8.0) * a_round)  # what comes between loading and the first round takes about four of them
+        code = child(again, rng.uniform(0.0, 8.0) * a_round)  # the time between loading and the first round is about four rounds
         assert code in (0, -signal.SIGKILL)
         if code == 0:
             break
@@ -81,7 +81,7 @@ def test_a_run_killed_at_random_points_and_resumed_ends_with_the_same_bits(tmp_p
     other = only_run(whole)
     assert (path / "adapter" / "fedtune.safetensors").read_bytes() == (other / "adapter" / "fedtune.safetensors").read_bytes()
     assert metric_lines(path) == metric_lines(other)  # every round once, none lost
-    assert len(reached) > 3  # the kills fell on different points
+    assert len(reached) > 3  # the kills hit different points
 
 
 def metric_lines_tolerant(path: Path) -> list[str]:
@@ -99,5 +99,5 @@ def test_resuming_with_more_rounds_continues_in_the_same_directory(tmp_path: Pat
     assert again == path and [r for r, client in metric_lines(path) if client is None] == [0, 1, 2, 3]
     straight = simulate(dataclasses.replace(config, rounds=3))
     assert straight != path
-    # the constant schedule of this config does not depend on `rounds`, so that three rounds are three rounds however they were reached
+    # the constant schedule of this config does not depend on `rounds`, so one run of three rounds equals a resumed one
     assert (path / "adapter" / "fedtune.safetensors").read_bytes() == (straight / "adapter" / "fedtune.safetensors").read_bytes()

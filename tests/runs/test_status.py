@@ -80,7 +80,7 @@ def test_a_running_server(tmp_path: Path) -> None:
     rows = {line.split()[0]: line for line in shown.splitlines() if line.split()[:1] in (["a"], ["b"], ["[c]"])}
     assert "online" in rows["a"] and "1.5 kB" in rows["a"] and "4.0 kB" in rows["a"] and "1.25" in rows["a"]
     assert "1 min 30 s ago" in rows["b"] and "1 late" in rows["b"] and "no reply within 9 s" in rows["b"]
-    assert "online" in rows["[c]"]  # what a client calls itself is text, not markup
+    assert "online" in rows["[c]"]  # a client's name is text, not markup
     assert "2 of 3 clients; turns: 3 counted, dropped: 1 late; 2.5 kB up, 8.0 kB down; ε up to 1.25" in shown
     wide, narrow = (show(status, now=NOW, width=w).split("\n\n")[1] for w in (160, 80))  # between the headline and the totals
     assert max(map(len, wide.splitlines())) > 80 >= max(map(len, narrow.splitlines())) and set(wide.split()) == set(narrow.split())
@@ -106,7 +106,7 @@ def test_a_reused_process_id_is_not_the_server(tmp_path: Path) -> None:
 def test_a_simulated_run(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     assert f"python -m fedtune.sim resume={run}" in show(read_status(run))
-    with open(run / ".lock", "w") as lock:  # as RunDirectory holds it
+    with open(run / ".lock", "w") as lock:  # as RunDirectory locks it
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert f"{run} is running: round 2 of 5" in show(read_status(run))
     (run / "config.yaml").write_text("rounds: 2\n")
@@ -178,6 +178,7 @@ def test_status_from_a_server_s_private_port(tmp_path: Path, control: str, capsy
     assert main(["status", "--control", control]) == 0
     assert "round 3 of 5, waiting for b" in capsys.readouterr().out
     run = a_run(tmp_path)
-    Answers.body = json.dumps({**SERVER, "pid": os.getpid(), "run": str(run)}).encode()  # the run can be read here: all is shown
+    # the run directory is on this machine, so everything is shown
+    Answers.body = json.dumps({**SERVER, "pid": os.getpid(), "run": str(run)}).encode()
     assert main(["status", "--control", control]) == 0
     assert "3 counted" in capsys.readouterr().out

@@ -48,12 +48,12 @@ def test_a_write_is_complete_or_absent_after_any_stop(tmp_path: Path, name: str,
             stopped = DISK.stops(lambda _: write(place), folder, operations, stop)  # noqa: B023  called here
         except OSError:
             stopped = True
-            assert not [p for p in folder.iterdir() if p.name != "place"]  # what is not whole gives its room on the disk back
+            assert not [p for p in folder.iterdir() if p.name != "place"]  # an incomplete write frees its disk space
         assert not place.exists() or content(place) == expected
         write(place)
         assert content(place) == expected
         if name != "shared":
-            assert list(folder.iterdir()) == [place]  # what a kill left is removed
+            assert list(folder.iterdir()) == [place]  # the remains of a kill are removed
         if not stopped:
             break
         operations += 1

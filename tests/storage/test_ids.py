@@ -16,7 +16,7 @@ from fedtune.runs.report import read_metrics
 from fedtune.storage.ids import file_name, flaw, is_run_name
 from tests.tiny import texts, tiny_config
 
-LONG = "Администрация городского округа, " * 6  # 198 characters, of which each takes seven in a file's name
+LONG = "Администрация городского округа, " * 6  # 198 characters, each of which takes seven in a file name
 FLAWS = {
     "x" * 201: "has 201 characters, more than the limit of 200",
     "a\tb": r"has an unprintable character \(U\+0009\)",
@@ -34,7 +34,8 @@ def test_an_invalid_id_is_refused_in_the_partition(tmp_path: Path, client: str) 
     with pytest.raises(DataError, match=f"the client id '.+' of training row 2 {FLAWS[client]}: give it another") as caught:
         load_federation(from_dict(config | {"partition": {"kind": "natural"}}))
     assert str(caught.value).isprintable()
-    load_federation(from_dict(config | {"partition": {"kind": "iid", "clients": 2}}))  # where nobody is called so
+    # with a partition whose ids do not come from the data
+    load_federation(from_dict(config | {"partition": {"kind": "iid", "clients": 2}}))
 
 
 def test_an_invalid_id_is_refused_in_the_config() -> None:

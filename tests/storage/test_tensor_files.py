@@ -35,7 +35,8 @@ def read_all(path: Path) -> dict[str, Any]:
 def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
     path, dtypes = tmp_path / "x.safetensors", (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
     tensors = {f"{t}": torch.arange(-3000, 3000).reshape(3, 20, 100).to(t) for t in dtypes}
-    tensors |= {"i8": torch.arange(-128, 128, dtype=torch.int8), "u8": torch.arange(256, dtype=torch.uint8)[1:]}  # the rest is not aligned
+    # 255 bytes, so later tensors are not aligned
+    tensors |= {"i8": torch.arange(-128, 128, dtype=torch.int8), "u8": torch.arange(256, dtype=torch.uint8)[1:]}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(3, 0, 2), "half": torch.randn(1001).bfloat16()}
     save_file(tensors, path, {"format": "pt", "more": "ü"})
     found, metadata = read_header(path)
@@ -43,7 +44,7 @@ def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path: Path) -
     read = read_all(path)
     assert all(torch.equal(as_tensor(read[name]), wanted) for name, wanted in tensors.items()) and read.keys() == tensors.keys()
     before = path.read_bytes()
-    read["half"][:] = 0  # of this process alone
+    read["half"][:] = 0  # a private copy: the file does not change
     assert path.read_bytes() == before
 
 
@@ -92,8 +93,8 @@ def test_lengths_that_do_not_match_are_refused(tmp_path: Path) -> None:
         read_header(write(path, {"a": tensor()}, NUMBERS + b"0"))
 
 
-def test_what_is_no_file_is_named(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # whose reader would wait for ever
+def test_a_path_that_is_not_a_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # a reader of a pipe would wait forever
     for name in ("pipe", "", "missing"):
         with pytest.raises(ModelError, match="not a valid safetensors file"):
             read_header(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Small LoRA cohorts for the tests of the exact methods: awkward shapes, unequal counts, and the weights that they ought to give."""
+"""Small LoRA cohorts for the tests of the exact methods: awkward shapes, unequal counts, and the expected weights."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ def still(rank: int, method: str = "lora") -> AdapterState:
 
 
 def cohort(ranks: Sequence[int] = (2, 2, 2), counts: Sequence[int] = (1, 7, 40), *, seed: int = 1, alpha: float = 3.0) -> list[Update]:
-    """Clients with factors of their own, far from each other; s_k = alpha / r_k, so that ranks differ in scaling too."""
+    """Clients with different random factors; s_k = alpha / r_k, so clients of different ranks also differ in scaling."""
     return [
         Update(client=f"c{i}", round=1, base_version=0, adapter=adapter(seed + i, rank=r, alpha=alpha), examples=n)
         for i, (r, n) in enumerate(zip(ranks, counts, strict=True))
@@ -46,7 +46,7 @@ def cohort(ranks: Sequence[int] = (2, 2, 2), counts: Sequence[int] = (1, 7, 40),
 
 
 def in_bf16(updates: Sequence[Update]) -> list[Update]:
-    """The clients' tensors as a bf16 wire brings them."""
+    """The clients' tensors after transfer in bf16."""
     return [dataclasses.replace(u, adapter=u.adapter.replace({n: t.bfloat16() for n, t in u.adapter.tensors.items()})) for u in updates]
 
 
@@ -56,7 +56,7 @@ def delta(state: AdapterState) -> dict[str, Tensor]:
 
 
 def change(state: ServerState) -> dict[str, Tensor]:
-    """Module → all that the weights have become more than W0: the shifts and the adapter."""
+    """Module → W − W0: the sum of the shifts and the adapter."""
     out = delta(state.adapter)
     for shift in state.shifts:
         for module, part in delta(shift).items():
@@ -65,7 +65,7 @@ def change(state: ServerState) -> dict[str, Tensor]:
 
 
 def mean(updates: Iterable[Update]) -> dict[str, Tensor]:
-    """Module → Σ p_k s_k B_k A_k, dense and slow: what an exact method owes."""
+    """Module → Σ p_k s_k B_k A_k, dense and slow: the result of an exact method."""
     updates = list(updates)
     total = sum(u.examples for u in updates)
     parts = [(u.examples / total, delta(u.adapter)) for u in updates]
@@ -73,7 +73,7 @@ def mean(updates: Iterable[Update]) -> dict[str, Tensor]:
 
 
 def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, tolerance: float = 1e-6) -> None:
-    """Every module equal, relative to its own size (float32 factors are rounded, so that 1e-6 is the most to ask)."""
+    """Every module is equal relative to its norm. Float32 factors are rounded, so tolerances below 1e-6 would fail."""
     assert sorted(actual) == sorted(expected)
     for module, matrix in expected.items():
         error = torch.linalg.matrix_norm(actual[module] - matrix) / torch.linalg.matrix_norm(matrix)
@@ -92,7 +92,7 @@ class Layers(nn.Module):
             self.add_module(module, layer)
 
     def outputs(self, state: AdapterState, shifts: Iterable[AdapterState] = ()) -> dict[str, Tensor]:
-        """Module → what it makes of one fixed input with the adapter, as PEFT computes it, on the shifted weights."""
+        """Module → its output for a fixed input, with the adapter as PEFT computes it and with the shifted weights."""
         model = copy.deepcopy(self)
         frozen = FrozenWeights(model)
         for shift in shifts:
@@ -109,7 +109,7 @@ class Layers(nn.Module):
 
 
 def assert_exact_on_conv1d(strategy: Strategy) -> None:
-    """The aggregated GPT-2 layers give the mean of what the clients' layers give, by PEFT's own forward pass."""
+    """The outputs of the aggregated GPT-2 layers are the mean of the clients' outputs, by PEFT's own forward pass."""
     layers, updates, start = Layers(), cohort(), strategy.start(adapter())
     after = strategy.aggregate(1, start, iter(updates))
     total = sum(u.examples for u in updates)
@@ -119,6 +119,6 @@ def assert_exact_on_conv1d(strategy: Strategy) -> None:
 
 
 def swapped_when_square(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A mutation: A and B in each other's place where the shapes let it pass, which is the transposed matrix."""
+    """A mutation: A and B swapped if the shapes allow it, which transposes the matrix."""
     a, b = pair
     return (b.T, a.T) if a.shape[1] == len(b) else pair

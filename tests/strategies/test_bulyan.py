@@ -1,4 +1,4 @@
-"""Bulyan on numbers that can be checked by hand, and against Flower's class left to itself."""
+"""Bulyan on numbers that can be checked by hand, and against Flower's unmodified class."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def test_order_does_not_matter() -> None:
     assert all(close(o, outs[0], atol=0) for o in outs)
 
 
-def test_the_selection_does_not_change_under_any_gauge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_selection_depends_only_on_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, own = [], module.krum
     monkeypatch.setattr(module, "krum", lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1])
     adapters = [random_adapter(i + 1, 0.3) for i in range(8)]
@@ -57,7 +57,7 @@ def test_the_selection_does_not_change_under_any_gauge(monkeypatch: pytest.Monke
     assert all(s == seen[0] for s in seen) and len(seen) == 4 and len(seen[0]) == 6
 
 
-def test_selecting_everyone_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selecting_all_clients_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "krum", lambda apart, malicious, select: list(range(len(apart))))
     out = Bulyan().aggregate(1, ServerState(adapter=plain(0.0)), [update(f"c{i}", plain(x)) for i, x in enumerate(LINE)])
     assert out.adapter["w"].item() == pytest.approx((2.5 + 4.5 + 7.0) / 3)  # near the median of all, 4.5

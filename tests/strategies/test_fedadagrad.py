@@ -1,4 +1,4 @@
-"""FedAdagrad on numbers that can be checked by hand, and against Flower's class left to itself."""
+"""FedAdagrad on numbers that can be checked by hand, and against Flower's unmodified class."""
 
 from pathlib import Path
 from typing import Any

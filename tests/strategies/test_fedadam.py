@@ -1,4 +1,4 @@
-"""FedAdam on numbers that can be checked by hand, and against Flower's class left to itself."""
+"""FedAdam on numbers that can be checked by hand, and against Flower's unmodified class."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ METHOD = FedAdam(lr=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
 
 def test_two_rounds_by_hand() -> None:
     one = METHOD.aggregate(7, METHOD.start(plain(0.0)), [update("a", plain(1.0), 1), update("b", plain(5.0), 3)])
-    # Δ = 4; m = .1·4 = .4; v = .01·16 = .16; η₁ = .1·√.01/.1 = .1, whatever round the run is in; w = .1·.4 / (.4 + .001)
+    # Δ = 4; m = .1·4 = .4; v = .01·16 = .16; η₁ = .1·√.01/.1 = .1 in any round of the run; w = .1·.4 / (.4 + .001)
     assert one.memory["m/w"].item() == pytest.approx(0.4) and one.memory["v/w"].item() == pytest.approx(0.16)
     assert one.adapter["w"].item() == pytest.approx(0.1 * 0.4 / 0.401, rel=1e-6) and one.memory["t"].item() == 1
     two = METHOD.aggregate(8, one, [update("a", plain(one.adapter["w"].item() + 2.0))])
@@ -27,7 +27,7 @@ def test_two_rounds_by_hand() -> None:
     assert (two.adapter["w"] - one.adapter["w"]).item() == pytest.approx(step, rel=1e-5)
 
 
-def test_three_rounds_are_flowers_own_told_the_steps_before() -> None:
+def test_three_rounds_are_flowers_own_with_the_number_of_earlier_steps() -> None:
     state, theirs = ServerState(adapter=random_adapter(0)), flower.FedAdam(eta=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
     for round in (1, 2, 3):
         updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]
@@ -37,7 +37,7 @@ def test_three_rounds_are_flowers_own_told_the_steps_before() -> None:
         assert all(torch.allclose(state.adapter[n], expected[n].float(), atol=1e-6) for n in state.adapter.tensors)
 
 
-def test_flowers_own_count_of_rounds_would_be_caught() -> None:
+def test_flowers_own_count_of_rounds_is_detected() -> None:
     state, theirs = ServerState(adapter=plain(0.0)), flower.FedAdam(eta=0.1, tau=1e-3)
     theirs.current_arrays = _flower.numpy(state.adapter.tensors)
     wrong = flower_result(theirs, [_flower.reply(plain(4.0).tensors, 1)], 1)

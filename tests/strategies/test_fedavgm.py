@@ -1,4 +1,4 @@
-"""FedAvgM on numbers that can be checked by hand, and against Flower's class left to itself."""
+"""FedAvgM on numbers that can be checked by hand, and against Flower's unmodified class."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_a_wrong_formula_is_caught(name: str, wrong: Any, monkeypatch: pytest.Mo
         check_by_hand()
 
 
-def test_dropped_weights_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_mean.Mean, "add", lambda self, tensors, weight: ADD(self, tensors, 1.0))
     with pytest.raises(AssertionError):
         check_by_hand()
@@ -78,7 +78,7 @@ def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
     again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
     outs = [method.aggregate(2, s, [update("a", random_adapter(3))]) for s in (one, again)]
     assert close(outs[0].adapter, outs[1].adapter, atol=0)
-    # and the memory matters: without it the second round is another
+    # the memory has an effect: without it the second round differs
     assert not close(
         outs[0].adapter, method.aggregate(2, ServerState(adapter=one.adapter), [update("a", random_adapter(3))]).adapter, atol=1e-2
     )

@@ -25,7 +25,7 @@ def check_by_hand() -> None:
     assert FedMedian().aggregate(1, START, iter(updates[:2])).adapter["w"].tolist() == [1.5, 3.0]
 
 
-def test_by_hand_whatever_the_examples() -> None:
+def test_by_hand_for_any_number_of_examples() -> None:
     check_by_hand()
 
 

@@ -1,4 +1,4 @@
-"""FedNova on numbers that can be checked by hand, and that it minimizes what it should."""
+"""FedNova on numbers that can be checked by hand, and its minimum."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""FedPepTAO: the phases, what travels, and the server's rule on numbers that can be checked by hand."""
+"""FedPepTAO: the phases, the sent tensors, and the server's rule on numbers that can be checked by hand."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedpeptao import FedPepTAO
 
 SPEC = AdapterSpec(method="ptuning_v2", base="b" * 64)
-PROMPTS = [f"model.layers.{i}.prompt" for i in range(11)]  # the order of the names would put layer 10 after layer 1
+PROMPTS = [f"model.layers.{i}.prompt" for i in range(11)]  # sorted by name, layer 10 would follow layer 1
 HEAD = "score.weight"
 
 
@@ -29,7 +29,7 @@ def adapter(seed: int = 0, layers: int = 11) -> AdapterState:
 
 
 def reply(given: Assignment, examples: int) -> Update:
-    """What a client of this many examples could answer: scores of its own, or what it got with some noise."""
+    """A possible reply of a client with this many examples: its own scores, or the received tensors with noise."""
     plan = given.plan
     gen = torch.Generator().manual_seed(derive_seed(plan.round, plan.client))
     if given.expect is not None:
@@ -78,7 +78,7 @@ def test_the_warm_up_is_fedavg_from_the_first_round() -> None:
 
 
 def test_a_run_of_an_earlier_version_continues_after_its_scores() -> None:
-    """It scored the layers in a round of their own, which may have been the first: what it lacks is measured again, together."""
+    """Its scores came from a separate round, which may have been the first. The missing ones are measured again, together."""
     strategy, layers = FedPepTAO(warmup_rounds=2), torch.arange(11, dtype=torch.float64)
     state = ServerState(adapter=adapter(), memory={"layers": layers, "warmups": torch.tensor(1)})
     phases = []
@@ -124,7 +124,7 @@ def test_scores_are_weighted_by_examples_and_shares_are_not() -> None:
         ("redundant", 0.2, {1, 10, 4}),  # ⌈2.2⌉ = 3
         ("diverse", 0.2, {0, 2, 3}),
         ("redundant", 1e-6, {10}),
-        ("redundant", 3 / 11, {1, 10, 4}),  # not a fourth for the sake of a rounding error
+        ("redundant", 3 / 11, {1, 10, 4}),  # a rounding error must not add a fourth layer
         ("redundant", 1.0, set(range(11))),
     ],
 )
@@ -138,7 +138,7 @@ def test_selection_takes_the_first_by_score(order: str, ratio: float, kept: set[
 @pytest.mark.parametrize("variant", ["scaled", "paper", "code"])
 @pytest.mark.parametrize("personal", [True, False])
 def test_without_training_nothing_changes(variant: str, personal: bool) -> None:
-    """Rates that are not 0, and tensors that stay: through all phases, with newcomers and clients of several sizes."""
+    """With nonzero rates and unchanged tensors, through all phases, with new clients and clients of several sizes."""
     strategy = FedPepTAO(warmup_rounds=2, variant=variant, personal=personal, server_lr=0.5)
     state = start = strategy.start(adapter())
     for round, cohort in enumerate([{"a": 1, "b": 7}] * 4 + [{"a": 1, "c": 3}, {"b": 7, "c": 3, "d": 2}], 1):
@@ -155,7 +155,7 @@ def test_without_training_nothing_changes(variant: str, personal: bool) -> None:
         torch.testing.assert_close(state.adapter[name], tensor, rtol=0, atol=1e-6)
 
 
-# -- what travels -------------------------------------------------------------------------------------------------------------------------
+# -- sent tensors ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("personal", [True, False])
@@ -166,7 +166,7 @@ def test_the_payload_holds_only_the_selected_layers_and_the_head(personal: bool)
     chosen = [*(n for n in PROMPTS if n not in local), HEAD]
     assert len(local) == 8
     after, first = one_round(strategy, 3, state, {"a": 1})
-    assert list(first["a"].adapter.tensors) == [*PROMPTS, HEAD]  # the first time with the warm-up's other layers
+    assert list(first["a"].adapter.tensors) == [*PROMPTS, HEAD]  # the first message also has the other layers, from the warm-up
     later = strategy.plan(4, [Plan(round=4, client=c, base_version=3) for c in "ab"], after)
     assert list(later["a"].adapter.tensors) == chosen and list(later["b"].adapter.tensors) == [*PROMPTS, HEAD]
     for given in (first["a"], later["a"], later["b"]):
@@ -256,7 +256,7 @@ def test_two_rounds_in_units_of_the_clients_step_by_hand() -> None:
 
 
 def opposites(variant: str, rate: float, rounds: int = 60) -> list[float]:
-    """Where the server goes where three clients pull up and three down, all by `rate` a step, and a sample of two is of one kind."""
+    """The path of the server if three clients move up and three down by `rate` a step, and each sample of two has one kind."""
     strategy = FedPepTAO(ratio=1.0, warmup_rounds=0, variant=variant)
     state = strategy.start(AdapterState({"l.prompt": torch.zeros(1, dtype=torch.float64)}, SPEC))
     pull, path = {"a": 1, "b": 1, "c": 1, "x": -1, "y": -1, "z": -1}, []
@@ -271,12 +271,12 @@ def opposites(variant: str, rate: float, rounds: int = 60) -> list[float]:
 @pytest.mark.parametrize("rate", [4e-2, 8e-3, 1e-5])
 def test_the_server_moves_in_units_of_the_clients_step_and_no_further(rate: float) -> None:
     path = opposites("scaled", rate)
-    assert max(abs(w) for w in path) < 3 * 4 * rate  # the clients' pulls cancel; nobody moves more than 4 steps a round
+    assert max(abs(w) for w in path) < 3 * 4 * rate  # the clients' updates cancel; no client moves more than 4 steps a round
     assert path == pytest.approx([w * rate / 4e-2 for w in opposites("scaled", 4e-2)])
 
 
 def test_the_paper_s_server_rate_does_not_follow_the_clients() -> None:
-    assert max(abs(w) for w in opposites("paper", 8e-3)) > 3 * 4 * 8e-3  # or the test above could not fail
+    assert max(abs(w) for w in opposites("paper", 8e-3)) > 3 * 4 * 8e-3  # so the test above can fail
 
 
 def test_c_is_the_mean_of_the_clients_that_have_one() -> None:
@@ -286,7 +286,7 @@ def test_c_is_the_mean_of_the_clients_that_have_one() -> None:
     for round, moves in enumerate(({"a": 1.0}, {"b": 3.0, "c": 5.0}, {"a": 9.0, "b": 3.0}), 2):
         w = state.adapter["l.prompt"].item()
         state = strategy.aggregate(round, state, iter([scalar(c, 1, w - m, 1, 0.5) for c, m in moves.items()]))
-    assert state.memory["drift/l.prompt"].item() == pytest.approx((9 + 3 + 5) / 3 / 0.5)  # d has trained in the warm-up only
+    assert state.memory["drift/l.prompt"].item() == pytest.approx((9 + 3 + 5) / 3 / 0.5)  # d has trained only in the warm-up
 
 
 def test_rates_of_zero_move_nothing() -> None:

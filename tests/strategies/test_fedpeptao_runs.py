@@ -93,7 +93,7 @@ def test_compressed_updates_are_refused_for_the_drift(traffic: TrafficConfig) ->
     config = Config(rounds=23, peft=PeftConfig(method="ptuning_v2"), traffic=traffic)
     with pytest.raises(ConfigError, match="set traffic.up=fp32 traffic.topk=null, or strategy.server_lr=0"):
         FedPepTAO().check(config)
-    FedPepTAO(server_lr=0.0).check(config)  # as the sentence says: no drift is read
+    FedPepTAO(server_lr=0.0).check(config)  # as the error advises: with server_lr=0 no drift is needed
 
 
 def test_valid_settings_pass() -> None:
@@ -105,20 +105,20 @@ def test_valid_settings_pass() -> None:
 def test_most_of_a_run_trains_all_layers(rounds: int, warmup: int) -> None:
     config = compose(["strategy=fedpeptao", "peft=ptuning_v2", f"rounds={rounds}"])[0].config
     assert config.strategy["warmup_rounds"] == warmup  # ⌊.7 · 30⌋, ⌊.7 · 20⌋, ⌊.7 · 8⌋
-    make_strategy(config)  # which refuses a run that ends before the partial rounds
+    make_strategy(config)  # it would refuse a run that ends before the partial rounds
 
 
-# -- the whole way: bridge, messages, ClientApp, a model ----------------------------------------------------------------------------------
+# -- complete runs: bridge, messages, ClientApp, a model ----------------------------------------------------------------------------------
 
 
-class Diary(FedPepTAO):
+class RecordingFedPepTAO(FedPepTAO):
     """Records the assignment and the update of each client."""
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         assignments = super().plan(round, plans, state)
         SENT[round] = {
             c: list(a.adapter.tensors) for c, a in assignments.items()
-        }  # the evaluation before the round plans for all clients too
+        }  # the evaluation before the round also plans for all clients
         return assignments
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
@@ -158,7 +158,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def test_one_command_runs_all_phases(config: Config, tmp_path: Path, personal: bool) -> None:
     SENT.clear()
     CAME.clear()
-    strategy = Diary(warmup_rounds=2, score_rows=5, ratio=0.5, personal=personal)
+    strategy = RecordingFedPepTAO(warmup_rounds=2, score_rows=5, ratio=0.5, personal=personal)
     state, observer = federate(tmp_path / "r", config, strategy)
     space = workspace(json.dumps(to_dict(config)))
     prompts, heads = ["layers.0.prompt", "layers.1.prompt"], ["score.weight"]
@@ -170,7 +170,7 @@ def test_one_command_runs_all_phases(config: Config, tmp_path: Path, personal: b
     assert ["train_loss" in r for r in observer.records[1:]] == [True] * 2 + [False] + [True] * 4
     assert observer.notes == [f"from now on 1 of 2 layers are exchanged: {prompts.index(shared)}"]
     met: set[str] = set()
-    for round in range(4, 8):  # all layers in a client's first partial turn, and never again
+    for round in range(4, 8):  # only a client's first partial turn gets all layers
         for client in CAME[round]:
             assert SENT[round][client] == ([shared, *heads] if client in met else [*prompts, *heads])
         met |= CAME[round].keys()
@@ -179,7 +179,7 @@ def test_one_command_runs_all_phases(config: Config, tmp_path: Path, personal: b
     store = Storage.in_folder(tmp_path / "r" / "clients", config).store
     own = [s[local] for c in sorted(met) if (s := store.read(c, 8)) is not None]
     assert len(own) == len(met) == 4
-    # the clients' own layers went on from what the warm-up left, or stayed there
+    # the clients' own layers continued from the warm-up's result, or kept it
     assert all(torch.equal(t, state.adapter[local]) is not personal for t in own)
     assert all(float((t - state.adapter[local]).abs().max()) < 1.0 for t in own)
     assert not torch.equal(state.adapter[local], space.initial[local])

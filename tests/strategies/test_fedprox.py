@@ -53,7 +53,7 @@ def test_a_round_by_hand() -> None:
         pytest.param(_mean.Mean, "add", lambda self, tensors, weight: ADD(self, tensors, 1.0), id="weights dropped"),
     ],
 )
-def test_a_wrong_half_is_caught(where: type, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_half_is_detected(where: type, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(where, name, wrong)
     with pytest.raises(AssertionError):
         check_by_hand()

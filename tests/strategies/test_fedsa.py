@@ -66,8 +66,8 @@ def test_only_a_is_sent_and_the_rest_is_kept() -> None:
     names = list(state.adapter.tensors)
     for assignment in assignments.values():
         plan = assignment.plan
-        assert list(assignment.adapter.tensors) == SHARED  # down
-        assert matching(names, plan.send) == SHARED  # up, of all that the client has
+        assert list(assignment.adapter.tensors) == SHARED  # tensors that the server sends
+        assert matching(names, plan.send) == SHARED  # tensors that the client sends, of all that it has
         assert matching(names, plan.keep) == OWN and matching(names, plan.train) == names
     assert assignments["a"].adapter is assignments["b"].adapter  # encoded once
 
@@ -79,7 +79,7 @@ def test_rounds_over_the_wire(tmp_path: Path) -> None:
     )
     state = bridge.loop()
     assert [r["dropped"] for r in observer.records[1:]] == [{}, {}]
-    # each client adds its n to what it got: (1*1 + 3*3) / 4 = 2.5 a round; B and head never reach the server
+    # each client adds its n to the received tensors: (1*1 + 3*3) / 4 = 2.5 a round; B and head never reach the server
     assert all(bool((state.adapter[n] == 5.0).all()) for n in SHARED) and all(not state.adapter[n].any() for n in OWN)
 
 

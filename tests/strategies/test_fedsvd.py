@@ -107,7 +107,7 @@ def test_doras_magnitudes_are_averaged() -> None:
         pytest.param(lambda pair, rank: _lowrank.truncate(pair, rank - 1), id="a direction dropped"),
     ],
 )
-def test_a_wrong_turn_is_caught(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_rotation_is_detected(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     start = FedSVD().start(adapter())
     held, sent = clients(start)
     monkeypatch.setattr(fedsvd, "truncate", wrong)

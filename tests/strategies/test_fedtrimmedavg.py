@@ -31,7 +31,7 @@ def check_by_hand() -> None:
     assert trimmed(0.2, 1.0, 2.0, 6.0, 3.0) == 3.0  # ⌊.2·4⌋ = 0: nothing is cut
 
 
-def test_by_hand_whatever_the_examples() -> None:
+def test_by_hand_for_any_number_of_examples() -> None:
     check_by_hand()
 
 
@@ -65,7 +65,7 @@ def test_any_malicious_minority_keeps_the_result_within_the_honest_values() -> N
         seen = torch.stack([u.adapter[name] for u in honest])
         assert (t >= seen.min(0).values).all() and (t <= seen.max(0).values).all()
     untrimmed = FedTrimmedAvg(beta=0.0).aggregate(1, state, [*honest, update("x", random_adapter(8, 1e6))]).adapter
-    assert untrimmed["head.weight"].abs().max() > 1e4  # without the cut the same check fails
+    assert untrimmed["head.weight"].abs().max() > 1e4  # without trimming the same check fails
 
 
 def test_invalid_settings_are_refused() -> None:

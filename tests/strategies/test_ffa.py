@@ -82,7 +82,7 @@ def test_the_check_notices_an_a_that_moved() -> None:
     state = FFA().start(lora_state())
     drifted = [
         Update(client=f"c{i}", round=1, base_version=0, adapter=lora_state(seed=i), examples=n) for i, n in enumerate((1, 9), start=1)
-    ]  # what FedAvg would take: A and B both the client's own
+    ]  # as in FedAvg, A and B are both the client's own
     assert product_error(state, drifted) > 0.1
 
 
@@ -90,8 +90,8 @@ def test_a_is_never_sent_and_never_changes() -> None:
     state = FFA().start(lora_state())
     assignments = FFA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
     for assignment in assignments.values():
-        assert list(assignment.adapter.tensors) == SENT  # down
-        assert matching(assignment.adapter.tensors, assignment.plan.send) == SENT  # up
+        assert list(assignment.adapter.tensors) == SENT  # tensors that the server sends
+        assert matching(assignment.adapter.tensors, assignment.plan.send) == SENT  # tensors that the client sends
         assert matching(state.adapter.tensors, assignment.plan.train) == SENT
     assert assignments["a"].adapter is assignments["b"].adapter  # encoded once
     after = FFA().aggregate(1, state, iter(clients(state, [2, 5]))).adapter
@@ -118,7 +118,7 @@ def test_rounds_over_the_wire(tmp_path: Path) -> None:
     )
     state = bridge.loop()
     assert [r["dropped"] for r in observer.records[1:]] == [{}, {}]
-    # each client adds its n to what it got: (1*1 + 3*3) / 4 = 2.5 a round
+    # each client adds its n to the received tensors: (1*1 + 3*3) / 4 = 2.5 a round
     assert all(bool((state.adapter[n] == 5.0).all()) for n in SENT) and bool((state.adapter["q.lora_A"] == 1.0).all())
 
 

@@ -65,7 +65,7 @@ def test_the_result_is_exact_if_the_rank_suffices() -> None:
 
 def test_equal_ranks_are_summed_as_in_the_paper() -> None:
     updates = cohort([4, 4, 4])
-    for seed in (0, 9):  # Σ p_k s_k B_k A_k, whatever the round began with
+    for seed in (0, 9):  # Σ p_k s_k B_k A_k for any initial adapter of the round
         actual = change(FlexLoRA().aggregate(1, FlexLoRA().start(adapter(seed, rank=4)), iter(updates)))
         for module, matrix in mean(updates).items():
             assert abs(float((actual[module] - matrix).norm()) - tail(matrix, 4)) <= 1e-6 * float(matrix.norm())
@@ -89,7 +89,7 @@ def test_a_round_of_small_devices_leaves_every_direction_trainable(method: str) 
     after = FlexLoRA().aggregate(1, start, iter(cohort([1], [3]))).adapter
     for module in ("up", "square"):
         a, b = after[f"{module}.lora_A"], after[f"{module}.lora_B"]
-        # D has rank 1: B's other columns vanish, so their gradient, which goes through A's rows, must not
+        # D has rank 1: B's other columns are zero, so A's rows, which determine their gradient, must not be
         assert b[:, 1:].abs().max() < 1e-5 and torch.allclose(a @ a.T, torch.eye(4), atol=1e-6)
 
 

@@ -51,7 +51,7 @@ def test_mixed_ranks_counts_and_scalings_are_exact(clients: list[tuple[int, int]
     updates = cohort([r for r, _ in clients], [n for _, n in clients], seed=seed)
     after = FLoRA().aggregate(1, FLoRA().start(still(4)), iter(updates))
     assert_equal(change(after), mean(updates))
-    # as it came where the stack is no larger than the layer; else its singular vectors, without those that float32 would not see
+    # the stack itself if it is no larger than the layer; else its singular vectors above float32's resolution
     total = sum(r for r, _ in clients)
     for module, rank in after.shifts[0].spec.ranks.items():
         assert rank == total if total <= min(SHAPES[module]) else rank <= min(SHAPES[module])
@@ -86,7 +86,7 @@ def test_the_order_of_clients_changes_nothing() -> None:
 
 def test_a_client_that_missed_rounds_replays_them_to_the_same_weights() -> None:
     strategy, state = FLoRA(), FLoRA().start(adapter())
-    w = {m: torch.zeros(shape) for m, shape in SHAPES.items()}  # a client's float32 weights, less W0
+    w = {m: torch.zeros(shape) for m, shape in SHAPES.items()}  # a client's float32 weights minus W0
 
     def replay(seen: int) -> None:
         for shift in state.shifts:
@@ -100,7 +100,7 @@ def test_a_client_that_missed_rounds_replays_them_to_the_same_weights() -> None:
         state = strategy.aggregate(round, state, iter(updates))
         expected = {m: expected[m] + part for m, part in mean(updates).items()}
         if round == 1:
-            replay(seen=0)  # in round 1's cohort, then away for two rounds
+            replay(seen=0)  # the client was in round 1's cohort, then absent for two rounds
     replay(seen=1)
     assert [s.spec.version for s in state.shifts] == [1, 2, 3, 4]
     assert_equal({m: x.double() for m, x in w.items()}, expected)

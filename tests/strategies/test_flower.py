@@ -58,6 +58,6 @@ def test_flower_s_records_collect_no_garbage(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
     with _flower.no_collection():
         _flower.arrays({"w": torch.ones(2)}).to_numpy_ndarrays(keep_input=False)
-    assert not collected and gc.get_freeze_count() == frozen  # what the process has frozen stays frozen
+    assert not collected and gc.get_freeze_count() == frozen  # objects that the process has frozen stay frozen
     _flower.arrays({"w": torch.ones(2)}).to_numpy_ndarrays(keep_input=False)
     assert collected

@@ -35,7 +35,7 @@ def test_products_of_mixed_ranks_are_those_of_dense_matrices() -> None:
 
 def test_distances_are_those_of_dense_matrices() -> None:
     origin, clients = random_adapter(0), [random_adapter(i) for i in range(1, 6)]
-    # a scaling of its own counts: the same factors with s = 4 instead of 2 are twice the matrix
+    # a client's own scaling counts: the same factors with s = 4 instead of 2 give twice the matrix
     clients[3] = clients[3].replace(scaling={"q": 4.0, "up": 0.5})
     vectors = torch.stack([dense(c) for c in clients])
     assert torch.allclose(distances(clients, origin), torch.cdist(vectors, vectors) ** 2, atol=1e-9)
@@ -59,15 +59,15 @@ def test_plain_tensors_are_selected_as_flower_does(seed: int, malicious: int, se
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_no_gauge_changes_who_is_selected(seed: int) -> None:
+def test_other_factors_of_the_same_products_select_the_same_clients(seed: int) -> None:
     clients = [random_adapter(1000 * seed + i) for i in range(8)]
     others = [regauged(c, seed=i + seed) for i, c in enumerate(clients)]
     picks = [krum(distances(c, random_adapter(0)), malicious=1, select=3) for c in (clients, others)]
     assert picks[0] == picks[1]
 
 
-def test_distances_between_factors_would_be_caught() -> None:
-    """Flower's class compares factors: the same updates in other gauges have other distances, and other clients are selected."""
+def test_distances_between_factors_are_detected() -> None:
+    """Flower's class compares factors: the same updates with other factors have other distances, so other clients are selected."""
 
     def flowers(clients: list[AdapterState]) -> list[int]:
         apart = compute_distances([_flower.arrays({n: t.double() for n, t in c.tensors.items()}) for c in clients])

@@ -48,7 +48,7 @@ def by_hand(variant: str = "paper") -> float:
     out = HetLoRA(variant=variant).aggregate(1, state, iter([small, large])).adapter
     # weights 3/4 and 1/4: A = [[.75 .25 0], [0 0 .5]], B = [[2.25 0], [0 .125]]
     a, b = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.0, 0.5]]), torch.tensor([[2.25, 0.0], [0.0, 0.125]])
-    if variant == "covered":  # the second component is the large client's alone
+    if variant == "covered":  # only the large client has the second component
         a[1], b[:, 1] = torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.0, 0.5])
     return max(float((out["q.lora_A"] - a).abs().max()), float((out["q.lora_B"] - b).abs().max()))
 
@@ -64,7 +64,7 @@ def test_a_small_and_a_large_client_by_hand(variant: str) -> None:
     [
         lambda term: 1.0,  # no weights
         lambda term: float((term[2] @ term[1]).square().sum()),  # the norm's square
-        lambda term: float(term[1].norm() * term[2].norm()),  # ‖B‖‖A‖, the easy mistake
+        lambda term: float(term[1].norm() * term[2].norm()),  # ‖B‖‖A‖, an easy mistake
     ],
 )
 def test_the_check_notices_wrong_weights(variant: str, wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,21 +112,22 @@ def test_zero_products_have_equal_and_negligible_weights() -> None:
 def test_rows_that_nobody_trained_can_still_learn(variant: str, column: float) -> None:
     state = HetLoRA().start(module([[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]))
     out = HetLoRA(variant=variant).aggregate(1, state, iter([update("a", module([[7.0, 8.0]], [[9.0]]))])).adapter
-    assert out["q.lora_A"].tolist() == [[7.0, 8.0], [3.0, 4.0]]  # zeros here and in B would have no gradient ever again
+    # if both this row and B's column were zero, neither would ever have a gradient
+    assert out["q.lora_A"].tolist() == [[7.0, 8.0], [3.0, 4.0]]
     assert out["q.lora_B"].tolist() == [[9.0, column]]
 
 
-# -- down to the clients, and pruning ------------------------------------------------------------------------------------------------------
+# -- assignments to clients, and pruning ---------------------------------------------------------------------------------------------------
 
 
 def test_each_client_gets_the_first_rows_of_its_rank() -> None:
     state = HetLoRA().start(lora_state())
     assignments = HetLoRA(tail_penalty=0.5, tail_share=0.8).plan(1, plans(a=1, b=None, c=1, d=64), state)
-    assert assignments["b"].adapter is state.adapter and assignments["d"].adapter is state.adapter  # the slot's rank is the cap
+    assert assignments["b"].adapter is state.adapter and assignments["d"].adapter is state.adapter  # the global rank is the maximum
     assert assignments["a"].adapter is assignments["c"].adapter  # encoded once
     small = assignments["a"].adapter
     assert dict(small.spec.ranks) == {"q": 1, "up": 1} and small.spec.scaling == state.adapter.spec.scaling
-    assert list(small.tensors) == list(state.adapter.tensors)  # names down and, with send="*", up
+    assert list(small.tensors) == list(state.adapter.tensors)  # the client receives and, with send="*", returns these names
     assert torch.equal(small["q.lora_A"], state.adapter["q.lora_A"][:1])
     assert torch.equal(small["q.lora_B"], state.adapter["q.lora_B"][:, :1])
     expected = ("hetlora", {"penalty": 0.5, "share": 0.8}, ("*",), True)
@@ -145,18 +146,18 @@ def test_a_pruned_rank_is_permanent(tmp_path: Path) -> None:
     strategy, state = HetLoRA(tail_penalty=1e-3), HetLoRA().start(lora_state())
     pruned = truncated(lora_state(seed=2), {"q": 1, "up": 1})
     state = strategy.aggregate(1, state, iter([update("a", pruned), update("b", lora_state(seed=3))]))
-    assert dict(state.adapter.spec.ranks) == {"q": 2, "up": 1}  # the slot's own
+    assert dict(state.adapter.spec.ranks) == {"q": 2, "up": 1}  # the global ranks
     # a checkpoint keeps names sorted, so that spec.ranks comes back in another order
     AdapterState(dict(state.memory), AdapterSpec(method="memory")).save(tmp_path / "memory")
     swapped = state.adapter.replace(ranks=dict(sorted(state.adapter.spec.ranks.items(), reverse=True)))
     state = ServerState(adapter=swapped, memory=AdapterState.load(tmp_path / "memory").tensors)
     assignments = strategy.plan(2, plans(a=None, b=None, c=None), state)
     assert [assignments[c].adapter.spec.ranks["q"] for c in "abc"] == [1, 2, 2]
-    state = strategy.aggregate(2, state, iter([update("b", lora_state(seed=3))]))  # a is not sampled: it is not forgotten
+    state = strategy.aggregate(2, state, iter([update("b", lora_state(seed=3))]))  # a is not sampled, but its rank stays
     assert ranks_of(plans(a=None)[0], state) == {"q": 1, "up": 1}
 
 
-def test_without_pruning_nothing_is_remembered() -> None:
+def test_without_pruning_no_ranks_are_stored() -> None:
     strategy = HetLoRA(tail_penalty=0.0)
     state = strategy.aggregate(1, strategy.start(lora_state()), iter([update("a", truncated(lora_state(seed=2), {"q": 1, "up": 1}))]))
     assert not state.memory and dict(ranks_of(plans(a=None)[0], state)) == {"q": 2, "up": 1}

@@ -27,14 +27,14 @@ def test_it_returns_one_clients_tensors_bit_for_bit_in_any_order() -> None:
 
 
 def planted_updates() -> list:
-    """Six honest clients around one model, in gauges of their own, and a malicious one with a distant effect and near factors."""
+    """Six honest clients around one model, each with its own factors, and a malicious one with a distant product and near factors."""
     truth = random_adapter(0)
     honest = [truth.replace({n: t + 0.01 * random_adapter(i)[n] for n, t in truth.tensors.items()}) for i in range(1, 7)]
     far = truth.replace({n: t + (2.0 if n.endswith("lora_B") else 0.0) for n, t in truth.tensors.items()})
     return [*(update(f"c{i}", regauged(h, seed=i, size=10.0)) for i, h in enumerate(honest)), update("liar", far)]
 
 
-def test_a_malicious_client_is_not_chosen_in_any_gauge() -> None:
+def test_a_malicious_client_is_not_chosen_with_any_factors() -> None:
     out = Krum().aggregate(1, ServerState(adapter=random_adapter(0)), iter(planted_updates()))
     assert not close(out.adapter, planted_updates()[-1].adapter)
 

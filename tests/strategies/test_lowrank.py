@@ -80,7 +80,7 @@ def test_the_norm_of_a_term_needs_no_product() -> None:
     assert _lowrank.norm(term) == pytest.approx(float(dense([term]).norm()), rel=1e-12)
 
 
-def test_signs_do_not_depend_on_the_gauge() -> None:
+def test_signs_depend_only_on_the_product() -> None:
     ((w, a, b),) = terms_of(7, 5, [3], 0)
     for flipped in ((w, -a, -b), (w, a.flip(0), b.flip(1))):  # the same matrix, other factors
         for x, y in zip(_lowrank.svd(_lowrank.stack([(w, a, b)])), _lowrank.svd(_lowrank.stack([flipped])), strict=True):

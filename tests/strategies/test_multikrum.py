@@ -57,7 +57,7 @@ def chosen(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> lis
     return seen[0]
 
 
-def test_the_selection_does_not_change_under_any_gauge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_selection_depends_only_on_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = [random_adapter(i + 1, 0.3) for i in range(7)]
     expected = chosen(adapters, monkeypatch)
     for seed in range(5):
@@ -69,12 +69,13 @@ def test_a_config_without_the_guarantee_is_refused() -> None:
         MultiKrum().check(Config(min_clients=5))
     with pytest.raises(ConfigError, match="strategy.select=0 is out of range"):
         MultiKrum(select=0).check(Config())
-    with pytest.raises(ConfigError, match="2·malicious \\+ 3 = 9 good updates .*: set min_clients=9"):  # where few are selected
+    # with a small `select` this bound is the larger one
+    with pytest.raises(ConfigError, match="2·malicious \\+ 3 = 9 good updates .*: set min_clients=9"):
         MultiKrum(malicious=3, select=1).check(Config(min_clients=8))
     MultiKrum().check(Config(min_clients=6))
 
 
-def test_averaging_everyone_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_averaging_all_clients_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "krum", lambda apart, malicious, select: list(range(len(apart))))
     out = MultiKrum(malicious=1, select=2).aggregate(1, ServerState(adapter=plain(0.0)), iter(line()))
     assert out.adapter["w"].item() > 90

@@ -77,7 +77,7 @@ def test_it_is_flowers_own() -> None:
     assert all(torch.allclose(t, expected[n].float()) for n, t in out.tensors.items())
     assert close(state.adapter, random_adapter(0), atol=0) and close(
         updates[0].adapter, random_adapter(1), atol=0
-    )  # Flower's works in place, on copies
+    )  # copies, because Flower's class changes its inputs
 
 
 def test_the_start_loss_is_requested_once() -> None:

@@ -116,12 +116,12 @@ def test_a_round_that_does_not_count_is_repeated(tmp_path: Path) -> None:
     config = Config(rounds=4, clients_per_round=2)
     start = lora_state(fill=0.0)
     halves = []
-    for rounds in (1, 2, 3, 4):  # each resumes from the checkpoint of the one before
+    for rounds in (1, 2, 3, 4):  # each run resumes from the checkpoint of the previous one
         bridge, _ = fake_bridge(tmp_path / "run", clients, 2, dataclasses.replace(config, rounds=rounds), strategy=RoLoRA(), initial=start)
         state = bridge.loop()
         bridge.run.close()
         halves.append((bool(state.adapter["q.lora_B"].any()), bool(state.adapter["q.lora_A"].any())))
-    # round 1 is lost: 2 trains B, and not A under B = 0; round 3 is lost: 4 trains A
+    # round 1 fails: round 2 trains B, not A with B = 0; round 3 fails: round 4 trains A
     assert halves == [(False, False), (True, False), (True, False), (True, True)]
     assert state.memory["turns"].item() == 2
 

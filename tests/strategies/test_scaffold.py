@@ -30,7 +30,7 @@ def test_two_rounds_by_hand() -> None:
     assignments = method.plan(2, plans("a", "b", "new"), one)
     assert assignments["a"].extra["w"].item() == -2.0 and assignments["b"].extra["w"].item() == 2.0 and not assignments["new"].extra
     two = method.aggregate(2, one, [update("a", plain(5.0), lr_sum=1.5), update("new", plain(8.0), lr_sum=1.0)])
-    # c_a⁺ = −2 + 4 + (2 − 5) / 1.5 = 0; a newcomer's c_k is c: c_new⁺ = (2 − 8) / 1 = −6; c = (0 − 6 − 6) / 3 = −4, the mean of all three
+    # c_a⁺ = −2 + 4 + (2 − 5) / 1.5 = 0; a new client's c_k is c: c_new⁺ = (2 − 8) / 1 = −6; c = (0 − 6 − 6) / 3 = −4, the mean of all three
     assert {n: t.item() for n, t in two.memory.items()} == {"c_k/a/w": 0.0, "c_k/b/w": -6.0, "c_k/new/w": -6.0, "c/w": -4.0}
     assert two.adapter["w"].item() == 6.5
 
@@ -99,7 +99,7 @@ def test_it_reaches_the_minimum_of_the_mean_loss_unlike_fedavg(monkeypatch: pyte
     assert abs(walk() - BEST) > 0.3
 
 
-def test_a_correction_of_the_wrong_sign_or_size_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_correction_of_the_wrong_sign_or_size_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     own = SCAFFOLD.plan
 
     def flipped(self: SCAFFOLD, round: int, plans: list[Plan], state: ServerState) -> dict[str, Assignment]:
@@ -135,7 +135,7 @@ def test_a_turn_at_rate_zero_changes_no_control_variate() -> None:
 
 @pytest.mark.parametrize("traffic", [TrafficConfig(up=u) for u in ("fp16", "bf16", "int8", "nf4")] + [TrafficConfig(topk=0.01)])
 def test_compressed_updates_are_refused(traffic: TrafficConfig) -> None:
-    # c_k is (w - w_k) / lr_sum: with 99 % of w - w_k left out, or rounded, it is another gradient
+    # c_k is (w - w_k) / lr_sum: if 99 % of w - w_k is missing, or it is rounded, c_k is another gradient
     client = ClientConfig(optimizer="sgd", clip_norm=None)
     with pytest.raises(ConfigError, match="set traffic.up=fp32 traffic.topk=null"):
         SCAFFOLD().check(Config(client=client, traffic=traffic))

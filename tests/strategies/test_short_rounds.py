@@ -25,13 +25,13 @@ def test_any_number_of_updates_is_accepted(rule: Strategy, count: int) -> None:
         ServerState(adapter=random_adapter(0), shifts=(random_adapter(9),)),
         [update(f"c{i}", random_adapter(i + 1), i + 1) for i in range(count)],
     )
-    after = rule.aggregate(1, state, iter(updates))  # the bridge folds first and counts then: this runs in every short round
+    after = rule.aggregate(1, state, iter(updates))  # the bridge aggregates before it counts updates, so this runs in every short round
     assert list(after.adapter.tensors) == list(state.adapter.tensors) and after.shifts == state.shifts
     assert all(torch.isfinite(t).all() and t.shape == state.adapter[n].shape for n, t in after.adapter.tensors.items())
     if count == 1 and not isinstance(rule, Bulyan):
         assert close(
             after.adapter, updates[0].adapter, atol=1e-6
-        )  # so that only `min_clients` keeps one client's word from being the model
+        )  # so only `min_clients` prevents that one client's update becomes the model
 
 
 @pytest.mark.parametrize("rule", [Krum(malicious=1), MultiKrum(malicious=1, select=2), Bulyan(malicious=0)], ids=lambda r: type(r).__name__)

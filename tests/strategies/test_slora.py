@@ -154,7 +154,7 @@ def test_rounding_errors_are_no_directions_of_the_sparse_stage() -> None:
 
 
 def test_the_mask_is_the_same_on_every_machine() -> None:
-    # drawn in another process: the mask never travels, so that a change of these numbers would break every running client
+    # drawn in another process: the mask is never sent, so a change of these numbers would break every running client
     assert random_mask("0", "q", 35, 6).tolist() == [5, 8, 10, 13, 29, 30]
 
 
@@ -184,7 +184,7 @@ def test_payloads_hold_the_masked_entries_and_the_head() -> None:
 def test_a_mask_by_gradient_takes_the_largest_of_the_mean() -> None:
     strategy = SLoRA(rounds=10, seed=0, density=0.34, mask="gradient")
     state = strategy.start(lora({"q": (2, 3)}))
-    assert state.adapter.spec.method == "lora" and strategy.last_sparse_round == 2  # one round to look, one of 10 % of 10
+    assert state.adapter.spec.method == "lora" and strategy.last_sparse_round == 2  # one round for the gradients, and 10 % of 10 rounds
     plan, assignment = sent(strategy, state)
     assert (plan.turn, plan.params) == ("slora", {"stage": "gradient"}) and not assignment.adapter.tensors
     assert {n: t.shape for n, t in assignment.expect.tensors.items()} == {
@@ -204,8 +204,8 @@ def test_a_mask_by_gradient_takes_the_largest_of_the_mean() -> None:
     assert list(done.adapter.tensors) == ["q.lora_A", "q.lora_B", "score.weight"]
 
 
-def test_a_lost_round_is_repeated_and_then_it_is_fedavg() -> None:
-    strategy = SLoRA(rounds=10, seed=0, density=1.0)  # round 1 alone is sparse, but it did not count
+def test_a_lost_sparse_round_is_repeated_and_then_rounds_are_fedavg() -> None:
+    strategy = SLoRA(rounds=10, seed=0, density=1.0)  # only round 1 is sparse, but it does not count
     state = strategy.start(lora({"q": (2, 3)}, rank=2, method="rslora"))
     after = strategy.aggregate(4, state, iter([reply(strategy, state, "c", 1, {"q.sparse": torch.ones(6)}, 4)]))
     assert after.adapter.spec.method == "rslora" and after.adapter.spec.mask == "" and set(after.memory) == {"energy/q"}
@@ -274,7 +274,7 @@ def test_a_run_has_both_stages_and_a_resumed_one_ends_alike(tmp_path: Path, mask
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["clients_mean"]) for line in lines)
     losses = [line["loss"] for line in lines[last - 2 :]]  # from the first mask on, every round changes the model
     assert len(set(losses)) == 7 - last and losses[-1] < losses[0]
-    # one entry in a hundred of two layers' seven matrices goes up, and LoRA's factors of rank 2 after the switch
+    # clients send one entry in a hundred of two layers' seven matrices, and LoRA's factors of rank 2 after the switch
     sparse_up, lora_up = (sum(t.numel() for n, t in k.tensors.items() if not n.endswith(".index")) * 4 for k in (kept[last - 1], kept[-1]))
     for line, size in ((lines[last], sparse_up), (lines[-1], lora_up)):
         assert size * 4 < line["bytes_up"] < size * 4 + 4 * 14 * 1000  # four clients; names, headers and numbers beside the values

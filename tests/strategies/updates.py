@@ -47,7 +47,7 @@ def saved_and_read(memory: Mapping[str, Tensor], folder: Path) -> dict[str, Tens
 
 
 def regauged(adapter: AdapterState, seed: int, size: float = 3.0) -> AdapterState:
-    """The same s·B·A by other factors: (B G, G⁻¹ A) with a random invertible G for each module."""
+    """The same s·B·A with other factors: (B G, G⁻¹ A) with a random invertible G for each module."""
     gen, tensors = torch.Generator().manual_seed(seed), dict(adapter.tensors)
     for module, rank in adapter.spec.ranks.items():
         g = size * torch.randn(rank, rank, generator=gen) + torch.eye(rank)

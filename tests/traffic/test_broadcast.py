@@ -33,7 +33,7 @@ def test_rounding_does_not_add_up_over_rounds() -> None:
     codec, state = Codec(values="nf4"), adapter()
     sent, header = encode_broadcast(codec, state, FIRST, 0)
     again, _ = encode_broadcast(codec, state, FIRST, 0)
-    assert all(torch.equal(sent[n], again[n]) for n in sent.tensors)  # it hangs on the state alone, not on what was sent before
+    assert all(torch.equal(sent[n], again[n]) for n in sent.tensors)  # it depends only on the state, not on earlier messages
     assert (decode_broadcast(header, sent, FIRST)["near"] - state["near"]).abs().max() < 0.152 * 0.004
 
 

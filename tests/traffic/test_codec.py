@@ -40,7 +40,7 @@ def test_any_shapes_are_decoded_and_have_the_announced_bytes(name: str, shapes: 
     assert [(n, t.shape) for n, t in back.items()] == [(n, t.shape) for n, t in tensors.items()]
     assert all(torch.equal(tensors[n], before[n]) for n in before)
     again = codec.encode(tensors, seed)
-    assert all(torch.equal(payload[n], again[n]) for n in payload)  # draws hang on the seed alone
+    assert all(torch.equal(payload[n], again[n]) for n in payload)  # draws depend only on the seed
     if name == "fp32":
         assert all(torch.equal(back[n], t) for n, t in tensors.items())
 
@@ -75,7 +75,7 @@ def test_fp16_is_finer_than_bf16() -> None:
         worst = float((error / tensors["v"].abs())[normal].max())
         assert seen * 2**-11 < worst <= slack * 2**-11 and float(error[~normal].max()) <= slack * 2**-25
     ends = torch.tensor([65504.0, -65504.0, 0.0, 2**-24, 1.0])
-    assert Codec(values="fp16", stochastic=True).encode({"v": ends})["#q"].tolist() == ends.tolist()  # what it can hold stays
+    assert Codec(values="fp16", stochastic=True).encode({"v": ends})["#q"].tolist() == ends.tolist()  # numbers that fp16 can represent stay
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -88,7 +88,7 @@ def test_the_tests_detect_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.Tensor, "round", torch.Tensor.floor)  # int8 rounds down
     assert worst_error("int8", False) > BOUNDS["int8"] * 1.5
     monkeypatch.undo()
-    monkeypatch.setattr(values, "NF4", (-1.0, -0.6, *NF4[2:]))  # a level that is not in the book
+    monkeypatch.setattr(values, "NF4", (-1.0, -0.6, *NF4[2:]))  # a level that is not in NF4
     assert worst_error("nf4", False) > BOUNDS["nf4"] * 1.1
 
 

@@ -55,7 +55,7 @@ def test_invalid_positions_are_refused(places: list[int], total: int) -> None:
             unpacked = unpack(bad, len(places), total)
         except UpdateMismatch:
             refused += 1
-        else:  # other positions, but positions: ascending and below total
+        else:  # other positions, but valid: ascending and below total
             assert len(unpacked) == len(places) and unpacked.max() < total and (unpacked.diff() > 0).all()
     assert refused > 4
     with pytest.raises(UpdateMismatch, match=rf"^the positions have 3 bytes, but {len(places)} of {total} positions take 2 bytes$"):

@@ -104,7 +104,7 @@ def test_a_reply_is_decoded_before_it_counts(name: str) -> None:
         assert int((moved.abs() > 0.2).sum()) == 11 and int((moved == 0).sum()) == 43  # ⌈0.2 · 54⌉ = 11
     else:
         assert torch.allclose(moved, torch.tensor(0.25), rtol=1e-5)
-    assert 0 <= reply_bytes(given) - flower.Meter()(content) < 1000  # what is foreseen is enough, and not much more
+    assert 0 <= reply_bytes(given) - flower.Meter()(content) < 1000  # the estimate is sufficient and close
 
 
 @pytest.mark.parametrize("down", ["fp16", "bf16", "int8", "nf4"])
@@ -115,12 +115,13 @@ def test_the_broadcasts_rounding_stays_out_of_the_servers_state(down: str) -> No
     encode = broadcaster(config, first, 0, 1)
     assert encode is not None
     sent, header = encode(server)
-    client = decode_broadcast(header, sent, first.tensors)  # it begins beside the server's state, and here it learns nothing
+    client = decode_broadcast(header, sent, first.tensors)  # it starts at the rounded state; here it trains nothing
     assert not any(torch.equal(client[n], t) for n, t in server.tensors.items())
     reply, _ = encode_update(Codec.from_name(given.plan.codec), client, client.tensors, {}, 0)
     kept = read_update(replied(given, reply), given).adapter
     assert all(torch.equal(kept[n], t) for n, t in server.tensors.items())
-    plain = read_update(replied(assigned(""), client), assigned("")).adapter  # sent as it is, the rounding would come back
+    # if the client sent its tensors instead of a difference, the rounding would return
+    plain = read_update(replied(assigned(""), client), assigned("")).adapter
     assert not any(torch.equal(plain[n], t) for n, t in server.tensors.items())
 
 
@@ -182,13 +183,13 @@ def test_the_metrics_report_the_bytes_on_the_wire(tmp_path: Path) -> None:
 
 def test_a_client_over_the_limit_is_dropped(tmp_path: Path) -> None:
     cost = spent(tmp_path)
-    between = (cost["a"] + cost["b"]) / 2 + 0.0007  # a reply is foreseen with some room for its words
+    between = (cost["a"] + cost["b"]) / 2 + 0.0007  # the estimate of a reply allows for some text
     bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(between), strategy=Frugal())
     state = bridge.loop()
     a, b = (c for c in observer.clients if c["round"] == 1)
     assert observer.records[1]["dropped"] == {"traffic": 1} and "dropped" not in a and b["bytes_down"] == 0
     assert b["dropped"].startswith("traffic: ") and "exceed traffic.max_mb_per_round=" in b["dropped"]
-    assert torch.equal(state.adapter["head.weight"], torch.ones(4, 7))  # a's alone
+    assert torch.equal(state.adapter["head.weight"], torch.ones(4, 7))  # only a's reply
 
 
 def test_a_limit_below_all_clients_stops_the_run_at_its_start(tmp_path: Path) -> None:

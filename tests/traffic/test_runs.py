@@ -16,7 +16,8 @@ from fedtune.runs.directory import read_config
 from tests.quick import quick
 from tests.tiny import tiny_config
 
-UP = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 1.0625 / 4, "nf4": 0.5625 / 4, "topk": 0.24 / 4}  # of fp32's bytes, headers aside
+# share of fp32's bytes, without headers
+UP = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5, "int8": 1.0625 / 4, "nf4": 0.5625 / 4, "topk": 0.24 / 4}
 
 
 def traffic(choice: str) -> TrafficConfig:
@@ -45,10 +46,10 @@ def test_a_run_with_each_codec_resumes_exactly(tmp_path: Path, choice: str) -> N
     assert all(torch.equal(t, adapter(whole)[n]) for n, t in ended.tensors.items())
     parameters = sum(t.numel() for t in ended.tensors.values())
     down, up = spent(path)
-    # besides: what the modules' ranks and scalings are, and in fp32 names and headers of 28 arrays
+    # plus the modules' ranks and scalings, and in fp32 the names and headers of 28 arrays
     assert UP[choice] * 4 * parameters * 0.95 < up < UP[choice] * 4 * parameters + (8000 if choice == "fp32" else 2000)
     if choice == "int8":
-        assert down < 1.0625 * parameters + 6000  # and the plan, names and shapes
+        assert down < 1.0625 * parameters + 6000  # plus the plan, names and shapes
     residuals = list((path / "clients" / ".residuals").rglob("*.safetensors")) if (path / "clients").exists() else []
     assert bool(residuals) == config.traffic.error_feedback
 

@@ -85,7 +85,8 @@ def test_the_server_adds_the_difference_to_its_own_tensors() -> None:
     sent, _ = encode_update(codec, trained, client.tensors, {}, 0)
     decoded = decode_update(codec, sent, server)
     assert list(decoded.tensors) == list(server.tensors)
-    assert all(torch.allclose(decoded[n], server[n] + 1.0, atol=1e-5) for n in decoded.tensors)  # the client's start, 0.5 beside, is gone
+    # the client's start, which was off by 0.5, has no effect
+    assert all(torch.allclose(decoded[n], server[n] + 1.0, atol=1e-5) for n in decoded.tensors)
 
 
 def test_dtypes_are_the_servers_and_integers_are_unchanged() -> None:
@@ -98,6 +99,6 @@ def test_dtypes_are_the_servers_and_integers_are_unchanged() -> None:
 
 
 def test_a_sum_that_is_not_finite_is_refused() -> None:
-    base = AdapterState({"w": torch.tensor([3e38, 0.0])}, AdapterSpec(method="lora"))  # one entry of the two overflows
+    base = AdapterState({"w": torch.tensor([3e38, 0.0])}, AdapterSpec(method="lora"))  # one of two entries overflows
     with pytest.raises(UpdateMismatch, match="^tensor 'w' has values that are not finite"):
         decode_update(Codec(), base.replace({"#q": torch.full((2,), 3e38)}), base)

@@ -73,7 +73,7 @@ def test_a_strategy_that_assumes_a_zero_product_begins_with_it_merged(rank: int)
 
 
 def test_an_adapter_with_a_zero_product_is_continued_by_every_strategy() -> None:
-    earlier, drawn = lora(2, 4.0, 1, zero=True), lora(2, 4.0, 2, zero=True)  # what fedsa leaves on the server
+    earlier, drawn = lora(2, 4.0, 1, zero=True), lora(2, 4.0, 2, zero=True)  # the state that fedsa leaves on the server
     start = begun(earlier, drawn, needs_zero=True)
     assert torch.equal(start.adapter["q.lora_A"], earlier["q.lora_A"]) and not start.shifts
 

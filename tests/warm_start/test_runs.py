@@ -94,7 +94,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", quick(list(STRATEGIES), "ffa"))
-def test_nobody_trains_and_the_model_stays(earlier: Path, strategy: str) -> None:
+def test_without_training_the_model_stays(earlier: Path, strategy: str) -> None:
     run = simulate(warm(earlier, strategy))
     assert_same_model(run, earlier)
     first, *later = lines(run)
@@ -123,7 +123,7 @@ def test_the_merged_model_of_no_round_is_the_earlier_one(earlier: Path, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "sent"), [("ffa", True), ("fedsa", False), ("fedavg", False)])
 def test_only_what_a_client_lacks_is_sent_and_metered(earlier: Path, strategy: str, sent: bool) -> None:
-    """ffa sends no A: each client gets the start with its first message. fedsa's start is a shift; its factors are the drawn ones."""
+    """ffa sends no A, so each client gets the start with its first message. fedsa's start is a shift, and its factors are drawn."""
     records, met = read_metrics(simulate(warm(earlier, strategy, rounds=3, clients_per_round=2))), set[str]()
     whole = read_adapter(earlier / "adapter").state.nbytes
     for number in (1, 2, 3):
@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_without_the_earlier_one(earlier: Path, strategy: 
     shutil.rmtree(home)
     records = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
     for record in (r for r in records if r["round"] == 0 and r["client"] is None):
-        record["earlier_perplexity"] = 1.0  # no later value is better, so that what was measured before the stop counts
+        record["earlier_perplexity"] = 1.0  # no later value is better, so the value from before the stop counts
     (stopped / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     resumed = simulate(dataclasses.replace(read_config(stopped), resume=str(stopped), rounds=3))
     assert resumed == stopped and read_config(stopped).peft.from_ == str(home)
@@ -291,7 +291,7 @@ def test_a_source_that_cannot_be_one_is_refused_before_a_run_begins(earlier: Pat
     refused(pickled, ModelError, "has only a pickled adapter_model.bin, which can run code")
     going = Path(shutil.copytree(earlier, tmp_path / "going", ignore=shutil.ignore_patterns("adapter")))
     refused(going, CheckpointError, "the run has no adapter yet, because it has not ended; continue it with resume=")
-    assert read_source(str(earlier / "adapter")).config == read_config(earlier)  # its folder adapter/ stands for the run
+    assert read_source(str(earlier / "adapter")).config == read_config(earlier)  # the folder adapter/ of a run identifies the run
 
 
 @pytest.mark.slow
@@ -306,7 +306,7 @@ def test_the_stored_start_says_what_it_began_with(earlier: Path) -> None:
 
 @pytest.mark.slow
 def test_a_client_that_lost_the_start_gets_it_again(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a restart of a device that is too quick for the server to notice: one round is lost, and the next message has the start."""
+    """As after a device restart that the server does not notice: one round is lost, and the next message has the start."""
     real = ClientHost.take_start
 
     def forgetful(host: ClientHost, request: ServerMessage) -> None:
@@ -321,7 +321,7 @@ def test_a_client_that_lost_the_start_gets_it_again(earlier: Path, monkeypatch: 
     assert_same_model(run, earlier)
 
 
-def test_a_server_keeps_the_path_to_itself() -> None:
+def test_a_server_does_not_send_the_path() -> None:
     config = Config(peft=PeftConfig(from_="some/run"))
     assert "from" not in _shared_config(config)["peft"] and from_dict(_shared_config(config)).peft.from_ is None
     assert own_config(config, Device(client="a", state=Path("s")), []).peft.from_ is None  # a server of another kind may send it

@@ -41,7 +41,7 @@ class Context:
         self.ids: list[int] = []
 
     @property
-    def room(self) -> int:
+    def remaining(self) -> int:
         """Number of tokens that still fit."""
         return self.cache.limit - self.cache.length
 

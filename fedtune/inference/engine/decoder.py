@@ -92,7 +92,7 @@ class Decoder:
         if whole:
             return self._pass(hidden, spans, loras, first, last, logits)
         for span in spans:
-            span.cache.room(span.n)
+            span.cache.require_capacity(span.n)
         out = np.empty_like(hidden, np.float32)
         starts = np.cumsum([0, *(span.n for span in spans)])
         for span, start, lora in zip(spans, starts.tolist(), loras, strict=False):
@@ -107,7 +107,7 @@ class Decoder:
     def _pass(self, hidden: Floats, spans: Sequence[Span], loras: Sequence[Lora | None], first: int, last: int, logits: bool) -> Floats:
         native = self.native_step()
         for span in spans:
-            span.cache.room(span.n)
+            span.cache.require_capacity(span.n)
         for kind in dict.fromkeys(type(span.cache) for span in spans):
             kind.prepare_all([span for span in spans if type(span.cache) is kind])
         hidden, found = np.array(hidden, np.float32, order="C"), None

@@ -181,7 +181,7 @@ class Generation:
         grade = speculation.drafter.grade(self._ids) if speculation else None
         if speculation and grade is not None:
             adapt, drafter, chances = speculation.adapt, speculation.drafter, speculation.drafter.gives_chances(grade)
-            count = min(adapt.count(grade, chances), self._length - self._sampler.count - 1, self.context.room - len(unread))
+            count = min(adapt.count(grade, chances), self._length - self._sampler.count - 1, self.context.remaining - len(unread))
             if self._undo is not None:
                 count = min(count, self._undo - 1)
             if count > 0:
@@ -206,8 +206,8 @@ class Generation:
         """Verify a draft in a pass of at most `most` tokens. Returns the accepted tokens and the one after them, each with its logits (V,),
         and what happened."""
         drafted, context, begun, kept = draft.tokens, self.context, len(self._ids), 0
-        room = max(min(context.room, most) - len(unread) - len(drafted), 0)
-        others = draft.others[:room] if context.takes_forks else []
+        most_others = max(min(context.remaining, most) - len(unread) - len(drafted), 0)
+        others = draft.others[:most_others] if context.takes_forks else []
         tokens, last = [*unread, *drafted, *(token for _, token in others)], len(unread) - 1
         text, out = [*self._ids[-2:], *drafted], list[tuple[int, np.ndarray]]()
         keys = [tuple(text[max(i - 2, 0) : i]) for i in range(len(text) - len(drafted), len(text) + 1)]

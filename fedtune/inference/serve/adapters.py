@@ -32,7 +32,7 @@ def add_adapter(engine: Engine, name: str, folder: Path) -> None:
 
 
 def factors(folder: Path, shape: Shape) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Module → A [r, K] with the scaling s multiplied in, and B [N, r], float32. Shifts that were merged into the backbone are added.
+    """Module → A [r, K], multiplied by the scaling s, and B [N, r], float32. They include the run's shifts (updates of its frozen weights).
 
     Raises:
         ModelError: As in `add_adapter`.

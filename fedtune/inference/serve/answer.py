@@ -17,7 +17,7 @@ from fedtune.inference.serve.logprobs import LogprobFormatter
 from fedtune.inference.serve.refusal import Refused
 
 RETRY_S = 1
-PATIENCE_S = 5.0  # beyond the scheduler's own timeout, which has the better error
+PATIENCE_S = 5.0  # seconds beyond the request's timeout, so that the scheduler's clearer error comes first
 GONE = 499  # status for a client that has disconnected
 _log = logging.getLogger("fedtune.serve")
 
@@ -40,7 +40,8 @@ class Schedules(Protocol):
     def cancel(self, request: GenerationRequest) -> None: ...
 
 
-def check_room(scheduler: Schedules) -> None:
+def require_capacity(scheduler: Schedules) -> None:
+    """Raise Refused while the server shuts down (503) or its queue is full (429)."""
     if scheduler.draining:
         raise Refused(503, "the server is shutting down: retry when it is back", code="stopping", retry_after=5)
     if scheduler.full:
@@ -74,7 +75,7 @@ class Answer:
         try:
             self._scheduler.submit(self.request)
         except (Busy, Stopping):
-            check_room(self._scheduler)
+            require_capacity(self._scheduler)
             raise Refused(429, "the queue is full: retry later", code="queue_full", retry_after=RETRY_S) from None
         except ConfigError as bad:
             raise Refused(400, str(bad), code="invalid_value") from None
@@ -103,29 +104,29 @@ class Answer:
         self._scheduler.cancel(self.request)
 
 
-async def whole(request: Request, under_way: Answer, shape: ResponseFormatter, teller: LogprobFormatter | None) -> Response:
+async def whole(request: Request, answer: Answer, formatter: ResponseFormatter, logprobs: LogprobFormatter | None) -> Response:
     """Respond with the complete answer. If the client disconnects, cancel the work. Raises ClientDisconnect."""
 
     async def collect() -> Response:
-        parts, logprobs, end = [], [], "stop"
-        async for out in under_way.outputs():
+        parts, tokens, end = [], [], "stop"
+        async for out in answer.outputs():
             parts.append(out.text)
-            logprobs += teller.push(out) if teller else []
+            tokens += logprobs.push(out) if logprobs else []
             end = out.end or end
-        return JSONResponse(shape.whole("".join(parts), logprobs if teller else None, end, under_way.usage()))
+        return JSONResponse(formatter.whole("".join(parts), tokens if logprobs else None, end, answer.usage()))
 
     try:
         return await until_disconnect(request, collect())
     finally:
-        under_way.cancel()
+        answer.cancel()
 
 
 class EventStream(StreamingResponse):
     """Responds with server-sent events. If the client disconnects or stops reading for too long, the work is canceled."""
 
-    def __init__(self, under_way: Answer, shape: ResponseFormatter, teller: LogprobFormatter | None, timeout: float) -> None:
-        super().__init__(self._events(under_way, shape, teller), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-        self._under_way, self._patience = under_way, timeout + PATIENCE_S
+    def __init__(self, answer: Answer, formatter: ResponseFormatter, logprobs: LogprobFormatter | None, timeout: float) -> None:
+        super().__init__(self._events(answer, formatter, logprobs), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self._answer, self._patience = answer, timeout + PATIENCE_S
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -134,18 +135,17 @@ class EventStream(StreamingResponse):
         except TimeoutError:
             _log.info("a client did not read its answer in time")
         finally:
-            self._under_way.cancel()
+            self._answer.cancel()
 
     @staticmethod
-    async def _events(under_way: Answer, shape: ResponseFormatter, teller: LogprobFormatter | None) -> AsyncIterator[bytes]:
-        for chunk in shape.opening():
+    async def _events(answer: Answer, formatter: ResponseFormatter, logprobs: LogprobFormatter | None) -> AsyncIterator[bytes]:
+        for chunk in formatter.opening():
             yield chunk
         try:
-            async for out in under_way.outputs():
-                logprobs = teller.push(out) if teller else None
-                if piece := shape.piece(out.text, logprobs):
+            async for out in answer.outputs():
+                if piece := formatter.piece(out.text, logprobs.push(out) if logprobs else None):
                     yield piece
                 if out.end is not None:
-                    yield b"".join(shape.closing(out.end, under_way.usage()))
+                    yield b"".join(formatter.closing(out.end, answer.usage()))
         except Refused as why:  # too late for an HTTP status: an error event, which the openai client raises
             yield event(why.body())

@@ -14,23 +14,23 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from fedtune.inference.serve.answer import GONE, Answer, EventStream, Schedules, check_room, whole
+from fedtune.inference.serve.answer import GONE, Answer, EventStream, Schedules, require_capacity, whole
 from fedtune.inference.serve.formats import ResponseFormatter
 from fedtune.inference.serve.limits import ApiKeys, Limits, check_host, read_json
 from fedtune.inference.serve.logprobs import LogprobFormatter
-from fedtune.inference.serve.offer import ServedModel, make_generation_request
 from fedtune.inference.serve.prompts import Prompts
 from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest, read
 from fedtune.inference.serve.refusal import Refused
+from fedtune.inference.serve.served_model import ServedModel, make_generation_request
 from fedtune.inference.serve.tools import CallReader
 
-NOT_HERE = {
+HTTP_ERRORS = {
     404: ("no such path", "not_found"),
     405: ("this path does not support that method", "method_not_allowed"),
 }
 
 
-def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: ApiKeys, *, local: bool) -> FastAPI:
+def create_app(scheduler: Schedules, served: ServedModel, limits: Limits, keys: ApiKeys, *, local: bool) -> FastAPI:
     """Return the application for a running scheduler.
 
     Args:
@@ -38,35 +38,35 @@ def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: A
     """
     app = FastAPI(title="fedtune", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     page, policy = _page()
-    prompts = Prompts(offer, scheduler.limit)
+    prompts = Prompts(served, scheduler.limit)
 
-    async def let_in(request: Request) -> None:
+    async def authorize(request: Request) -> None:
         if local:
             check_host(request)
         keys.check(request)
 
     async def answer(request: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
         arrived = time.monotonic()
-        await let_in(request)
-        check_room(scheduler)  # before the body is read; checked again on submit
+        await authorize(request)
+        require_capacity(scheduler)  # before the body is read; checked again on submit
         parsed = read(kind, await read_json(request, limits))
-        adapter = offer.adapter(parsed.model)
+        adapter = served.adapter(parsed.model)
         ids = await prompts.tokens(request, parsed, arrived + limits.timeout)
         chat = kind is ChatRequest
-        generation = make_generation_request(parsed, ids, adapter, offer, limits, scheduler.limit, arrived + limits.timeout)
+        generation = make_generation_request(parsed, ids, adapter, served, limits, scheduler.limit, arrived + limits.timeout)
         output = Answer(scheduler, generation, trims=chat)
-        shape = ResponseFormatter(
+        formatter = ResponseFormatter(
             chat=chat,
             id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
-            model=offer.full_name(parsed.model),
+            model=served.full_name(parsed.model),
             usage_in_stream=parsed.wants_usage,
-            calls=CallReader() if isinstance(parsed, ChatRequest) and parsed.schemas and offer.writes_calls else None,
+            calls=CallReader() if isinstance(parsed, ChatRequest) and parsed.schemas and served.writes_calls else None,
         )
         output.begin()
-        logprobs = None if parsed.tops is None else LogprobFormatter(offer.text, generation.ids if generation.joins else (), trims=chat)
+        logprobs = None if parsed.tops is None else LogprobFormatter(served.text, generation.ids if generation.joins else (), trims=chat)
         if parsed.stream:
-            return EventStream(output, shape, logprobs, limits.timeout)
-        return await whole(request, output, shape, logprobs)
+            return EventStream(output, formatter, logprobs, limits.timeout)
+        return await whole(request, output, formatter, logprobs)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -82,20 +82,20 @@ def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: A
         more = {
             "context": scheduler.limit,
             "max_tokens": min(limits.max_tokens, scheduler.limit),
-            "chat": offer.chats,
-            "turns": offer.text.template is not None,
+            "chat": served.chats,
+            "turns": served.text.template is not None,
         }
         return {"id": name, "object": "model", "created": began, "owned_by": "fedtune", **more}
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        await let_in(request)
-        return JSONResponse({"object": "list", "data": [card(name) for name in offer.models]})
+        await authorize(request)
+        return JSONResponse({"object": "list", "data": [card(name) for name in served.models]})
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
-        await let_in(request)
-        offer.adapter(name)
+        await authorize(request)
+        served.adapter(name)
         return JSONResponse(card(name))
 
     @app.get("/health")
@@ -112,10 +112,10 @@ def create_app(scheduler: Schedules, offer: ServedModel, limits: Limits, keys: A
         return Response(page, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
 
     app.add_exception_handler(Refused, _refused)
-    app.add_exception_handler(HTTPException, _not_here)
+    app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _broken)
-    app.add_middleware(_Plain)
+    app.add_exception_handler(Exception, _server_error)
+    app.add_middleware(_SecurityHeaders)
     return app
 
 
@@ -123,8 +123,8 @@ async def _refused(request: Request, why: Any) -> Response:
     return JSONResponse(why.body(), status_code=why.status, headers=why.headers())
 
 
-async def _not_here(request: Request, why: Any) -> Response:
-    message, code = NOT_HERE.get(why.status_code, ("the request cannot be served", None))
+async def _http_error(request: Request, why: Any) -> Response:
+    message, code = HTTP_ERRORS.get(why.status_code, ("the request cannot be served", None))
     return JSONResponse(Refused(why.status_code, message, code=code).body(), status_code=why.status_code, headers=why.headers)
 
 
@@ -132,11 +132,11 @@ async def _gone(request: Request, why: Any) -> Response:
     return Response(status_code=GONE)
 
 
-async def _broken(request: Request, why: Exception) -> Response:
+async def _server_error(request: Request, why: Exception) -> Response:
     return JSONResponse(Refused(500, "the server failed on this request: its log says why").body(), status_code=500)
 
 
-class _Plain:
+class _SecurityHeaders:
     """Middleware that adds security headers to every response: no content sniffing, no caching, no referrer. HTTP only."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
@@ -153,7 +153,7 @@ class _Plain:
 
 
 def _page() -> tuple[bytes, str]:
-    """Return the web page and a content security policy that allows its own script and style, and requests to this server only."""
+    """The web page, and a content security policy that allows only the page's own script and style, and only requests to this server."""
     text = (files("fedtune.inference.serve") / "page.html").read_text(encoding="utf-8")
 
     def hashes(tag: str) -> str:

@@ -18,7 +18,7 @@ class ResponseFormatter:
     """Formats the pieces of one answer for its route.
 
     Args:
-        chat: Whether the route is that of chats.
+        chat: Whether the route is `/v1/chat/completions`.
         id: The answer's id.
         model: The model's name in the request.
         usage_in_stream: Whether the last event of a stream is the usage.
@@ -41,7 +41,7 @@ class ResponseFormatter:
         return [self._chunk({"role": "assistant", "content": ""}, None, None)] if self.chat else []
 
     def piece(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
-        """The event of a piece; b"" if it has neither text nor log-probabilities."""
+        """The event for a piece of the answer; b"" if it has neither text nor log-probabilities."""
         text = self.calls.push(text) if self.calls else text
         return self._chunk({"content": text} if self.chat else text, logprobs, None) if text or logprobs else b""
 

@@ -1,10 +1,11 @@
-"""The process that serves one model on a listening socket of its parent, which can hand the socket over to another model.
+"""A process that serves one model on a listening socket of its parent. The parent can hand the socket over to the process of another model.
 
     python -P -m fedtune.inference.serve.handover FD FOLDER NAME
 
-Prints one line to standard output: `ready` and a JSON object when it accepts connections, or why it cannot, with exit code 2 (3 if the
-model generates no text). It leaves when its standard input has data or ends: it accepts no more connections and answers all accepted
-requests. SIGTERM stops it as it stops `fedtune serve`. Everything else goes to standard error. It never outlives its parent.
+It prints one line to standard output: `ready` and a JSON object when it accepts connections, or the reason why it cannot. The exit code is
+then 2, or 3 if the model generates no text, or 1 for an unexpected error. When its standard input has data or ends, the process accepts no
+more connections, answers all accepted requests, and exits. SIGTERM stops it as it stops `fedtune serve`. Everything else goes to standard
+error. It never outlives its parent.
 """
 
 import argparse
@@ -29,7 +30,7 @@ NO_TEXT = 3  # exit code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until told to leave or to stop; returns the exit code."""
+    """Serve until standard input or a signal ends it. Returns the exit code."""
     parent = os.getppid()
     out = _take_stdout()
     exit_with_parent(parent)
@@ -38,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="the model's folder")
     parser.add_argument("name", help="the model's name")
     args = parser.parse_args(argv)
-    place = _Place()
-    threading.Thread(target=_leave_on_input, args=(place, parent), name="input", daemon=True).start()
+    shared = _Shared()
+    threading.Thread(target=_leave_on_input, args=(shared, parent), name="input", daemon=True).start()
     try:
-        return _serve(args.fd, args.model, args.name, place, out)
+        return _serve(args.fd, args.model, args.name, shared, out)
     except Exception as bad:
         try:
             why, code = user_message(bad), 2
@@ -52,22 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-class _Place:
-    """Where the server is once it has its model."""
+class _Shared:
+    """The server, shared with the thread that waits for standard input; None until its model is loaded."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.server: Server | None = None
 
 
-def _serve(fd: int, model: Path, name: str, place: _Place, out: IO[str]) -> int:
+def _serve(fd: int, model: Path, name: str, shared: _Shared, out: IO[str]) -> int:
     from fedtune.inference.generate import NoText
-    from fedtune.inference.serve.offer import ServedModel
+    from fedtune.inference.serve.served_model import ServedModel
     from fedtune.inference.serve.start import log_to_stderr, make_server
 
-    def rename(offer: ServedModel) -> ServedModel:
-        """A package with one separate adapter is the model with that adapter."""
-        return replace(offer, name=name, aliases=(ALIAS,), chosen=offer.adapters[0] if len(offer.adapters) == 1 else None)
+    def rename(served: ServedModel) -> ServedModel:
+        """Set the served names. A package with one separate adapter is served with that adapter."""
+        return replace(served, name=name, aliases=(ALIAS,), chosen=served.adapters[0] if len(served.adapters) == 1 else None)
 
     def ready() -> None:
         print("ready", json.dumps({"model": name, "description": made.description}), file=out, flush=True)
@@ -79,19 +80,19 @@ def _serve(fd: int, model: Path, name: str, place: _Place, out: IO[str]) -> int:
         except NoText as bad:
             print(bad, file=out, flush=True)
             return NO_TEXT
-        with place.lock:
-            place.server = made.server
+        with shared.lock:
+            shared.server = made.server
         made.server.serve_on(listener)
     return 0
 
 
-def _leave_on_input(place: _Place, parent: int) -> None:
-    """Wait for standard input, then leave: no request takes longer than its own timeout. Without a parent or a server, exit."""
+def _leave_on_input(shared: _Shared, parent: int) -> None:
+    """Wait for standard input, then let the server finish, within the timeout of a request. Without parent or server, exit at once."""
     os.read(0, 1)
-    with place.lock:  # no server begins meanwhile
-        if os.getppid() != parent or place.server is None:
+    with shared.lock:  # no server begins meanwhile
+        if os.getppid() != parent or shared.server is None:
             os._exit(1)
-        place.server.leave(Limits().timeout)
+        shared.server.leave(Limits().timeout)
 
 
 def _take_stdout() -> IO[str]:

@@ -16,7 +16,7 @@ class TokenLogprob:
     """A token with its most likely alternatives.
 
     Args:
-        token: The characters that it completes, in an answer; for an alternative, a name that is unique at its position.
+        token: In an answer, the characters that the token completes. For an alternative, a name that is unique at its position.
         logprob: Natural logarithm of its probability.
         raw: Its bytes of the text's UTF-8; None for a special token, which has no text.
         top: Most likely tokens, best first; includes the token itself, under its name in the answer.
@@ -131,7 +131,7 @@ def _sizes(raw: Sequence[bytes | None], piece: str) -> list[int]:
     known = [part for part in first if part is not None]
     if len(known) == len(first):
         lossy = codecs.getincrementaldecoder("utf-8")("replace")
-        # unchanged; invalid UTF-8 replaced, as byte-level decoders do; one replacement per byte, as a byte fallback does
+        # the text shows the bytes unchanged, or invalid UTF-8 replaced (byte-level decoders), or one U+FFFD per byte (byte fallback)
         for parts in (known, [lossy.decode(part).encode() for part in known], [_NO_CHARACTER.encode() * len(part) for part in known]):
             if whole.startswith(b"".join(parts)):
                 return [*map(len, parts), len(whole) - sum(map(len, parts))]

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from starlette.requests import Request
 
 from fedtune.inference.serve.limits import until_disconnect
-from fedtune.inference.serve.offer import ServedModel
 from fedtune.inference.serve.protocol import ChatRequest, CompletionRequest
 from fedtune.inference.serve.refusal import Refused
+from fedtune.inference.serve.served_model import ServedModel
 
 LONG = 1 << 14  # characters; fewer take milliseconds
 LONG_WAITING = 16
@@ -20,12 +20,12 @@ class Prompts:
     """Encodes the prompts of requests.
 
     Args:
-        offer: The served model.
+        served: The served model.
         context: Maximum number of tokens of a prompt with its answer.
     """
 
-    def __init__(self, offer: ServedModel, context: int) -> None:
-        self._offer, self._context = offer, context
+    def __init__(self, served: ServedModel, context: int) -> None:
+        self._served, self._context = served, context
         self._short = ThreadPoolExecutor(4, thread_name_prefix="short-prompts")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="long-prompts")
         self._waiting = 0
@@ -38,7 +38,7 @@ class Prompts:
                 model's chat template fails), 504 (the deadline, on the monotonic clock, has passed).
             ClientDisconnect: The client has disconnected.
         """
-        self._offer.check_length(asked.characters, self._context)
+        self._served.check_length(asked.characters, self._context)
         long = asked.characters > LONG
         if long and self._waiting >= LONG_WAITING:
             raise Refused(429, "the queue of long prompts is full: retry later", code="queue_full", retry_after=RETRY_S)
@@ -46,7 +46,7 @@ class Prompts:
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 work = asyncio.get_running_loop().run_in_executor(
-                    self._long if long else self._short, self._offer.tokens, asked, self._context
+                    self._long if long else self._short, self._served.tokens, asked, self._context
                 )
                 return await until_disconnect(request, work)
         except TimeoutError:

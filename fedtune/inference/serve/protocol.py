@@ -68,7 +68,7 @@ class _Request(Object):
 
     @field_validator("temperature")
     @classmethod
-    def _warm(cls, temperature: float | None) -> float | None:
+    def _not_tiny(cls, temperature: float | None) -> float | None:
         if temperature is not None and 0 < temperature < MIN_TEMPERATURE:
             raise ValueError(f"'temperature' must be 0 (greedy) or at least {MIN_TEMPERATURE}")
         return temperature
@@ -247,8 +247,8 @@ def read(kind: type[T], payload: object) -> T:
 
 
 _OLD_TOOLS = "this server does not support '{}': use 'tools' and 'tool_calls'"
-_NO_ADVICE = "this server does not control reasoning or verbosity: leave out '{}'"
-_TEXT_ALONE = "this server answers only in plain text: leave out '{}'"
+_NO_CONTROL = "this server does not control reasoning or verbosity: leave out '{}'"
+_TEXT_ONLY = "this server answers only in plain text: leave out '{}'"
 UNSUPPORTED = {
     "n": "this server gives one answer per request: leave out 'n' or give 1",
     "best_of": "this server gives one answer per request: leave out 'best_of' or give 1",
@@ -265,8 +265,8 @@ UNSUPPORTED = {
     "strict": "this server does not constrain answers to a schema: leave out 'strict'",
     "tool_choice": "this server does not force tool calls: give 'tool_choice' as auto or none, or leave it out",
     **dict.fromkeys(("functions", "function_call"), _OLD_TOOLS),
-    **dict.fromkeys(("reasoning_effort", "verbosity"), _NO_ADVICE),
-    **dict.fromkeys(("response_format", "modalities", "audio"), _TEXT_ALONE),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), _NO_CONTROL),
+    **dict.fromkeys(("response_format", "modalities", "audio"), _TEXT_ONLY),
 }
 
 
@@ -293,4 +293,4 @@ def _short(text: str) -> str:
 
 
 def _name(value: object) -> str:
-    return {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(value), "a number")
+    return {list: "a list", str: "a string", type(None): "null", bool: "true or false"}.get(type(value), "a number")

@@ -15,7 +15,7 @@ from fedtune.inference.serve.limits import StallTimeout
 if TYPE_CHECKING:
     from fedtune.inference.engine.schedule import Scheduler
 
-CLOSE_S = 5  # to send finished answers
+CLOSE_S = 5  # seconds to send finished answers
 _CLOSE = (b"connection", b"close")
 
 
@@ -48,13 +48,13 @@ class HttpServer(uvicorn.Server):
         self._ready = ready
         self._leave_by: float | None = None
         self._leaving = False
-        self.left = threading.Event()  # it no longer accepts connections
+        self.left = threading.Event()  # set when the server no longer accepts connections
 
     def leave(self, grace: float) -> None:
-        """Stop accepting connections, answer the requests on the accepted ones, then stop. Other processes may go on with the socket.
+        """Stop accepting connections, answer the requests on the accepted ones, then stop. Other processes may go on serving the socket.
 
-        A connection ends with its next answer, or when it has been idle for uvicorn's usual time: closed at once, it could lose a request
-        that is on its way. Can be called from any thread.
+        A connection is closed after its next answer, or when it has been idle for uvicorn's usual time. If it were closed at once, a
+        request on its way could be lost. Can be called from any thread.
 
         Args:
             grace: Seconds after which the server stops in any case.
@@ -71,7 +71,7 @@ class HttpServer(uvicorn.Server):
             return await super().on_tick(counter)
         if not self._leaving:
             self._stop_accepting()
-        elif not self.left.is_set():  # a tick later: asyncio drops connections that it has accepted but not set up when a server closes
+        elif not self.left.is_set():  # one tick later: closing drops connections that asyncio has accepted but not yet set up
             for server in self.servers:
                 server.close()
             self.left.set()
@@ -80,9 +80,10 @@ class HttpServer(uvicorn.Server):
         return await super().on_tick(0)  # 0 renews the default headers
 
     def _stop_accepting(self) -> None:
-        """Leave new connections to others; the accepted ones end with their next answer whose headers are not sent yet, which says so.
+        """Leave new connections to other processes, and send `Connection: close` with the next answer on each accepted one.
 
-        Closed after another answer, a connection could lose a request that the client has sent on it meanwhile.
+        An answer whose headers are already sent cannot carry it. Its connection stays open for one more answer: closed without notice, it
+        could lose a request that the client has sent meanwhile.
         """
         loop = asyncio.get_running_loop()
         for listener in (listener for server in self.servers for listener in server.sockets):

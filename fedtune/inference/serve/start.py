@@ -24,7 +24,7 @@ from fedtune.inference.serve.adapters import add_adapter
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.listener import is_loopback, listen, public_warning, url
-from fedtune.inference.serve.offer import ServedModel
+from fedtune.inference.serve.served_model import ServedModel
 from fedtune.inference.serve.server import Server
 
 BUDGET = 1 << 29  # default size of the KV cache, in bytes
@@ -89,7 +89,7 @@ def make_server(
     queue: int = QUEUE,
     adapters: Mapping[str, Path] = MappingProxyType({}),
     *,
-    rename: Callable[[ServedModel], ServedModel] = lambda offer: offer,
+    rename: Callable[[ServedModel], ServedModel] = lambda served: served,
     ready: Callable[[], None] | None = None,
 ) -> MadeServer:
     """Load a model and make its server for a listening socket, which this or another process has opened.
@@ -103,15 +103,15 @@ def make_server(
     """
     card = read_card(model)
     if falls_back(model, card, kind=kind, kv_budget=kv_budget, max_concurrent=max_concurrent, adapters=adapters or None):
-        scheduler, offer, description = transformers_scheduler(model, card, queue)
-        under_way = 1
+        scheduler, served, description = transformers_scheduler(model, card, queue)
+        concurrent = 1
     else:
-        under_way = CONCURRENT if max_concurrent is None else max_concurrent
-        scheduler, offer, description = engine_scheduler(model, kind, kv_budget, under_way, queue, adapters)
-    offer = rename(offer)
-    app = create_app(scheduler, offer, limits, keys, local=is_loopback(listener) and not keys)
-    server = Server(app, scheduler, grace=limits.grace, connections=4 * (under_way + queue) + 64, ready=ready)
-    return MadeServer(server=server, description=f"{', '.join(offer.models)}: {description}")
+        concurrent = CONCURRENT if max_concurrent is None else max_concurrent
+        scheduler, served, description = engine_scheduler(model, kind, kv_budget, concurrent, queue, adapters)
+    served = rename(served)
+    app = create_app(scheduler, served, limits, keys, local=is_loopback(listener) and not keys)
+    server = Server(app, scheduler, grace=limits.grace, connections=4 * (concurrent + queue) + 64, ready=ready)
+    return MadeServer(server=server, description=f"{', '.join(served.models)}: {description}")
 
 
 def engine_scheduler(

@@ -54,7 +54,7 @@ class ToolCall(Object):
     id: Annotated[str, Field(max_length=256)]
     type: Literal["function"] | None = None
     function: CalledFunction
-    index: Any = None  # of a streamed call
+    index: Any = None  # present in streamed calls
 
     def plain(self) -> dict[str, Any]:
         """The call for chat templates, whose arguments are an object."""

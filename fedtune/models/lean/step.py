@@ -36,7 +36,7 @@ def enable(live: LiveAdapter) -> str:
 
 
 def disable(live: LiveAdapter) -> None:
-    """Let PEFT's modules compute all steps again."""
+    """Return to PEFT's modules for all steps."""
     _steps.pop(live.model, None)
 
 
@@ -50,7 +50,7 @@ def step_of(model: nn.Module) -> "LeanStep | None":
 def keeping(model: nn.Module, layers: int | None) -> Iterator[Callable[[], bool]]:
     """A context in which only the last `layers` layers keep intermediate tensors, and the others compute them again; None: all keep them.
 
-    Yields a function for when memory runs out: it lets all layers compute them again, and returns whether that takes less memory.
+    Yields a function to call when memory runs out: it makes all layers compute them again. It returns False if that saves no memory.
     """
     step = _steps.get(model)
 
@@ -118,7 +118,7 @@ class LeanStep:
         finally:
             for layer, flag in zip(self._layers, again, strict=True):
                 layer.module.gradient_checkpointing = flag
-                layer.module.__dict__.pop("forward", None)  # the cache of lower layers may have removed it
+                layer.module.__dict__.pop("forward", None)  # `clients.lower_layers` may have removed it
 
     @contextmanager
     def stacked(self, factors: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """The choice of a device, checked by hand arithmetic.
 
-The model has 100 linear layers of 100 × 100, 10⁶ entries, and layers that keep nothing but 2 kB a token: a row of 100 tokens takes 0.2 MB.
+The model has 100 linear layers of 100 × 100, 10⁶ entries, and layers that store only 2 kB a token: a row of 100 tokens takes 0.2 MB.
 The adapter has 12,500 entries: 0.2 MB with gradient and moments. Estimates may fill 0.9 of the memory and 0.75 of the deadline.
 """
 
@@ -74,7 +74,7 @@ def test_a_lean_step_by_hand() -> None:
     def rest(precision: str, kept: int | None, **changes: Any) -> int:
         return memory_bytes(dataclasses.replace(one, **changes), precision, 0, 2, 5, 3, kept)[1]
 
-    # 10 tokens: the inputs of two layers and of the last norm; x2, q and what o reads, k and v, gate and up of each kept layer
+    # 10 tokens: the inputs of two layers and of the last norm; of each kept layer x2, q and the input of o, k and v, gate and up
     inside = 10 * (8 + 2 * 8 + 2 * 4 + 2 * 24)
     # the loss: two gradients of 6 targets, their logits, a copy of the head's weight
     loss = 2 * 6 * 8 + 6 * 100 + 100 * 8
@@ -82,8 +82,8 @@ def test_a_lean_step_by_hand() -> None:
         stored = width * 10 * 3 * 8 + 4 * 10 * 8
         assert rest(precision, None) == rest(precision, 2) == stored + width * (2 * inside + loss)
         assert rest(precision, 1) == stored + width * (inside + loss)
-        # a small vocabulary: a layer's backward pass takes more, three tensors of the MLP and four of the hidden size, a copy of `up`, and
-        # without kept layers what the layer computes again
+        # with a small vocabulary, a layer's backward pass takes more than the loss: three tensors of the MLP and four of the hidden size, a
+        # copy of `up`, and without kept layers the tensors that the layer computes again
         layer = 10 * (3 * 24 + 4 * 8) + 24 * 8
         assert rest(precision, 1, logits=2) == stored + width * (inside + layer)
         assert rest(precision, 0, logits=2) == rest(precision, 2, logits=2, checkpointing=True) == stored + width * (inside + layer)
@@ -100,14 +100,14 @@ LEAN = dataclasses.replace(SHAPES, layers=4, hidden=50, inner=200, query=50, key
     # 4.24 MB, and for a row of 100 tokens 0.44 and 0.26 a kept layer; 0.9 of the memory counts
     [
         (31.1, 16, None),  # 4.24 + 16·(0.44 + 4·0.26) = 27.92 ≤ 27.99
-        (30.0, 8, None),  # not 16 rows and 3 layers, 23.76: (1 + 64/800) < (1 + 64/1600)·(1 + 1/16)
+        (30.0, 8, None),  # rather than 16 rows and 3 layers, which take 23.76: (1 + 64/800) < (1 + 64/1600)·(1 + 1/16)
         (16.0, 8, 3),  # 4.24 + 8·(0.44 + 3·0.26) = 14.0 ≤ 14.4 < 16.08: (1 + 64/800)·(1 + 1/16) < (1 + 64/400)
-        (14.0, 4, None),  # not 8 rows and 2 layers, 11.92: (1 + 64/400) < (1 + 64/800)·(1 + 2/16)
+        (14.0, 4, None),  # rather than 8 rows and 2 layers, which take 11.92: (1 + 64/400) < (1 + 64/800)·(1 + 2/16)
         (10.0, 4, 2),  # 8.08 ≤ 9 < 9.12: (1 + 64/400)·(1 + 2/16) < (1 + 64/200)
         (5.2, 1, 1),  # 4.59 ≤ 4.68 < 4.85
     ],
 )
-def test_layers_that_keep_little_or_smaller_micro_batches(memory_mb: float, micro: int, kept: int | None) -> None:
+def test_fewer_kept_layers_or_smaller_micro_batches(memory_mb: float, micro: int, kept: int | None) -> None:
     choice = choose(DeviceClass(memory_mb=memory_mb), LEAN, WORK, rank=8, precisions=["fp32"])
     assert (choice.micro, choice.kept_layers) == (micro, kept)
     # with checkpointing no layer keeps anything, so a smaller micro-batch is the only way
@@ -152,7 +152,7 @@ def test_a_row_that_does_not_fit_is_declined_with_the_sentence() -> None:
     with pytest.raises(Decline, match=r"^one row of 25 tokens in nf4 takes 0.9 MB, but the device has 0.9 MB: it needs more memory") as bad:
         pick(DeviceClass(memory_mb=0.9))
     assert bad.value.kind == "memory"
-    with pytest.raises(Decline, match="one row of 25 tokens in bf16 takes"):  # what the machine cannot do is not tried
+    with pytest.raises(Decline, match="one row of 25 tokens in bf16 takes"):  # a precision that the machine lacks is not tried
         pick(DeviceClass(memory_mb=1.2), precisions=["fp32", "bf16"])
 
 

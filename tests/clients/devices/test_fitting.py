@@ -32,7 +32,7 @@ PLAN = Plan(round=1, client="c0", base_version=0, steps=4, epochs=None, batch_si
 
 def config(path: Path, devices: Mapping[str, DeviceClass], deadline_s: float | None = None, **changes: Any) -> Config:
     given = tiny_config(path, devices=DevicesConfig(classes=dict(devices), deadline_s=deadline_s), **changes)
-    given.client.lean = "none"  # the estimate is that of PEFT's modules
+    given.client.lean = "none"  # so that the estimate for PEFT's modules applies
     return given
 
 
@@ -105,7 +105,7 @@ def test_a_device_out_of_memory_halves_and_reports_it(tmp_path: Path) -> None:
     measured = host_in(tmp_path).devices
     fits = measured.fit(PLAN, host_in(tmp_path).space.initial, 0)
     assert fits is not None and fits[2].rest
-    # room for what two rows take by the estimate, while the client has been taught that it needs hardly anything
+    # memory for two rows by the estimate, but the stored correction says that a row needs hardly any
     host = host_in(tmp_path, memory_mb=1.1 * needs(host_in(tmp_path), "fp32", 2), precision="fp32")
     devices = host.devices
     plan = dataclasses.replace(PLAN, round=2)
@@ -116,7 +116,7 @@ def test_a_device_out_of_memory_halves_and_reports_it(tmp_path: Path) -> None:
     assert fitted[2].weights + fitted[2].rest <= (host.config.devices.classes["phone"].memory_mb or 0) * 1e6
     report = devices.report(plan, fitted[1], fitted[2], TrainingResult(loss=1.0, steps=4, seconds=1.0, peak_mb=999.0), 0)
     assert report["out_of_memory"] == 1 and report["micro_batch"] == 2 and report["peak_mb"] < 10
-    # and the next turn begins with two
+    # and the next turn begins with two rows
     after = devices.fit(dataclasses.replace(PLAN, round=3), host.space.initial, 0)
     assert after is not None and (after[2].choice.micro, after[2].out_of_memory) == (2, 0)
 
@@ -136,7 +136,7 @@ def test_a_row_that_does_not_fit_declines_and_corrects_the_next_choice(tmp_path:
 
 
 def test_a_turn_corrects_the_next_one(tmp_path: Path) -> None:
-    # by the longest row some steps are too many; what a turn really took, by its own padding, teaches that more fit
+    # by the longest row fewer steps fit; the measured time, with the batches' real padding, shows that more do
     host = host_in(tmp_path, gflops_per_core=1e-3, deadline_s=60.0)
     fits = host.devices.fit(dataclasses.replace(PLAN, steps=50), host.space.initial, 0)
     assert fits is not None
@@ -161,7 +161,7 @@ def test_tokens_of_a_turn_by_hand() -> None:
 
 def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -> None:
     host = host_for(tiny_config(tmp_path), DeviceClass(memory_mb=1000.0, gflops_per_core=1.0, offline=1.0))
-    assert not host.devices.is_offline("c0", 1)  # a coin is for simulations
+    assert not host.devices.is_offline("c0", 1)  # only simulated devices are offline at random
     fits = host.devices.fit(dataclasses.replace(PLAN, accumulate=2), host.space.initial, 0)
     assert fits is not None and not fits[2].simulated and fits[2].micro == 4
     plan, examples, fitted = fits
@@ -171,11 +171,11 @@ def test_a_real_device_is_measured_by_its_own_memory_and_clock(tmp_path: Path) -
     width = max(len(e.input_ids) for e in examples)
     expected = memory_bytes(host.devices.shapes, "fp32", fitted.work.entries, 2, width, width - 1)[1]
     assert host.devices._read("c0", 2).memory == pytest.approx(10e6 / expected)
-    host.devices.report(plan, examples, fitted, dataclasses.replace(turned, seconds=0.25), 0)  # a short turn teaches too
+    host.devices.report(plan, examples, fitted, dataclasses.replace(turned, seconds=0.25), 0)  # a short turn gives a correction too
     assert host.devices._read("c0", 2).time == pytest.approx((0.25 / report["estimated_s"]) ** 0.5)
 
 
-def test_a_real_device_never_loads_a_finer_backbone_than_it_can_hold(tmp_path: Path) -> None:
+def test_a_real_device_never_loads_a_precision_that_exceeds_its_memory(tmp_path: Path) -> None:
     given = tiny_config(tmp_path)
     assert for_device(given, DeviceClass()).model.precision == "fp32"
     weights, rest = memory_bytes(shapes_of(given), "bf16", shapes_of(given).entries, 1, 16, 15)
@@ -200,7 +200,7 @@ def test_the_choice_is_in_the_metrics_and_the_cohort_is_mixed(tmp_path: Path, ca
     assert {x["precision"] for x in turns} == {"fp32", "bf16"} and {x["device_class"] for x in turns} == {"phone", "board", "laptop"}
     numbers = ("rank", "batch", "micro_batch", "length", "steps", "out_of_memory", "estimated_mb", "estimated_s", "peak_mb", "virtual_s")
     assert all(isinstance(x[k], float | int) for x in turns for k in numbers)
-    assert all(0 < x["peak_mb"] < 10 for x in turns)  # the device's, and not this process's
+    assert all(0 < x["peak_mb"] < 10 for x in turns)  # the simulated device's memory, not this process's
     assert "Devices' choices per turn" in capsys.readouterr().out
 
 

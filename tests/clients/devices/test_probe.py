@@ -102,13 +102,13 @@ def test_bytes_of_a_model_by_hand() -> None:
     one, two = nn.Linear(3, 2), nn.Linear(3, 2, bias=False)
     two.weight = one.weight
     model = nn.Sequential(one, two)
-    assert probe.stored_bytes(model, []) == 4 * (2 * 3 + 2)  # a tied weight once
+    assert probe.stored_bytes(model, []) == 4 * (2 * 3 + 2)  # a tied weight counts once
     assert probe.stored_bytes(model, [cast(nn.Parameter, one.bias)]) == 4 * 2 * 3
 
 
 @pytest.mark.parametrize(
     ("kind", "labels"),
-    [("llama", [[IGNORED, IGNORED, 3, 3, 3]] * 2), ("t5", [[3, 3, 3, 3]] * 2), ("bert", [0, 0])],  # T5's answers are rows of their own
+    [("llama", [[IGNORED, IGNORED, 3, 3, 3]] * 2), ("t5", [[3, 3, 3, 3]] * 2), ("bert", [0, 0])],  # T5's targets are separate rows
 )
 def test_a_micro_batch_of_five_tokens_with_three_counted(tmp_path: Path, kind: str, labels: list[list[int]] | list[int]) -> None:
     task = CLASSES if kind == "bert" else TaskConfig(kind="instruction", max_length=32, generate=False)

@@ -19,5 +19,6 @@ def build(folder: Path, name: str = "llama", *, seed: int = 0, words: Sequence[s
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tok.add_special_tokens(["<s>", "</s>"])
     tok.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')  # not the class of the shape
+    # not the tokenizer class of the model's type
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return load_engine(folder), model

@@ -12,7 +12,7 @@ from tests.inference.engine.tiny import VOCAB
 
 
 class Scribble(Drafter):
-    """Drafts random tokens, and a random fork for each place."""
+    """Drafts random tokens, and for each a random alternative (fork)."""
 
     name = "random"
 

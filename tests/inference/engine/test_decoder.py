@@ -54,7 +54,7 @@ def test_single_tokens_and_chunks(name: str, tmp_path: Path) -> None:
     ids = some_ids(30, 1)
     for sizes in ([1] * 30, [11, 1, 7, 2, 9]):
         state, cache, want, results, at = None, engine.cache(limit=30), [], [], 0
-        for n in sizes:  # transformers too goes step by step: dynamic scaling turns old keys as they were turned then
+        for n in sizes:  # transformers takes the same steps, because dynamic scaling does not rotate old keys again
             with torch.no_grad():
                 step = model(ids[None, at : at + n], past_key_values=state, use_cache=True)
             state = step.past_key_values
@@ -76,7 +76,7 @@ def test_ragged_spans_equal_a_padded_batch(name: str, tmp_path: Path) -> None:
     caches = [engine.cache(limit=22) for _ in texts]
     actual = forward(engine, torch.cat(texts), [Span(c, len(t), keep=None) for c, t in zip(caches, texts, strict=True)])
     torch.testing.assert_close(actual, torch.cat([row[:n] for row, n in zip(logits, lengths, strict=True)]), **CLOSE)
-    # one more pass: a sequence that goes on by one, one by nine, and the rows that were asked for
+    # one more pass: one sequence continues by one token, one by nine, and only the requested rows are returned
     more = [some_ids(1, 7), some_ids(9, 8)]
     actual = forward(engine, torch.cat(more), [Span(caches[0], 1), Span(caches[1], 9, keep=2)])
     want = torch.cat([theirs(model, torch.cat([texts[0], more[0]]))[-1:], theirs(model, torch.cat([texts[1], more[1]]))[-2:]])
@@ -122,7 +122,7 @@ def test_a_bfloat16_cache_is_half_as_large_and_close(tmp_path: Path) -> None:
 def test_an_early_exit_and_its_continuation(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     decoder, ids, early = engine.decoder, some_ids(20), 2
-    shallow = tiny_model(name, tmp_path / "shallow")  # the same weights, and the first layers alone
+    shallow = tiny_model(name, tmp_path / "shallow")  # the same weights, but only the first layers
     shallow.model.layers = shallow.model.layers[:early]
     shallow.config.num_hidden_layers = shallow.model.config.num_hidden_layers = early
     cache = engine.cache(limit=30)
@@ -133,7 +133,7 @@ def test_an_early_exit_and_its_continuation(name: str, tmp_path: Path) -> None:
         states.append(hidden)
         exits.append(decoder.logits(hidden))
     torch.testing.assert_close(torch.from_numpy(np.concatenate(exits)), theirs(shallow, ids)[12:], **CLOSE)
-    cache.crop(12)  # the other layers, all drafted tokens at once
+    cache.crop(12)  # then the other layers, for all drafted tokens at once
     actual = decoder.logits(decoder.run(np.concatenate(states), [Span(cache, 8, keep=None)], first=early))
     torch.testing.assert_close(torch.from_numpy(actual), theirs(model, ids)[12:], **CLOSE)
     assert cache.length == 20
@@ -149,7 +149,7 @@ def test_embeddings_in_place_of_ids(tmp_path: Path) -> None:
     assert torch.equal(result, forward(engine, ids, [Span(other, 6)]))
 
 
-def test_the_kept_rows(tmp_path: Path) -> None:
+def test_only_the_kept_rows_are_returned(tmp_path: Path) -> None:
     _, engine = both("llama", tmp_path)
     ids = some_ids(9)
 
@@ -171,7 +171,7 @@ Factors = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 def factors(model: Any, seed: int, modules: tuple[str, ...] = FACTORS) -> Factors:
     numbers = np.random.default_rng(seed)
     out = {}
-    for layer in range(2):  # not the last
+    for layer in range(2):  # not in the last layer
         for i, module in enumerate(modules):
             rows, columns = model.get_submodule(f"model.layers.{layer}.{module}").weight.shape
             a, b = (0.2 * numbers.standard_normal(size) for size in ((1 + i % 3, columns), (rows, 1 + i % 3)))
@@ -202,7 +202,7 @@ def test_each_span_has_its_own_adapter(name: str, tmp_path: Path) -> None:
     )
     want = [theirs(wanted[adapter], text) for adapter, text in zip(order, texts, strict=True)]
     torch.testing.assert_close(actual, torch.cat(want), **CLOSE)
-    assert float((want[0] - theirs(model, texts[0])).abs().max()) > 0.01  # the smaller adapter is seen
+    assert float((want[0] - theirs(model, texts[0])).abs().max()) > 0.01  # the smaller adapter has an effect
     with pytest.raises(ModelError, match="no adapter named 'wide'; it has: tall, short"):
         forward(engine, texts[0], [Span(engine.cache(limit=9), 3, adapter="wide")])
 

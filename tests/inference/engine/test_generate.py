@@ -58,7 +58,7 @@ KINDS = ["auto", "lookup", "draft", "early-exit", "random"]
 
 def prompts(count: int, *, seed: int = 0, longest: int = 12) -> list[list[int]]:
     rng = random.Random(seed)
-    few = [rng.choices(range(2, VOCAB), k=5) for _ in range(count)]  # few words, so that endings come again
+    few = [rng.choices(range(2, VOCAB), k=5) for _ in range(count)]  # few words, so that endings repeat
     return [rng.choices(words, k=rng.randint(1, longest)) for words in few]
 
 
@@ -147,7 +147,7 @@ def test_a_second_turn_computes_only_its_new_tokens(engine: Engine) -> None:
     turn = [5, 6, 7, *answer, 9, 10]
     second = Generation(engine, turn, max_new_tokens=4, context=context)
     assert tokens(second) == tokens(Generation(engine, turn, max_new_tokens=4))
-    assert second.report.reused == 6  # three of the prompt, all of the answer but its last token, which no pass had seen
+    assert second.report.reused == 6  # three tokens of the prompt, and the answer except its last token, which no pass has read
     same = Generation(engine, turn, max_new_tokens=4, context=context)
     assert tokens(same) == tokens(Generation(engine, turn, max_new_tokens=4)) and same.report.reused == len(turn) - 1
     other = Generation(engine, [8, 9], max_new_tokens=4, context=context)
@@ -188,7 +188,7 @@ Alone = dict[tuple[tuple[int, ...], Sampling, int], list[int]]
 
 @pytest.fixture(scope="module")
 def alone() -> Alone:
-    """The answers of `engine` without speculation, for comparison with each kind of draft."""
+    """The answers of `engine` without speculation."""
     return {}
 
 
@@ -311,7 +311,7 @@ def test_the_number_of_draft_tokens_depends_on_the_given_clock(engine: Engine) -
         assert tokens(run) == answer
         return run.report.passes, run.report.drafted
 
-    assert passes(1.0) == passes(1.0) == passes(3.0)  # every pass costs the same: what counts is the ratio
+    assert passes(1.0) == passes(1.0) == passes(3.0)  # all passes cost the same: only the ratio of costs matters
     assert passes(1.0)[0] < 30
 
 
@@ -332,7 +332,7 @@ def test_other_caches_can_crop_rejected_draft_tokens(engine: Engine, small: Engi
 
     for ids in prompts(3, seed=1):
         plain = tokens(Generation(engine, ids, max_new_tokens=40, context=Context(engine, make)))
-        speculation = Speculation(drafter(kind, engine, small), Adapt(fixed=10))  # more than the cache takes back
+        speculation = Speculation(drafter(kind, engine, small), Adapt(fixed=10))  # more than the cache can crop
         assert tokens(Generation(engine, ids, max_new_tokens=40, context=Context(engine, make), speculation=speculation)) == plain
 
 
@@ -365,7 +365,7 @@ def test_a_draft_model_drafts_its_own_continuation(engine: Engine, small: Engine
         assert drafter.draft(ids, count).tokens == guessed
     guessed = drafter.draft(ids, 3).tokens
     assert drafter._own.cache.length == len(drafter._own.ids)
-    ids += [*guessed, likeliest([*ids, *guessed])]  # all were right
+    ids += [*guessed, likeliest([*ids, *guessed])]  # all guesses were right
     assert drafter.draft(ids, 1).tokens == [likeliest(ids)]
     ids += [7, 2]  # the guess was wrong
     assert drafter.draft(ids, 1).tokens == [likeliest(ids)]
@@ -377,7 +377,7 @@ def test_an_exit_after_no_layer_or_all_is_refused(engine: Engine, layers: int) -
         tokens(Generation(engine, [5], max_new_tokens=3, speculation=Speculation(EarlyExit(layers))))
 
 
-@pytest.mark.parametrize(("asked", "layers"), [(None, 1), (2, 2)])  # half of three, or what was asked
+@pytest.mark.parametrize(("asked", "layers"), [(None, 1), (2, 2)])  # by default half of the three layers
 def test_an_early_exit_drafts_the_continuation_of_its_layers(engine: Engine, asked: int | None, layers: int) -> None:
     ids, guessed, context = [5, 3, 9, 4], list[int](), Context(engine)
     context.run(ids[:-1])
@@ -385,7 +385,7 @@ def test_an_early_exit_drafts_the_continuation_of_its_layers(engine: Engine, ask
     drafter.begin(Sampling(), context)
     for _ in range(3):
         text, cache = [*ids, *guessed], engine.cache()
-        # the first layers alone, over the whole text
+        # the first layers only, over the whole text
         guessed.append(int(engine.decoder.forward(text, [Span(cache, len(text))], layers=layers).argmax()))
     assert drafter.draft(ids, 3).tokens == guessed
-    assert context.cache.length == 3  # as it was: the guesses are taken back
+    assert context.cache.length == 3  # unchanged: the guesses are removed

@@ -17,7 +17,7 @@ from tests.inference.engine.test_load import write_package_of
 ROOT = Path(str(engine.__file__)).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LIBRARIES = {"numpy", "safetensors", "tokenizers"}
-LIGHT = ("errors", "storage", "config.bounds", "contracts.seeds", "templates")  # they load the standard library alone
+LIGHT = ("errors", "storage", "config.bounds", "contracts.seeds", "templates")  # these load only the standard library
 OURS = (*(f"fedtune.{name}" for name in LIGHT), "fedtune.inference.engine")
 WITH_TORCH = ("reference", "gptq_awq.py", "package_writer.py")
 TORCHS = tuple(f"fedtune.inference.engine.{name.removesuffix('.py')}" for name in WITH_TORCH)
@@ -81,7 +81,7 @@ else:
     raise AssertionError("torch is found")
 """
 
-# the tokens of a package and of a folder, in every way of generating; the number of ways in fp32
+# prints the tokens of a package and of a folder for every way of generating, and the number of ways in fp32
 ANSWERS = """
 import json, sys
 from fedtune.inference.engine import ready
@@ -126,7 +126,8 @@ def test_the_engine_generates_the_same_tokens_where_torch_is_not_installed(tmp_p
         command = [sys.executable, "-c", script + ANSWERS, models]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT.parents[2], env=environment)
 
-    without, normal = run(WITHOUT_TORCH), run("import torch\n", FEDTUNE_NATIVE=best.instructions)  # torch may be faster in int8
+    # the best set, because torch may be faster in int8
+    without, normal = run(WITHOUT_TORCH), run("import torch\n", FEDTUNE_NATIVE=best.instructions)
     assert without.returncode == 0, without.stderr
     assert normal.returncode == 0, normal.stderr
     assert len(list(tmp_path.glob("cache*/fedtune/ready/*/weights.bin"))) == 4  # both models were packed and mapped

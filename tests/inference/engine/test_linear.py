@@ -19,9 +19,9 @@ from fedtune.inference.engine.reference import linears
 from fedtune.inference.engine.reference.linears import apply
 from fedtune.inference.engine.reference.tensors import as_array, as_tensor
 
-# ‖y - x Wᵀ‖ / ‖x Wᵀ‖ with the dequantized W: rounding of x, y and int4's w to 8 bits of mantissa; of x to 255 steps of its largest
+# bounds of ‖y - x Wᵀ‖ / ‖x Wᵀ‖ with the dequantized W: x, y and int4's w are rounded to 8 bits of mantissa, in int8 x to 255 steps
 BOUND = {"fp32": 1e-6, "bf16": 0.004, "int8": 0.012, "int4": 0.005}
-NATIVE_BOUND = BOUND | {"int4": 0.012}  # whose activations have 8 bits too, and its scales
+NATIVE_BOUND = BOUND | {"int4": 0.012}  # native int4 rounds activations and scales to 8 bits
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
 
 
 def test_onednn_gets_few_different_row_counts() -> None:
-    # it compiles a kernel for each, and keeps it: a server that meets every number would grow for an hour
+    # oneDNN compiles and keeps a kernel for each number: a server that meets all numbers would grow for an hour
     met = {len(linears._stepped(torch.ones(rows, 2))) for rows in range(1, 513)}
     assert met == {*range(1, 9), *range(16, 129, 16), *range(192, 513, 64)}
     x = torch.randn(11, 3)
@@ -148,7 +148,7 @@ def test_many_and_few_rows_use_two_kernels_with_the_same_product(monkeypatch: py
     x = torch.randn(linears.DENSE + 1, 80)
     dense = packed_linear(x)
     assert relative(dense, torch.cat([packed_linear(x[:35]), packed_linear(x[35:])])) < 0.005
-    monkeypatch.setattr(linears, "_known_layout", lambda: False)  # a machine that packs otherwise: the kernel takes them all
+    monkeypatch.setattr(linears, "_known_layout", lambda: False)  # with an unknown packing, one kernel takes any number of rows
     assert not torch.equal(packed_linear(x), dense) and relative(packed_linear(x), dense) < 0.005
 
 

@@ -66,7 +66,7 @@ def write_package_of(folder: Path, name: str, kind: str = "int4", adapters: Any 
     """Write a tiny model as an edge package. Returns the model."""
     model = tiny_model(name, folder.with_name(folder.name + "-hf"))
     config = json.loads((folder.with_name(folder.name + "-hf") / "config.json").read_text())
-    folder.mkdir(exist_ok=True)  # a tokenizer may be there
+    folder.mkdir(exist_ok=True)  # the folder may have a tokenizer
     shapes, state = dict(tensor_shapes(read_shape(config))), model.state_dict()
     linears = {
         n.removesuffix(".weight"): StoredLinear(
@@ -90,9 +90,9 @@ def write_package_of(folder: Path, name: str, kind: str = "int4", adapters: Any 
     return model
 
 
-# relative to the float32 model with the same rounded weights: what rounding of activations adds over three layers
+# bounds relative to the float32 model with the same rounded weights: rounding of activations over three layers
 DRIFT = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.04, "int4": 0.03}
-NATIVE_DRIFT = DRIFT | {"int4": 0.04}  # whose activations have 8 bits, too
+NATIVE_DRIFT = DRIFT | {"int4": 0.04}  # native int4 rounds activations to 8 bits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +150,7 @@ def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
     assert cache.length == engine.virtual_length == 5
     actual = logits(engine, cache=cache)
     torch.testing.assert_close(actual, theirs(model), **CLOSE)
-    assert relative(logits(engine), actual) > 0.1  # the prefix is seen
+    assert relative(logits(engine), actual) > 0.1  # the prefix has an effect
     with pytest.raises(ModelError, match="use an empty one"):
         engine.start(cache)
 
@@ -163,7 +163,7 @@ def test_prompt_tuning(tmp_path: Path) -> None:
     cache = engine.cache(limit=23)
     engine.start(cache)
     assert cache.length == engine.virtual_length == 4
-    torch.testing.assert_close(logits(engine, cache=cache), theirs(model)[4:], **CLOSE)  # PEFT gives the virtual tokens' logits too
+    torch.testing.assert_close(logits(engine, cache=cache), theirs(model)[4:], **CLOSE)  # PEFT also returns the logits of virtual tokens
 
 
 def test_a_model_without_virtual_tokens_starts_empty(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ from fedtune.inference.engine.decoder import parameters_held
 from fedtune.inference.engine.threads import set_threads
 set_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-tiny = load_engine(sys.argv[2], sys.argv[3])  # kernels and tables of their own
+tiny = load_engine(sys.argv[2], sys.argv[3])  # loads kernels and tables before the measurement
 before = peak()
 engine = load_engine(sys.argv[1], sys.argv[3])
 print(peak() - before, sum(parameters_held(engine.decoder).values()) / 2**20)
@@ -295,5 +295,5 @@ def test_loading_needs_little_more_than_the_packed_weights(kind: str, tmp_path: 
     arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "large"), str(tmp_path / "tiny"), kind]
     process = subprocess.run(arguments, capture_output=True, text=True, check=True)
     grown, packed = map(float, process.stdout.split())
-    layer = (4 * 768 * 768 + 3 * 768 * 2048) * 4 / 2**20  # of float32: what is at work while a layer is packed
+    layer = (4 * 768 * 768 + 3 * 768 * 2048) * 4 / 2**20  # MiB of a float32 layer, which packing needs
     assert grown < packed + 3 * layer  # the whole model in float32 is 12 layers and two tables of 23 MB

@@ -1,4 +1,4 @@
-"""Decoders that differ from Llama: the text of transformers, whatever drafts it, whatever cache holds it, and in the server."""
+"""Decoders that differ from Llama give the text of transformers with any drafter, with any cache, and in the server."""
 
 from collections.abc import Callable
 from pathlib import Path

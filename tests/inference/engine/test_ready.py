@@ -48,7 +48,7 @@ def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 @pytest.mark.parametrize(("n_out", "n_in"), [(37, 45), (192, 172), (1, 33), (128, 64)])
 def test_a_packed_weight_is_its_bytes_and_its_layout(kind: str, n_out: int, n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDTUNE_NATIVE", "off")  # oneDNN's layout
+    monkeypatch.setenv("FEDTUNE_NATIVE", "off")  # torch's kernels, which use oneDNN's layout
     torch.manual_seed(n_in)
     packed_linear = linear_from_tensors(kind, portable(kind, torch.randn(n_out, n_in).numpy()), n_in=n_in)
     if not packed_linear.parts.get("packed", torch.ones(1)).is_mkldnn:
@@ -82,7 +82,7 @@ def test_a_folder_quantized_on_loading_is_packed_once(kind: str, tmp_path: Path,
     wanted = logits(load_engine(tmp_path / "hf", kind))
     assert len(cache_files(tmp_path)) == 1
     load_engine(tmp_path / "hf", "fp32")
-    assert len(cache_files(tmp_path)) == 1  # which is mapped where it lies
+    assert len(cache_files(tmp_path)) == 1  # the second load maps this file
     no_packing(monkeypatch)
     assert torch.equal(logits(load_engine(tmp_path / "hf", kind)), wanted)
 
@@ -92,14 +92,14 @@ def test_a_cache_of_another_source_is_rebuilt(tmp_path: Path, monkeypatch: pytes
     load_engine(tmp_path / "edge")
     (first,) = cache_files(tmp_path)
     written_ns = first.stat().st_mtime_ns
-    os.utime(tmp_path / "edge" / "weights-int8.safetensors", ns=(1, 1))  # as another export would
+    os.utime(tmp_path / "edge" / "weights-int8.safetensors", ns=(1, 1))  # as after another export
     load_engine(tmp_path / "edge")
     (second,) = cache_files(tmp_path)
     assert second == first and second.stat().st_mtime_ns > written_ns
     for change, name, value in (
         ("cpu_features", "cpu", [platform.machine(), "another", "fast"]),
         ("packing", "native", ["int8 0"]),
-        ("_torch_version", "torch", "9.9.0"),  # it matters where not all kinds are native
+        ("_torch_version", "torch", "9.9.0"),  # the version of torch matters if torch runs a kind
     ):
         made = frozenset(value[1:]) if change == "cpu_features" else value
         monkeypatch.setattr(ready, change, lambda made=made: made)
@@ -220,5 +220,5 @@ def test_mapped_weights_are_read_on_use(kind: str, tmp_path: Path) -> None:
         )
         results.append([int(number) for number in process.stdout.split()])
     own, mapped, used, paged_in, weights = results[1]
-    assert own < 0.1 * weights and mapped < 0.5 * weights  # nothing is packed, hardly anything is read
-    assert used < 0.3 * weights and paged_in > 0.9 * weights  # a pass reads it all, and copies nothing
+    assert own < 0.1 * weights and mapped < 0.5 * weights  # nothing is packed and hardly anything is read yet
+    assert used < 0.3 * weights and paged_in > 0.9 * weights  # a pass reads all weights and copies none

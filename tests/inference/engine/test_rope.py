@@ -46,7 +46,7 @@ def test_numbers_without_finite_rotations_are_one_sentence(kind: str, numbers: d
 
 
 def test_channels_of_a_rotation_are_adjacent() -> None:
-    # two heads of four channels: 0 turns with 2 and 1 with 3 in each
+    # two heads of four channels: in each, channels 0 and 2 rotate together, and 1 and 3
     assert pairs(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
@@ -69,7 +69,7 @@ def test_positions_may_have_any_order_and_grow() -> None:
     at = np.array([900, 3, 3, 0])
     want = np.concatenate([rope.rotate(x[i : i + 1], int(p)) for i, p in enumerate(at)])
     assert np.array_equal(Rope(read_shape(SHAPES["llama3"]().to_dict())).rotate(x, at), want)
-    assert np.array_equal(rope.rotate(x[3:], 0), x[3:])  # position 0 turns nothing
+    assert np.array_equal(rope.rotate(x[3:], 0), x[3:])  # position 0 rotates nothing
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_yarn_mscale"])

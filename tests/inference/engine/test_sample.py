@@ -43,7 +43,7 @@ def check(ours: np.ndarray, wanted: np.ndarray, *, ties: bool) -> None:
         least = min(one[one > -np.inf])
         assert set(np.maximum(one, other)[one != other]) <= {least}
         kept, excluded = np.flatnonzero(one == least), np.flatnonzero((one != other) & (one == -np.inf))
-        assert not len(excluded) or max(kept) < min(excluded)  # ours are the first
+        assert not len(excluded) or max(kept) < min(excluded)  # in a tie the first tokens are kept
 
 
 @given(
@@ -98,7 +98,7 @@ def test_draw_finds_the_quantile_in_rows_of_any_width(seed: int, width: int, zer
     row = (np.exp(-30 * rng.random(width)) * (rng.random(width) >= zeros)).astype(np.float32)
     row[rng.integers(width)] = 1
     total = math.fsum(row)
-    ends = np.array([math.fsum(row[:end]) / total for end in range(256, width, 256)])  # of sums, where rounding matters
+    ends = np.array([math.fsum(row[:end]) / total for end in range(256, width, 256)])  # at the ends of partial sums, where rounding matters
     u = np.minimum([0.0, rng.random(), 1, *ends, *np.nextafter(ends, 0), *np.nextafter(ends, 1)], 1 - 2**-53)
     for quantile, token in zip(u, draw(np.tile(row, (len(u), 1)), u), strict=True):
         assert row[token] > 0

@@ -37,7 +37,7 @@ def test_defaults_of_an_old_llama_config() -> None:
 
 def test_windows() -> None:
     qwen = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 4}
-    assert read_shape(qwen).windows == (None,) * 3  # Qwen2 keeps the number and does not use it
+    assert read_shape(qwen).windows == (None,) * 3  # Qwen2's config has a window that it does not use
     assert read_shape(qwen | {"use_sliding_window": True, "max_window_layers": 2}).windows == (None, None, 4)
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     assert read_shape(qwen | {"use_sliding_window": True, "layer_types": kinds}).windows == (4, None, 4)
@@ -50,7 +50,7 @@ def test_windows() -> None:
 def test_the_defaults_are_those_of_transformers(kind: str) -> None:
     """A config.json of the hub often lists only what differs from its class's defaults."""
     sizes = {**LLAMA, "model_type": kind, "num_attention_heads": 8}
-    if kind in ("mistral", "qwen2", "qwen3"):  # every checkpoint has it, and no default fits all sizes
+    if kind in ("mistral", "qwen2", "qwen3"):  # their checkpoints always state it, because no default fits all sizes
         sizes["num_key_value_heads"] = 2
     least, config = sizes, AutoConfig.for_model(**sizes)
     shape, want = read_shape(least), read_shape(config.to_dict())
@@ -131,4 +131,4 @@ def test_an_impossible_size_is_one_sentence(changes: dict[str, Any], message: st
 
 
 def test_longrope_s_context_is_that_of_its_short_factors() -> None:
-    assert read_shape(SHAPES["phi4_mini"]().to_dict()).context == 64  # of max_position_embeddings=256
+    assert read_shape(SHAPES["phi4_mini"]().to_dict()).context == 64  # not max_position_embeddings=256

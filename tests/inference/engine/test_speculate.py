@@ -68,7 +68,7 @@ def test_lookups_in_growing_texts_equal_a_search(texts: list[list[int]], data: s
         lookup.begin(Sampling(), cast(Any, None))
         for end in sorted(data.draw(st.sets(st.integers(0, len(text)), min_size=1, max_size=4))):
             now = text[:end]
-            if before and now[: len(before[-1])] == before[-1]:  # the text before goes on
+            if before and now[: len(before[-1])] == before[-1]:  # it continues the text before
                 before.pop()
             assert (lookup.grade(now), lookup.draft(now, 7).tokens) == by_search([*before, now], 7)
         before.append(now)
@@ -95,7 +95,7 @@ def test_a_table_of_choices_drafts_by_two_tokens_else_by_one() -> None:
     assert recycle.grade([1, 2]) is None and recycle.draft([1, 2], 3).tokens == []
     recycle.learn([(1, 2), (5, 2), (2, 7)], best((7, 8, 0.6, 0.3), (9, 4, 0.5, 0.2), (3, 6, 0.8, 0.1)))
     assert recycle.draft([0, 1, 2], 1).tokens == [7] and recycle.draft([5, 2], 1).tokens == [9]
-    assert recycle.draft([6, 2], 1).tokens == [9] and recycle.draft([2], 1).tokens == [9]  # the latest after this token
+    assert recycle.draft([6, 2], 1).tokens == [9] and recycle.draft([2], 1).tokens == [9]  # the latest successor of this token
     assert recycle.draft([1, 2], 4).tokens == [7, 3]  # nothing is known after a 3
     assert recycle.draft([1, 2], 4).others == [] and recycle.draft([1, 2], 4, None, Least()).others == [(0, 8), (1, 6)]
     assert recycle.grade([1, 2]) == 0 and recycle.grade([3]) is None
@@ -113,7 +113,7 @@ def test_chances_are_calibrated_by_the_probabilities_that_followed() -> None:
     for _ in range(200):
         recycle.learn([(1, 2)], other)
         recycle.learn([(1, 2)], same)
-    assert recycle.draft([1, 2], 1).chances[0] < 0.1  # each time another token
+    assert recycle.draft([1, 2], 1).chances[0] < 0.1  # a different token each time
     trusted = Least(0.0, recycle.draft([1, 2], 1).chances[0] / 2 * 0.99)
     assert recycle.draft([1, 2], 1, None, trusted).others == [(0, 8)]
     assert recycle.draft([1, 2], 1, None, Least(0.0, 0.9)).tokens == []
@@ -135,7 +135,7 @@ def test_what_is_worth_verifying() -> None:
     assert draft.tokens == [1, 3] and draft.others == [(1, 4)]  # .8, .4, not .2; .32 for the 4, not .1 for the 2
     assert chosen(made, Least(0.0, 0.09)).others == [(0, 2), (1, 4), (2, 6)]
     assert chosen(best((1, 2, float("nan"), 0.1)), Least(0.0, 0.0)).tokens == []
-    assert chosen(made, Least(0.0, 0.99, trust=2.0)).tokens == [1, 3, 5]  # all are certain
+    assert chosen(made, Least(0.0, 0.99, trust=2.0)).tokens == [1, 3, 5]  # with this trust all are certain
 
 
 def critical(freedom: int) -> float:
@@ -160,13 +160,13 @@ def test_expected_tokens_by_hand(acceptance: float, guesses: int, tokens: float)
 def test_costs_are_the_minimum_measurement_and_interpolated() -> None:
     costs = Costs()
     costs.add(1, 5.0)
-    assert costs.table(3) == [0, 5.0, 5.0, 5.0]  # assumed until larger passes are measured
+    assert costs.table(3) == [0, 5.0, 5.0, 5.0]  # costs of larger passes are assumed equal until they are measured
     costs.add(1, 2.0)
     costs.add(3, 4.0)
     assert costs.table(5) == [0, 2.0, 3.0, 4.0, 5.0, 6.0]
     for _ in range(4):
         costs.add(1, 3.0)
-    assert costs.table(3) == [0, 3.0, 3.5, 4.0]  # old ones are forgotten
+    assert costs.table(3) == [0, 3.0, 3.5, 4.0]  # old measurements are forgotten
     costs.add(5, 1.0)
     assert costs.table(7) == [
         0,
@@ -227,7 +227,7 @@ def test_a_size_that_was_slow_once_is_used_again() -> None:
         costs.add(n, seconds)
     assert costs.table(2) == [0, 1.0, 1.2]  # on the line from 1 to 6
     costs.add(2, 2.0)
-    assert costs.table(2) == [0, 1.0, 1.9]  # at once
+    assert costs.table(2) == [0, 1.0, 1.9]  # used at once
 
 
 def test_an_attempt_increases_the_draft_length_gradually() -> None:
@@ -269,7 +269,7 @@ def test_speculation_resumes_if_the_text_becomes_predictable() -> None:
     adapt = Adapt()
     cost = {n: 1 + 0.2 * (n - 1) for n in range(1, 12)}
     run_steps(adapt, 100, cost, 0.0)
-    assert not adapt.count()  # it pauses
+    assert not adapt.count()  # speculation pauses
     counts = run_steps(adapt, 600, cost, 0.95)
     assert sum(map(bool, counts[-100:])) > 90
 

@@ -183,7 +183,7 @@ def test_a_draft_model_reads_a_long_text_before_it_drafts(tmp_path: Path) -> Non
     assert late == own and len(late) == 3
     assert fresh.draft(ids[:20], 2).tokens == [
         p.token for p in Generation(draft, ids[:20], Sampling(), 2)
-    ]  # a short text needs no own call
+    ]  # a short text needs no separate call
     passes = []
     for speculation in (None, Speculation(DraftModel(draft, target), Adapt(fixed=2))):
         run = Generation(target, ids, max_new_tokens=12, speculation=speculation)

@@ -146,7 +146,7 @@ def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(stops: lis
     whole = "".join(pieces)
     ends = [i + len(s) for s in stops for i in [whole.find(s)] if i >= 0]
     assert stopped == bool(ends) and "".join(out) == "".join(stop(stops, list(whole))[0])
-    for i in range(1, len(out) + 1):  # nothing that is out can belong to a stop string
+    for i in range(1, len(out) + 1):  # no returned text can belong to a stop string
         assert not any(s in "".join(out[:i]) for s in stops)
     if not stopped:
         assert "".join(out) == whole
@@ -247,7 +247,7 @@ CHATML = (
 
 
 TOOLS = "{{ raise_exception('for a chat with tools') }}"
-WHERE: dict[str, tuple[Any, dict[str, str]]] = {  # chat_template of tokenizer_config.json, files
+WHERE: dict[str, tuple[Any, dict[str, str]]] = {  # chat_template of tokenizer_config.json, and further files
     "file": (None, {"chat_template.jinja": CHATML}),
     "config": (CHATML, {}),
     "named": ([{"name": "tool_use", "template": TOOLS}, {"name": "default", "template": CHATML}], {}),

@@ -74,7 +74,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_biases": _make(Qwen3Config, attention_bias=True, use_sliding_window=True, sliding_window=6, max_window_layers=2),
     "mistral": _make(MistralConfig, sliding_window=6),
     "mistral_whole": _make(MistralConfig, sliding_window=None),
-    # soft caps so low that they bend scores and logits; 20 is not head_dim; windows shorter than the tests' texts
+    # soft caps low enough to change scores and logits; a query scale other than head_dim; windows shorter than the tests' texts
     "gemma2": _make(
         Gemma2Config,
         num_hidden_layers=4,
@@ -147,7 +147,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def tiny_model(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = VOCAB) -> Any:
-    """A random model of a shape, saved in the folder and given back for comparison; biases and norms are not left at 0 and 1."""
+    """A random model of a shape, saved in the folder and returned for comparison; biases and norms are random too."""
     torch.manual_seed(seed)
     config = SHAPES[name]()
     config.vocab_size = vocab

@@ -47,7 +47,7 @@ def test_the_statistics_are_those_of_the_linears_inputs(tmp_path: Path) -> None:
     assert torch.allclose(stats["qkv"].hessian, x.T @ x / 29, atol=1e-5)
     assert torch.allclose(stats["qkv"].mean, x.abs().mean(0), atol=1e-6)
     assert torch.allclose(stats["qkv"].greatest, x.abs().amax(0))
-    # of inputs divided by a scale
+    # statistics of inputs divided by a scale
     scale = torch.rand(shape.hidden, generator=torch.Generator().manual_seed(1)) + 0.5
     scaled, y = stats["qkv"].scaled(scale), x / scale
     assert torch.allclose(scaled.hessian, y.T @ y / 29, atol=1e-4)

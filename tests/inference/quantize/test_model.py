@@ -108,7 +108,7 @@ def test_only_one_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
         del value
     assert most == {0: 0, 1: 0, 2: 0}
     assert [n.split(".")[2] for n in order if "layers" in n] == sorted(n.split(".")[2] for n in order if "layers" in n)
-    # each tensor of its own is read to be observed, and to be rounded (awq: and for its search); 7 linears, 2 norms, 4 Hessians
+    # a layer's tensors are read for observation and for rounding (awq: also for its search): 7 linears, 2 norms, 4 Hessians
     assert all(len(refs) >= 2 * 7 + 2 * 2 + 4 for refs in alive.values())
 
 

@@ -21,7 +21,7 @@ def test_each_token_but_the_first_is_scored_once(length: int, window: int, strid
         return
     ids, scored = torch.arange(length), []
     for piece, new in windows(ids, window, stride):
-        assert new < len(piece) <= window  # something stands before the first that is scored
+        assert new < len(piece) <= window  # at least one token precedes the first scored one
         assert new <= stride or int(piece[0]) == 0
         scored += piece[-new:].tolist()
     assert scored == list(range(1, length))
@@ -37,7 +37,7 @@ def test_windows_overlap_by_half() -> None:
 
 
 def test_by_hand() -> None:
-    # a model that gives 3/4 to the token after the last one and 1/4 to the others, of 4 tokens: counts up right twice, wrong once
+    # a model that gives 3/4 to the token after the last one and 1/4 to the others, of 4 tokens: the text counts up twice, then fails once
     def model(ids: Tensor) -> Tensor:
         out = torch.full((len(ids), 4), math.log(1 / 12))
         out[torch.arange(len(ids)), (ids + 1) % 4] = math.log(3 / 4)
@@ -47,7 +47,7 @@ def test_by_hand() -> None:
     assert score.tokens == 3
     assert score.nats == pytest.approx(-(2 * math.log(3 / 4) + math.log(1 / 12)) / 3)
     assert score.perplexity == pytest.approx((16 / 9 * 12) ** (1 / 3))
-    # it looks one token back, so windows of two see all that it needs
+    # it reads only the previous token, so windows of two are enough
     assert perplexity(model, torch.tensor([0, 1, 2, 0]), window=2, stride=1).nats == pytest.approx(score.nats)
 
 
@@ -63,7 +63,7 @@ def test_the_engines_score_is_that_of_its_logits(tmp_path: Path) -> None:
     assert logits.shape == (31, VOCAB)
     whole = -logits[:-1].log_softmax(1).gather(1, ids[1:, None]).mean()
     assert perplexity(of_engine(engine), ids, window=64).nats == pytest.approx(float(whole), rel=1e-5)
-    # shorter windows see less, and are another measure
+    # shorter windows have less context, so the perplexity differs
     assert perplexity(of_engine(engine), ids, window=8).nats != pytest.approx(float(whole), rel=1e-5)
 
 

@@ -88,7 +88,7 @@ def test_the_kernel_reads_the_same_weight(group: int) -> None:
     )
     wanted = inputs.bfloat16().float() @ dequantize(out).T
     assert relative_error(actual, wanted) < 2.0**-8  # bfloat16 sums
-    # a zero on the other side of q = 8 would be far off
+    # a zero of the wrong sign would be far off
     assert relative_error(inputs @ (dequantize(out) + out.tensors["scale"].float()[:, :1]).T, wanted) > 0.05
 
 
@@ -131,5 +131,5 @@ def test_non_finite_weights_are_refused(bad: float) -> None:
 @pytest.mark.parametrize(("kind", "least", "most"), [("int4", -8, 7), ("int8", -127, 127)])
 def test_a_weight_beyond_the_grid_is_clamped(kind: Kind, least: int, most: int) -> None:
     weight = torch.tensor([[-1.0, 1.0, 0.5, -0.25]])
-    codes = fit_grid(weight, kind, 32 if kind == "int4" else 0).codes(100 * weight)  # as weights that make up for earlier errors may lie
+    codes = fit_grid(weight, kind, 32 if kind == "int4" else 0).codes(100 * weight)  # GPTQ's corrected weights may lie beyond the grid
     assert (codes.min(), codes.max()) == (least, most)

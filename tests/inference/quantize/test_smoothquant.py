@@ -25,12 +25,12 @@ def layer(outliers: float) -> tuple[Tensor, Tensor]:
 def test_outliers_in_the_activations_cost_less() -> None:
     inputs, weight = layer(outliers=60.0)
     inputs[:, 5::40] /= 10 * torch.rand(5, generator=torch.Generator().manual_seed(0)) + 1
-    weight[:, 5::40] /= 20  # so that what the others say is not drowned
+    weight[:, 5::40] /= 20  # so that the outliers do not dominate the output
     wanted = inputs @ weight.T
     scale = smooth_scale([weight], inputs.abs().amax(0))
     plain, smooth = (relative_error(a8w8(inputs / s, weight * s), wanted) for s in (torch.ones(172), scale))
     assert smooth < plain / 3
-    # to move it the wrong way makes it worse
+    # the inverse scale makes it worse
     assert relative_error(a8w8(inputs * scale, weight / scale), wanted) > plain
 
 
@@ -45,7 +45,7 @@ def test_by_hand() -> None:
     weights = [torch.tensor([[1.0, -4.0, 0.5]]), torch.tensor([[0.25, 1.0, -1.0], [0.5, 0.0, 0.0]])]
     out = smooth_scale(weights, torch.tensor([4.0, 1.0, 9.0]))
     assert torch.allclose(out, torch.tensor([2.0, 0.5, 3.0]) / 1.5**0.5)
-    # alpha = 1 leaves the activations flat
+    # alpha = 1 makes all activations equally large
     assert torch.allclose(smooth_scale(weights, torch.tensor([4.0, 1.0, 9.0]), alpha=1.0), torch.tensor([4.0, 1.0, 9.0]) / 3)
 
 

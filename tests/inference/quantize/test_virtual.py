@@ -18,7 +18,7 @@ from fedtune.inference.quantize.rtn import QuantizedLinear, dequantize, relative
 from tests.inference.engine.tiny import VOCAB, tiny_model
 
 LENGTHS = (13, 1, 17)
-NAMES = ["llama", "qwen3", "mistral", "llama_yarn_mscale"]  # mistral: a window of 6, which leaves the virtual tokens behind
+NAMES = ["llama", "qwen3", "mistral", "llama_yarn_mscale"]  # mistral's window of 6 excludes the virtual tokens
 
 
 def texts(*lengths: int) -> list[Tensor]:
@@ -91,10 +91,10 @@ def test_calibration_observes_the_inputs_of_the_models_linears(tmp_path: Path, m
     list(quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], QuantizeSettings(method="gptq"), texts(*LENGTHS), virtual))
     engine.decoder.layers[0].down = watched = Watched(engine.decoder.layers[0].down)
     for ids in texts(*LENGTHS):
-        out_of(engine, ids)  # a prompt's own rows are read too, once a text
+        out_of(engine, ids)  # the virtual tokens of a prompt are read too, once per text
     torch.testing.assert_close(seen[0], watched.watch.stats().hessian, rtol=1e-4, atol=1e-5)
     plain = observe(engine.shape, 0, of(tensors, 0), embedded(engine.shape, lambda n, a, b: tensors[n][a:b], texts(*LENGTHS)))
-    assert relative_error(plain["down"].hessian, seen[0]) > 0.05  # the text alone is something else
+    assert relative_error(plain["down"].hessian, seen[0]) > 0.05  # without virtual tokens the statistics differ
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])

@@ -27,7 +27,7 @@ class Page:
 
     def __init__(self, line: Any) -> None:
         self._line, self._id = line, 0
-        self.complaints: list[str] = []  # of the console, and of the content policy
+        self.complaints: list[str] = []  # errors of the console and violations of the content policy
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 

@@ -15,8 +15,10 @@ def first_difference(one: Sequence[object], other: Sequence[object]) -> int | No
 
 
 def lead(engine: Engine, prompt: Sequence[int], answer: Sequence[int], at: int, other: int | None = None) -> float:
-    """How far the score of a greedy answer's token number `at` lies above another's (None: the second best), decoded alone, as a fraction
-    of the largest."""
+    """The difference between the scores of a greedy answer's token number `at` and of another token, as a fraction of the largest score.
+
+    Computed in a single request. `other` is the other token; None: the second best.
+    """
     context = Context(engine)
     row = context.run(prompt)[0]
     for token in answer[:at]:

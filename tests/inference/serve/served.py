@@ -19,7 +19,7 @@ from fedtune.inference.engine.text import Text
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.listener import listen, url
-from fedtune.inference.serve.offer import ServedModel
+from fedtune.inference.serve.served_model import ServedModel
 from fedtune.inference.serve.server import Server
 from fedtune.inference.serve.start import make_caches
 from tests.tiny import tiny_llama
@@ -114,18 +114,18 @@ def serve_model(
     """Serve a model as "tiny" until the block ends."""
     engine = load_engine(model) if isinstance(model, Path) else model
     scheduler = make_scheduler(engine, make_caches(engine, None, options.get("max_running", 16)), **options)
-    offer = ServedModel(name="tiny", text=engine.text, adapters=tuple(engine.adapters), prompt=prompt)
-    with over(scheduler, offer, limits, keys) as (where, server):
+    served = ServedModel(name="tiny", text=engine.text, adapters=tuple(engine.adapters), prompt=prompt)
+    with over(scheduler, served, limits, keys) as (where, server):
         yield Served(where, engine, scheduler, server)
 
 
 @contextlib.contextmanager
 def over(
-    scheduler: Scheduler, offer: ServedModel, limits: Limits | None = None, keys: tuple[str, ...] = ()
+    scheduler: Scheduler, served: ServedModel, limits: Limits | None = None, keys: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Server]]:
     """A server for a scheduler, and its address."""
     limits = limits or Limits(grace=5)
-    app = create_app(scheduler, offer, limits, ApiKeys(keys), local=not keys)
+    app = create_app(scheduler, served, limits, ApiKeys(keys), local=not keys)
     server = Server(app, scheduler, grace=limits.grace, connections=512)
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)

@@ -4,10 +4,9 @@
     python -m tests.inference.serve.soak --seconds 300 --clients 32 --package --threads 2
     python -m tests.inference.serve.soak --seconds 20 --clients 16 --package --threads 2 --pairs 3
 
-Starts `fedtune serve` and lets the clients ask, most of them streaming; some hang up in the middle. Each answer must be the one that the
-request gets alone, and what a client had read when it hung up must be the beginning of that. Where torch runs a kind that rounds,
-requests are greedy, and an answer may part from the other where the two best scores lie closer than the rounding; such close calls are
-counted apart.
+Starts `fedtune serve` and clients. Most of them stream, and some disconnect in the middle. Each answer must equal the answer to the same
+request alone, and the text that a client has read before it disconnects must be its beginning. If torch runs a kind that rounds, requests
+are greedy, and an answer may differ where the two best scores are closer than the rounding; such cases are counted separately.
 `--pairs` compares one server with two at once that share the clients.
 """
 
@@ -48,7 +47,7 @@ BEGINNINGS = (
     "The cat and the bird", "Mom said", "In the park, the boys", "the kettle, please", "He was very",
 )  # fmt: skip
 MANY = 48  # different requests
-BLOCKS = 48  # of the pool, 16 tokens each
+BLOCKS = 48  # blocks of the pool, 16 tokens each
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Case:
     tokens: int = 0
     prompt: list[int] = field(default_factory=list)
     answer: list[int] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)  # the answer's tokens as the server tells them, where it is asked to
+    words: list[str] = field(default_factory=list)  # the answer's tokens in the server's log-probabilities, if the request asks for them
 
 
 @dataclass
@@ -74,10 +73,10 @@ class Tally:
     preempted: int = 0
     lost: list[str] = field(default_factory=list)
     garbled: list[str] = field(default_factory=list)
-    deviations: list[tuple[Case, int, str]] = field(default_factory=list)  # at which token an answer is another: to be judged
-    close: list[float] = field(default_factory=list)  # leads of the tokens there, where rounding could have decided
+    deviations: list[tuple[Case, int, str]] = field(default_factory=list)  # the first token at which an answer differs
+    close: list[float] = field(default_factory=list)  # leads of the tokens there that rounding could have decided
     rss: list[tuple[float, float]] = field(default_factory=list)  # seconds, MB
-    threads: list[int] = field(default_factory=list)  # of the process, at the same times
+    threads: list[int] = field(default_factory=list)  # numbers of threads at the same times
     busy: int = 0  # threads that took more than 5 % of the process's time: the engine's, those of its kernels, and the event loop
 
     @property
@@ -246,7 +245,7 @@ def soak(model: Path, *, seconds: float, clients: int, seed: int = 0, kind: str 
     options = ("--kind", kind, "--max-concurrent", "16", "--queue", "12", "--timeout", "100", "--kv-budget", str(budget))
     with server(model, *options, threads=threads) as (url, process):
         tally = asyncio.run(_all(url, process, known, clients, seconds, seed))
-        for _ in range(100):  # whoever hung up last is noticed within moments
+        for _ in range(100):  # the server notices the last disconnect within moments
             state = httpx.get(f"{url}/health").json()
             if (state["running"], state["waiting"]) == (0, 0):
                 tally.passes, tally.preempted = state["passes"], state["preempted"]
@@ -268,7 +267,7 @@ def soak(model: Path, *, seconds: float, clients: int, seed: int = 0, kind: str 
 
 
 def faults(tally: Tally, seconds: float, threads: int) -> list[str]:
-    """What was wrong in a soak; memory may grow by 3 % after the first minute of five."""
+    """The faults of a soak; memory may grow by 3 % after the first minute of five."""
     found = [*tally.lost, *tally.garbled]
     if tally.busy > threads + 1:
         found.append(f"{tally.busy} threads were busy: {threads} are set, and the event loop has one")
@@ -287,7 +286,7 @@ def package(folder: Path) -> Path:
 
 
 def speed(model: Path, known: list[Case], *, servers: int, clients: int, seconds: float, threads: int) -> float:
-    """Tokens a second of the servers together; each has its part of the clients, and all answers must be right."""
+    """Tokens per second of all servers together; each has a part of the clients. All answers must be right."""
     tally = Tally()
 
     async def run(urls: list[str]) -> None:
@@ -324,7 +323,7 @@ def main() -> int:
     parser.add_argument("--package", action="store_true", help="a random int4 package")
     parser.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], help="how weights are kept; default: fp32, or the package's")
     parser.add_argument("--threads", type=int, default=1, help="of the server")
-    parser.add_argument("--pairs", type=int, default=0, help="compare one server with two so many times")
+    parser.add_argument("--pairs", type=int, default=0, help="compare one server with two this many times")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or (package if args.package else tiny_model)(Path(folder) / "tiny")

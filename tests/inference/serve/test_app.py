@@ -18,7 +18,7 @@ from fedtune.inference.serve.answer import PATIENCE_S, Answer, EventStream
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.formats import ResponseFormatter
 from fedtune.inference.serve.limits import ApiKeys, Limits
-from fedtune.inference.serve.offer import ServedModel
+from fedtune.inference.serve.served_model import ServedModel
 from tests.inference.serve.served import Served, alone, serve_model, text_of
 
 ASK = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 12}
@@ -115,7 +115,7 @@ def test_a_chat_answer_does_not_begin_with_the_space_of_its_first_word(engine: E
             return choice.get("text", choice.get("message", {}).get("content"))
         chunks = [json.loads(line[6:])["choices"][0] for line in answer.text.split("\n\n") if line and line != "data: [DONE]"]
         parts = [chunk["text"] if "text" in chunk else chunk["delta"].get("content") for chunk in chunks]
-        assert all(parts[i] for i in range(1, len(parts) - 1))  # nothing but the opening and the closing is empty
+        assert all(parts[i] for i in range(1, len(parts) - 1))  # only the first and the last event are empty
         return "".join(part or "" for part in parts)
 
     assert asyncio.run(ask("chat/completions", messages=[{"role": "user", "content": "a"}])) == chat
@@ -169,7 +169,7 @@ def test_an_error_about_a_server_limit_names_its_option(engine: Engine) -> None:
         refused = post(server, ASK | {"max_tokens": 11}).json()["error"]
         assert refused["message"] == "11 new tokens exceed this server's limit of 10: request fewer, or start it with --max-tokens 11"
         beyond = post(server, ASK | {"max_tokens": 5000}).json()["error"]
-        assert beyond["message"].endswith("request fewer")  # the model's context holds no more either
+        assert beyond["message"].endswith("request fewer")  # a higher --max-tokens would exceed the model's context
         assert post(server, ASK | {"max_tokens": 10}).status_code == 200
 
 
@@ -179,7 +179,7 @@ def test_bodies_must_be_json_and_small(here: Served) -> None:
     assert httpx.post(url, content=b"{", headers={"content-type": "application/json"}).status_code == 400
     large = b"[" + b" " * (1 << 20) + b"]"
     assert httpx.post(url, content=large, headers={"content-type": "application/json"}).status_code == 413
-    # in chunks, no length is declared
+    # in chunks, without a declared length
     assert (
         httpx.post(url, content=iter([large[:700_000], large[700_000:]]), headers={"content-type": "application/json"}).status_code == 413
     )
@@ -262,7 +262,7 @@ def test_time_runs_out(engine: Engine) -> None:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=ASK | {"max_tokens": 400, "stream": True}) as answer:
             lines = [line[6:] for line in answer.iter_lines() if line]
         assert json.loads(lines[-1])["error"]["code"] == "timeout"
-        assert len(lines) > 1  # what was there in time came
+        assert len(lines) > 1  # the tokens before the timeout were sent
 
 
 def test_a_stop_completes_running_answers_and_accepts_no_new_ones(engine: Engine) -> None:

@@ -35,7 +35,7 @@ class CroppedTape(Tape):
 
 
 class CheckedBlocks(Blocks):
-    """Caches hold what their sequences say."""
+    """Checks that caches hold the tokens of their sequences."""
 
     def open(self, ids: Sequence[int], adapter: str | None) -> Any:
         tape = super().open(ids, adapter)
@@ -102,7 +102,7 @@ def answers(requests: list[dict[str, Any]], *, blocks: int, speculates: bool) ->
 @given(st.integers(0, 10**6))
 def test_answers_are_those_without_drafts(seed: int) -> None:
     rng = random.Random(seed)
-    requests, blocks = some_requests(rng), rng.choice((16, 30, 10**6))  # the fewest make sequences give way to others
+    requests, blocks = some_requests(rng), rng.choice((16, 30, 10**6))  # with the fewest blocks, sequences are preempted
     plain, _, _ = answers(requests, blocks=blocks, speculates=False)
     with patch.object(BatchAdapt, "counts", lambda self, acceptances: [rng.randrange(7) if a else 0 for a in acceptances]):
         found, _, _ = answers(requests, blocks=blocks, speculates=True)
@@ -154,7 +154,7 @@ def test_nothing_is_drafted_before_a_pass_is_measured_nor_in_a_full_batch() -> N
     adapt.ran(1, 1.0)
     assert adapt.counts([0.9]) == [1]  # twice the rows of the largest pass
     assert adapt.counts([0.9] * 70) == [0] * 70
-    adapt.ran(100, 1.0)  # so many rows are not measured
+    adapt.ran(100, 1.0)  # passes of this many rows are not measured
     assert adapt.counts([0.9]) == [1]
 
 
@@ -168,7 +168,7 @@ def test_a_sequence_whose_drafts_fail_is_tried_again_later() -> None:
         drafts.saw(4, 0)
     low = drafts.acceptance(ids)
     assert low < 0.15
-    other = SequenceDrafts(of_all)  # a new sequence begins with what the others have seen
+    other = SequenceDrafts(of_all)  # a new sequence starts with the statistics of the others
     assert other.acceptance(ids) < 0.15 and SequenceDrafts({}).acceptance(ids) == first
     for _ in range(5):
         other.saw(4, 4)

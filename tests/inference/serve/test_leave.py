@@ -1,4 +1,4 @@
-"""A server that leaves a socket which others go on with: nothing that it has accepted is lost."""
+"""A server leaves a socket that another server continues to serve: no accepted request is lost."""
 
 import asyncio
 import socket
@@ -68,7 +68,7 @@ def test_another_server_takes_over_the_socket() -> None:
             assert thread.is_alive() and not late
             old.go.set()
             long.join(20)
-            assert late == ["old"] and thread.is_alive()  # begun without the header, so the client may go on with its connection
+            assert late == ["old"] and thread.is_alive()  # the answer began without the header, so the client may reuse the connection
             answer = keeper.get(url(listener))
             assert (answer.text, answer.headers["connection"]) == ("old", "close")
             ended = time.monotonic()

@@ -82,7 +82,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: p
         assert refused.value.status == 401
     monkeypatch.setenv(KEY_VARIABLE, "four")
     ApiKeys.find(None).check(request(authorization="bearer four"))
-    with pytest.raises(Refused):  # the file goes before the variable
+    with pytest.raises(Refused):  # the file takes precedence over the variable
         ApiKeys.find(file).check(request(authorization="Bearer four"))
 
 

@@ -58,9 +58,9 @@ def answer(
     return request, outputs
 
 
-def tell(text: Text, outputs: list[Output], request: GenerationRequest, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
+def received(text: Text, outputs: list[Output], request: GenerationRequest, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
     """The text and the tokens that a client gets; no token comes before its text."""
-    teller, sent, logprobs, trimming = (
+    formatter, sent, logprobs, trimming = (
         LogprobFormatter(text, request.ids if request.joins else (), trims=trims),
         "",
         list[TokenLogprob](),
@@ -70,7 +70,7 @@ def tell(text: Text, outputs: list[Output], request: GenerationRequest, *, trims
         piece = out.text.lstrip() if trimming else out.text
         trimming = trimming and not piece
         sent += piece
-        logprobs += teller.push(Output(piece, out.token, out.logprob, out.rivals, out.end))
+        logprobs += formatter.push(Output(piece, out.token, out.logprob, out.rivals, out.end))
         assert sent.startswith("".join(token.token for token in logprobs))
     return sent, logprobs
 
@@ -83,7 +83,7 @@ def token(text: Text, name: str) -> int:
 
 def check(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...], trims: bool, rivals: int = 3) -> list[TokenLogprob]:
     request, outputs = answer(text, ids, before=before, stop=stop, rivals=min(rivals, text.size))
-    sent, logprobs = tell(text, outputs, request, trims=trims)
+    sent, logprobs = received(text, outputs, request, trims=trims)
     assert "".join(token.token for token in logprobs) == sent
     assert b"".join(token.raw or b"" for token in logprobs) == sent.encode()
     assert [token.logprob for token in logprobs] == [out.logprob for out in outputs if out.token is not None]
@@ -122,7 +122,7 @@ def test_an_emoji_of_four_tokens_by_hand() -> None:
     assert [token.raw for token in logprobs] == [b" a", b" ", b"\xf0", b"\x9f", b"\x98", b"\x80", b"b", b""]
     # the rivals of a byte are other bytes: no two of them have the same name
     assert [rival.token for rival in logprobs[3].top] == ["", "bytes:\\xa0", "bytes:\\xa1"]
-    # at the beginning of an answer that stands alone, the first space is no text
+    # a chat answer does not include its leading space
     assert [t.token for t in check(text, ids[:1], before=[], stop=(), trims=False)] == ["a"]
 
 
@@ -139,7 +139,7 @@ def test_tokens_after_a_stop_string_have_no_text() -> None:
     logprobs = check(text, ids, before=[], stop=("c b",), trims=True)
     assert "".join(token.token for token in logprobs) == "ab "
     request, outputs = answer(text, text.encode("abc"), before=[], stop=("cab",))
-    assert tell(text, outputs, request)[0] == "abc"  # held back for a stop string that does not come
+    assert received(text, outputs, request)[0] == "abc"  # held back for a stop string that does not come
 
 
 def test_rivals_with_the_same_text_have_distinct_names() -> None:

@@ -138,7 +138,7 @@ def test_a_budget_bounds_keys_and_values(engine: Engine) -> None:
     assert (caches.pool.blocks, caches.limit) == (30, 480)  # one block stays empty
     assert caches.pool.nbytes <= 31 * 3072
     roomy = make_caches(engine, None, 4)
-    assert (roomy.pool.blocks, roomy.limit) == (4 * 32, 512)  # no more than four requests of 512 tokens can fill
+    assert (roomy.pool.blocks, roomy.limit) == (4 * 32, 512)  # as many blocks as four requests of 512 tokens can fill
     with pytest.raises(ConfigError, match="too small for this model: give at least 9.3kB"):
         make_caches(engine, 3 * 3072 - 1, 4)
 

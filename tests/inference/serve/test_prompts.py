@@ -19,7 +19,7 @@ from tests.inference.serve.served import Served, serve_model, tiny_model
 
 CONTEXT = 4096
 SHORT: dict[str, Any] = {"model": "tiny", "prompt": "turn on", "temperature": 0, "max_tokens": 2}
-LONG = SHORT | {"prompt": "turn on " * 2100}  # fits into the context were each token the longest, and has more than prompts.LONG
+LONG = SHORT | {"prompt": "turn on " * 2100}  # with the longest tokens it would fit the context; longer than prompts.LONG
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +130,8 @@ def test_a_client_that_disconnects_leaves_the_queue(large: Engine, gate: Gate) -
         last = client.submit(post, server, LONG)
         time.sleep(0.3)
         gate.open()
-        assert last.result().status_code == 400  # it has a place, and more tokens than the context
-        assert gate.began == 2  # the prompts of those that left are not tokenized
+        assert last.result().status_code == 400  # it is queued, but has more tokens than the context
+        assert gate.began == 2  # prompts of disconnected clients are not tokenized
 
 
 def test_tokenizing_lets_other_threads_run() -> None:
@@ -154,4 +154,4 @@ def test_tokenizing_lets_other_threads_run() -> None:
     during = ticks - before
     tokenizing = False
     thread.join()
-    assert during >= 20  # with the lock of Python held, one or two
+    assert during >= 20  # if tokenizing held Python's lock, one or two

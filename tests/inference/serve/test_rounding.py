@@ -17,7 +17,7 @@ from tests.inference.serve.served import make_scheduler, tiny_model
 from tests.inference.serve.soak import BEGINNINGS
 
 MANY, LONG = 60, 40  # requests, tokens of an answer
-BLOCKS = 30  # of 16 tokens: sequences give up their room, and are computed again in other passes
+BLOCKS = 30  # of 16 tokens: so few that sequences are preempted and computed again in other passes
 
 
 def folder_of(name: str, own: Path) -> Path:
@@ -34,7 +34,7 @@ def folder_of(name: str, own: Path) -> Path:
 @pytest.mark.parametrize("name", ["tiny", "stories260k", "babyllama_tok105"])
 def test_a_batch_differs_only_where_rounding_could_have_decided(name: str, kind: str, tmp_path: Path) -> None:
     engine, rng = load_engine(folder_of(name, tmp_path), kind), random.Random(0)
-    texts: dict[str, None] = {}  # all different, as the differences should be
+    texts: dict[str, None] = {}  # all texts differ, so that differences are independent
     while len(texts) < MANY:
         texts[" ".join(rng.sample(BEGINNINGS, rng.choice([1, 2, 3, 4])))] = None
     prompts = [engine.text.encode(text) for text in texts]
@@ -53,7 +53,7 @@ def test_a_batch_differs_only_where_rounding_could_have_decided(name: str, kind:
         one = [piece.token for piece in Generation(engine, ids, Sampling(), LONG)]
         batched = [out.token for out in outputs if out.token is not None]
         if (at := first_difference(one, batched)) is None:
-            assert one == batched  # neither is only the other's beginning
+            assert one == batched  # not just a prefix
         else:
             leads.append(lead(engine, ids, one, at, batched[at]))
     largest = f", the widest lead {max(leads):.4f}" if leads else ""

@@ -42,7 +42,7 @@ class Oracle:
     """A decoder whose logits depend on all tokens of the sequence and their order: a lost or repeated one changes all later logits."""
 
     def __init__(self, *, endless: bool = False) -> None:
-        self.rows: list[list[int]] = []  # of each pass
+        self.rows: list[list[int]] = []  # rows of each pass
         self._never = [END] if endless else []
 
     def forward(self, ids: Any, spans: Sequence[Span]) -> np.ndarray:
@@ -127,7 +127,7 @@ REQUEST = st.tuples(
     running=st.integers(1, 4),
     rows=st.integers(1, 9),
 )
-def test_batched_answers_equal_single_ones_with_any_arrivals_and_little_room(
+def test_batched_answers_equal_single_ones_with_any_arrivals_and_few_blocks(
     requests: list[Any], blocks: int, running: int, rows: int
 ) -> None:
     pool = Blocks(blocks, limit=32)
@@ -193,7 +193,7 @@ def test_a_cached_prefix_is_not_recomputed() -> None:
     assert again.cached == 3
     assert decoder.rows[:2] == [[3], [1]]
     assert text_of(outputs) == answer([3, 4, 5, 6], 4, 2)[0]
-    other = request([3, 4, 5, 6], 1, adapter="a")  # another adapter's keys and values are others
+    other = request([3, 4, 5, 6], 1, adapter="a")  # with another adapter, keys and values differ
     scheduler.submit(other)
     finish(scheduler)
     assert other.cached == 0
@@ -355,7 +355,7 @@ def test_the_real_decoder_gives_the_same_answers_in_a_batch(engine: Engine) -> N
 def test_withheld_text_is_sent_at_the_end(engine: Engine) -> None:
     ids = engine.text.encode("turn on")
     plain = text_of(alone(engine, ids, Sampling(), 6))
-    # a stop string that begins like the answer's end, but goes on otherwise, holds text back until the end
+    # the stop string begins like the answer's end but continues differently, so text is held back until the end
     outputs = alone(engine, ids, Sampling(stop=(plain[-2:] + "~~~",)), 6)
     assert text_of(outputs) == plain
     assert outputs[-1].end == "length"

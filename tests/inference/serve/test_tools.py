@@ -14,9 +14,9 @@ from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
-from fedtune.inference.serve.offer import ServedModel
 from fedtune.inference.serve.protocol import ChatRequest, read
 from fedtune.inference.serve.refusal import Refused
+from fedtune.inference.serve.served_model import ServedModel
 from fedtune.inference.serve.tools import CallReader
 
 TEMPLATE = (
@@ -66,8 +66,8 @@ def ask(engine: Engine, pieces: list[str], template: str | None = TEMPLATE, **mo
     text = copy.copy(engine.text)
     text.template = template
     scheduler: Any = SimpleNamespace(submit=submit, cancel=lambda request: None, full=False, draining=False, limit=512)
-    offer = ServedModel(name="tiny", text=text, prompt="{request}" if template is None else None)
-    app = create_app(scheduler, offer, Limits(), ApiKeys(), local=False)
+    served = ServedModel(name="tiny", text=text, prompt="{request}" if template is None else None)
+    app = create_app(scheduler, served, Limits(), ApiKeys(), local=False)
 
     here: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app))
 
@@ -125,12 +125,12 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 @pytest.mark.parametrize(
     ("template", "more", "sentence"),
     [
-        (PLAIN, {"tools": [TOOL]}, "the model's chat template shows no tools: leave out 'tools'"),
-        (PLAIN, {"messages": [USER, SAYS, USER]}, "the model's chat template shows no tool calls: leave out 'tool_calls'"),
-        (None, {"tools": [TOOL]}, "this model has no chat template, so it takes no tools: leave out 'tools'"),
+        (PLAIN, {"tools": [TOOL]}, "the model's chat template ignores tools: leave out 'tools'"),
+        (PLAIN, {"messages": [USER, SAYS, USER]}, "the model's chat template ignores tool calls: leave out 'tool_calls'"),
+        (None, {"tools": [TOOL]}, "this model has no chat template, so it cannot use tools: leave out 'tools'"),
     ],
 )
-def test_tools_that_the_template_does_not_show_are_refused(engine: Engine, template: str | None, more: Any, sentence: str) -> None:
+def test_tools_that_the_template_ignores_are_refused(engine: Engine, template: str | None, more: Any, sentence: str) -> None:
     with pytest.raises(openai.BadRequestError, match=sentence):
         ask(engine, ["Rome."], template, **more)
 

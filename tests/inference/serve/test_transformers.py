@@ -29,7 +29,7 @@ from fedtune.inference.generate import read_card
 from fedtune.inference.generate_transformers import HubModel, load_model
 from fedtune.inference.sequential import CONTEXT, SequentialScheduler
 from fedtune.inference.serve.limits import Limits
-from fedtune.inference.serve.offer import ServedModel
+from fedtune.inference.serve.served_model import ServedModel
 from fedtune.inference.serve.server import Server
 from tests.export.test_huggingface import ASK, make_run
 from tests.inference.serve.chromium import open_page
@@ -245,7 +245,7 @@ def test_a_stop_completes_an_answer_within_the_grace_period(gpt2: HubModel, grac
         thread.start()
         wait_for(lambda: server.scheduler.load == (1, 0))
         server.server.stop()
-        if grace > 1:  # else it is gone already
+        if grace > 1:  # else the server has closed the stream
             assert server.post(ASKED).status_code == 503
         thread.join()
         assert got[0].status_code == status
@@ -278,7 +278,7 @@ def test_an_answer_may_be_abandoned_for_another(gpt2: HubModel) -> None:
 def test_an_encoder_decoder_is_served(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "tiny", "t5", seed=1)
     model = load_model(folder, {})
-    assert SequentialScheduler(model).limit == CONTEXT  # T5 names none
+    assert SequentialScheduler(model).limit == CONTEXT  # T5's config has no context length
     with serve_model(model) as server:
         ids = [*read_text(folder).encode("turn on"), 1]
         tokens = by_hand(folder, ids, 7, AutoModelForSeq2SeqLM)
@@ -363,7 +363,7 @@ def test_the_page(gpt2: HubModel, folder: Path) -> None:
     with serve_model(gpt2, prompt="set {q} to") as server, open_page(server.url) as page:
         ready(page)
         ask(page, "lamp", temperature="0", tokens="7")  # a chat: the run's template is there
-        page.wait("/7 tokens .* cut at the most tokens/.test(document.querySelector('.figures')?.textContent)")
+        page.wait("/7 tokens .* stopped at max tokens/.test(document.querySelector('.figures')?.textContent)")
         wanted = generate_text(folder, "set lamp to", max_new_tokens=7)
         assert page.run("[...document.querySelectorAll('.turn')].map((turn) => turn.textContent)") == ["lamp", wanted]
         page.run("document.getElementById('complete').click()")

@@ -94,7 +94,7 @@ def test_the_command_prints_eighty_columns_and_writes_three_files(tmp_path: Path
     paths = [run(tmp_path / "runs", s, 0.5, f"strategy={x}", "peft=lora") for s in (0, 1) for x in ("fedavg", "fedadam")]
     assert main(["compare", *map(str, paths), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    # seed by seed the two are the same; FedAdam's own settings go with its name
+    # both have the same value for each seed; FedAdam's own settings belong to its name
     assert max(map(len, out.splitlines()[:-1])) <= 80 and "…" not in out and "beta" not in out
     assert " 2  strategy=FedAdam\n" in out and "0.000 ± 0.000 (2)" in out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["compare.csv", "compare.md", "compare.png"]

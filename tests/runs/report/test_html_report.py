@@ -135,7 +135,7 @@ def test_all_text_of_a_run_is_escaped(tmp_path: Path) -> None:
     html = write_report(folder).read_text(encoding="utf-8")
     page = Page(html)
     assert "<script" not in html
-    assert evil in page.text  # it reads as it was written
+    assert evil in page.text  # it is shown as it was written
     assert not [attrs for _, attrs in page.tags if {"href", "src"} & set(attrs)]
 
 
@@ -208,7 +208,7 @@ def test_a_line_connects_points_across_unevaluated_rounds(tmp_path: Path, metric
     html = gaps(tmp_path / "r", metric, {0: 0.25, 5: 0.5, 10: 0.75}, last=12)
     title = metric.replace("_", " ").capitalize()
     assert strokes(html, title) == ["MLL"] and strokes(html, "Loss") == ["M" + "L" * 12]
-    assert "0.250 → 0.750" in Page(html).text and "untuned → round 10" in Page(html).text  # not a dash, while a run goes on
+    assert "0.250 → 0.750" in Page(html).text and "untuned → round 10" in Page(html).text  # not a dash while the run continues
 
 
 def test_a_line_breaks_at_nan(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_without_a_global_test_the_line_shows_the_known_values() -> None:
 
 
 def test_a_terminal_gets_bars_with_the_metric_and_markup_stays_text() -> None:
-    known = {"TERM": "xterm"}  # on a dumb one Rich takes 80 columns whatever the environment says
+    known = {"TERM": "xterm"}  # on a dumb terminal Rich always takes 80 columns
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None, _environ=known)
     with Progress(console) as progress:
         progress.round_started(3, 20, 2)
@@ -133,7 +133,7 @@ def test_results_show_before_best_and_last_and_each_device_class() -> None:
     print_results(records, console)
     rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in shown(console).splitlines() if "│" in line}
     assert rows["round 0 (untuned)"][0] == "0.050"
-    assert rows["round 1 (best)"] == ["0.900", "–", "–", "–", "1.0 kB", "2.0 kB", "2.0 s"]  # what was spent up to that round
+    assert rows["round 1 (best)"] == ["0.900", "–", "–", "–", "1.0 kB", "2.0 kB", "2.0 s"]  # costs up to that round
     assert rows["round 2 (last)"] == ["0.800", "–", "–", "–", "2.0 kB", "4.0 kB", "4.0 s"]
     assert rows["phone"][:3] == ["1", "0.100 → 0.500", "0.500"]
     assert rows["hub"][4] == "1 late"
@@ -148,19 +148,19 @@ def test_the_best_perplexity_is_the_lowest() -> None:
 
 
 def test_the_devices_choices_are_shown_as_ranges() -> None:
-    chosen = {"device_class": "phone", "batch": 16.0, "length": 64.0, "steps": 9, "peak_mb": 2.74, "out_of_memory": 0.0}
+    chosen = {"device_class": "phone", "batch": 16.0, "length": 64.0, "steps": 9, "peak_mb": 2.74, "out_of_memory": 0.0, "kept_layers": 5.0}
     records: list[dict[str, Any]] = [{"round": r, "client": None, "exact_match": 0.1 * r} for r in range(3)]
     records += [
         {"round": 1, "client": "a", **chosen, "precision": "nf4", "rank": 2.0, "micro_batch": 1.0, "virtual_s": 10.0},
         {"round": 2, "client": "a", **chosen, "precision": "nf4", "rank": 2.0, "micro_batch": 2.0, "virtual_s": 20.0, "out_of_memory": 1.0},
-        {"round": 2, "client": "b", "device_class": "hub", "steps": 3, "virtual_s": 0.0},  # of a run before devices chose
+        {"round": 2, "client": "b", "device_class": "hub", "steps": 3, "virtual_s": 0.0},  # an older run, without choices
     ]
     console = plain()
     print_results(records, console)
     _, _, chose = shown(console).partition("Devices' choices per turn")
     rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in chose.splitlines() if "│" in line}
     # the mean of 10 s and 20 s
-    assert rows == {"phone": ["nf4", "2", "1–2", "16", "64", "9", "0–1", "15.0 s"]}
+    assert rows == {"phone": ["nf4", "2", "1–2", "5", "16", "64", "9", "0–1", "15.0 s"]}
     assert "2.7 MB" in shown(console)
     bare = plain()
     print_results([records[0], records[1], records[-1]], bare)

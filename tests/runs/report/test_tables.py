@@ -36,7 +36,7 @@ def cells(text: str, box: Box | None) -> list[list[str]]:
 def test_every_cell_can_be_read_at_every_width(width: int) -> None:
     text = printed(width, HEADER, ROWS, title="Devices", wrap=["dropped", "last result"])
     assert max(map(cell_len, text.splitlines())) <= width and "…" not in text
-    # the lines of one cell lie under one another: joined by column, each cell's characters are there in their order
+    # a cell's lines are below each other: joined by column, they give its characters in order
     columns: list[str] = []
     for part in text.split("┏")[1:]:
         lines = cells(part, HEAVY_HEAD)

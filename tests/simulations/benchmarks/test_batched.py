@@ -59,7 +59,7 @@ def test_the_table_includes_ray(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr(bench_batched, "pays", lambda *args, **more: False)
     row, _ = table(capsys, "--ray", "3")
     assert row["Ray, s a client"] == "2.00" and row["MB Ray"] == "512" and row["auto, ×"] == f"{row['one by one, ×']} (one by one)"
-    # half a turn a second: its ratio to the bare loop, and ours to it, by the table's own rounded figures
+    # Ray runs half a turn a second: its ratio to the bare loop, and fedtune's ratio to it, from the table's rounded figures
     bare = float(row["bare loop, turns/s"])
     assert float(row["Ray, ×"]) == pytest.approx(0.5 / bare, abs=0.006)
     assert float(row["auto over Ray"]) == pytest.approx(2 * bare * float(row["one by one, ×"]), rel=0.02)

@@ -40,14 +40,14 @@ def test_the_table_has_the_ratio_with_and_without_the_runtime(capsys: pytest.Cap
 
 @pytest.mark.parametrize(("size", "millions"), [("20m", 20.3), ("125m", 123.7), ("0.4b", 397.7)])
 def test_a_models_size_matches_its_name(size: str, millions: float) -> None:
-    # by hand, 0.4b: 24 layers · (4 · 1024² + 3 · 1024 · 3584) + 32000 words · 1024, once, for they are tied = 364.9 + 32.8 M
+    # by hand, 0.4b: 24 layers · (4 · 1024² + 3 · 1024 · 3584) + 32000 words · 1024, counted once, because they are tied = 364.9 + 32.8 M
     hidden, layers, _, inner, words = bench_precision.SIZES[size]
     assert (layers * (4 * hidden**2 + 3 * hidden * inner) + words * hidden) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 def test_more_nats_and_less_accuracy_are_worse() -> None:
-    assert bench_precision.against(2.04, 2.0, "nats") == pytest.approx(0.02)  # 2 % of nats
-    assert bench_precision.against(0.70, 0.71, "accuracy") == pytest.approx(0.01)  # a point
+    assert bench_precision.against(2.04, 2.0, "nats") == pytest.approx(0.02)  # relative: 2 % of the nats
+    assert bench_precision.against(0.70, 0.71, "accuracy") == pytest.approx(0.01)  # absolute: one percentage point
 
 
 def test_each_precision_is_compared_with_fp32_of_the_same_seed(

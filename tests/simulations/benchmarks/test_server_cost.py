@@ -32,7 +32,7 @@ def test_every_pass_sees_the_same_updates_and_no_two_clients_are_alike() -> None
     stream = Stream(FFA(), whole_adapter(0.3))
     first, again = list(stream(3)), list(stream(3))
     names = list(first[0].adapter.tensors)
-    assert names == list(stream.wanted.tensors) and all(n.endswith("lora_B") for n in names)  # what FFA's clients send
+    assert names == list(stream.wanted.tensors) and all(n.endswith("lora_B") for n in names)  # FFA's clients send only B
     assert all(torch.equal(a.adapter[n], b.adapter[n]) for a, b in zip(first, again, strict=True) for n in names)
     assert not torch.equal(first[0].adapter[names[0]], first[1].adapter[names[0]])
 
@@ -45,7 +45,7 @@ def test_retained_memory_is_measured() -> None:
     def keep() -> list[torch.Tensor]:
         return [torch.ones(250_000) for _ in range(40)]  # 40 MB
 
-    held = [cost(keep)[1] for _ in range(2)]  # the second time too: the first pass's memory was given back
+    held = [cost(keep)[1] for _ in range(2)]  # twice, because the memory of the first pass is returned
     if held[0] == 0:
         pytest.skip("this system does not tell a process its peak memory")
     assert all(35 < mb < 60 for mb in held)

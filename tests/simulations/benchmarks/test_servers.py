@@ -1,4 +1,4 @@
-"""The benchmark of servers, with fedtune's own in both places."""
+"""The benchmark of servers, with fedtune's server on both sides."""
 
 import asyncio
 import sys

@@ -40,7 +40,7 @@ def test_prompts_are_held_out_words(engine: Engine, data: Path) -> None:
     numbers = [int(w) for text in texts for w in text.split()[1:-1] if w.isdigit()]
     learned = [engine.text.decode(ids) for ids in pair.prompts(engine, data, 40, held=False, length=20)]
     others = [int(w) for text in learned for w in text.split()[1:-1] if w.isdigit()]
-    assert min(numbers) > max(others) > 2000  # the last tenth, and what is before it
+    assert min(numbers) > max(others) > 2000  # the last tenth against the text before it
 
 
 def test_missing_and_short_texts(engine: Engine, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_draft_learns_from_the_models_own_answers(engine: Engine, data: Path, 
     expected = [engine.text.decode(ids) for ids in pair.prompts(engine, data, 3, held=False)]
     assert len(rows) == 3 and all(row.strip().startswith(start.strip()[:20]) for row, start in zip(rows, expected, strict=True))
     before = file.stat().st_mtime_ns
-    assert pair.learn_from(engine, data, file, rows=3).stat().st_mtime_ns == before  # made once
+    assert pair.learn_from(engine, data, file, rows=3).stat().st_mtime_ns == before  # written only once
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_the_pair_is_created_and_measured(data: Path, tmp_path: Path) -> None:
         assert list(answers) == ways and all(len(row) == 2 for row in answers.values())
         assert all(a.ratio == 1 and a.drafted == 0 for a in answers["plain"])
     assert all(a.same for row in measurement["0"].values() for a in row)  # greedy, float32
-    assert all(a.same for a in measurement["0.8"]["lookup, always 2"])  # sure guesses leave the seed's text as it is
+    assert all(a.same for a in measurement["0.8"]["lookup, always 2"])  # drafts do not change the text of a seed
     exits = measurement["0"]["early exit"]
     assert all(a.accepted == a.drafted for a in exits)
     small = load_engine(NANO, "fp32")
@@ -119,7 +119,7 @@ def answer(**changes: Any) -> Answer:
 def test_the_table_by_hand() -> None:
     rows = [answer(ratio=r) for r in (1.0, 2.0, 3.0, 4.0)]
     assert quartiles(rows) == (1.75, 2.5, 3.25)
-    assert quartiles([*rows, answer(tokens=1, ratio=99.0)]) == (1.75, 2.5, 3.25)  # ended at once
+    assert quartiles([*rows, answer(tokens=1, ratio=99.0)]) == (1.75, 2.5, 3.25)  # an answer of one token is not counted
     plain = [answer(drafted=0, accepted=0, passes=10, ratio=1.0)] * 4
     shown = table(
         {"int8": {"0": {"plain": plain, "auto": [*rows[:3], answer(ratio=4.0, same=False)]}, "0.8": {"plain": plain, "auto": rows}}}

@@ -57,7 +57,7 @@ def logits(engine: Engine, ids: Tensor) -> Tensor:
         ({"num_key_value_heads": 6}, {"kv_heads": 8}),  # no groups on either side
         ({"num_key_value_heads": 1}, {"heads": 12, "kv_heads": 12}),  # one key head copied to six
         ({"num_key_value_heads": 3}, {"heads": 6, "kv_heads": 3, "hidden": 120}),  # heads of 20
-        ({"head_dim": 6, "num_attention_heads": 4}, {"hidden": 48, "layers": 2, "inner": 44}),  # heads and layers as they were
+        ({"head_dim": 6, "num_attention_heads": 4}, {"hidden": 48, "layers": 2, "inner": 44}),  # heads and layers unchanged
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5}}, {}),
         ({}, {"vocabulary": 61}),
         ({}, {"hidden": 24, "heads": 6, "vocabulary": 61}),  # only layers and inner units

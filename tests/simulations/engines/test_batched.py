@@ -92,7 +92,7 @@ def test_corrections_are_each_clients_own(space: Workspace, optimizer: str) -> N
     for k, turn_input in enumerate(turn_inputs(space, optimizer=optimizer, turn="scaffold")):
         gen = torch.Generator().manual_seed(k)
         extra = {n: 0.02 * torch.randn(t.shape, generator=gen) for n, t in turn_input.start.tensors.items()}
-        todo.append(dataclasses.replace(turn_input, extra=extra if k else {}))  # the first has none
+        todo.append(dataclasses.replace(turn_input, extra=extra if k else {}))  # the first client has no correction
     agree(space, todo)
 
 
@@ -233,21 +233,21 @@ def test_turns_without_a_batched_form_run_sequentially(space: Workspace, monkeyp
 def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     scaffold = turn_inputs(space, turn="scaffold")
     todo = [dataclasses.replace(j, extra={n: torch.full_like(t, 0.01) for n, t in j.start.tensors.items()}) for j in scaffold]
-    if broken == "count":  # a mean over one token more
+    if broken == "count":  # divides by one token more
         count = batched._Stack._count
         monkeypatch.setattr(batched._Stack, "_count", lambda self, rows: count(self, rows) + 1)
     elif broken == "lean neighbor":
         rows_of = functions.rows_of
         monkeypatch.setattr(functions, "rows_of", lambda x, like: rows_of(x, like).roll(1, 0) if like.ndim == 3 else x)
-    elif broken == "neighbor":  # a client's rows meet the next one's adapter
+    elif broken == "neighbor":  # a client's rows use the next client's adapter
         monkeypatch.setattr(stacked, "step_of", lambda model: None)
         split = stacked._split
-        monkeypatch.setattr(stacked, "_split", lambda crowd, x: split(crowd, x).roll(1, 0))
+        monkeypatch.setattr(stacked, "_split", lambda batch, x: split(batch, x).roll(1, 0))
     elif broken == "scaling":
         look = batched._Stack._look
         double = lambda self: look(self) or self.client_batch.scaling.update({m: 2 * s for m, s in self.client_batch.scaling.items()})  # noqa: E731
         monkeypatch.setattr(batched._Stack, "_look", double)
-    else:  # after clipping
+    else:  # adds the correction after clipping
         update = batched._Stack._update
 
         def late(self: Any, grad: Any, clients: Any) -> Any:
@@ -334,7 +334,7 @@ def test_unbatchable_settings_train_sequentially_and_log_why(
     with caplog.at_level("INFO", "fedtune.batched"):
         monkeypatch.setattr(module, "way_of", lambda live, task: (None, "the moon is full"))
         first = simulate(config)
-        monkeypatch.setattr(module, "way_of", lambda live, task: (module.train_together, ""))  # no way that works
+        monkeypatch.setattr(module, "way_of", lambda live, task: (module.train_together, ""))  # a way that fails
         second = simulate(config)
     assert caplog.text.count("clients train one at a time: the moon is full") == 1
     assert "clients could not train at once and did so one at a time (" in caplog.text
@@ -361,7 +361,7 @@ def test_clients_evaluated_in_a_batch_store_the_same_and_fail_alone(space: Works
 
     monkeypatch.setattr(module, "evaluate_together", score)
     replies = module.Together(host_for(space.config, loaded=space), "4")._score([(m, None) for m in messages])  # type: ignore[arg-type]
-    assert groups == [[1, 2, 4], [1], [2], [4]]  # node 3 keeps a part of its own
+    assert groups == [[1, 2, 4], [1], [2], [4]]  # node 3 has kept tensors of its own
     assert ["declined" in r.content.config_records for r in replies] == [False, True, False]
 
 

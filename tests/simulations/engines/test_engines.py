@@ -70,5 +70,5 @@ def test_ray_agrees_with_in_process(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert max(float((a[n] - b[n]).abs().max()) for n in a.tensors) < 1e-5
     lines = [[json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (ours, ray)]
     assert [(x["round"], x["client"]) for x in lines[0]] == [(x["round"], x["client"]) for x in lines[1]]
-    for x, y in zip(*lines, strict=True):  # the seconds in the JSON may have a digit more or less
+    for x, y in zip(*lines, strict=True):  # the seconds in the JSON may differ in their digits
         assert x.get("bytes_up", 0) == pytest.approx(y.get("bytes_up", 0), abs=64)

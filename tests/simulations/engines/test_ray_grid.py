@@ -62,15 +62,15 @@ class FakeWorker:
 def make_grid(
     workers: int, nodes: int, fault: Callable[[int], None] = lambda _: None, *, together: bool = True, wrong: Sequence[str | None] = ()
 ) -> tuple[WorkerGrid, list[FakeWorker], list[str]]:
-    hired, notes = list[FakeWorker](), list[str]()
+    added, notes = list[FakeWorker](), list[str]()
 
-    def hire(there: int) -> Any | None:
+    def add_worker(there: int) -> Any | None:
         if there >= workers:
             return None
-        hired.append(FakeWorker(len(hired), fault, wrong[len(hired)] if len(hired) < len(wrong) else None))
-        return hired[-1]
+        added.append(FakeWorker(len(added), fault, wrong[len(added)] if len(added) < len(wrong) else None))
+        return added[-1]
 
-    return WorkerGrid(FakeRay(), hire, nodes, together=together, note=notes.append), hired, notes
+    return WorkerGrid(FakeRay(), add_worker, nodes, together=together, note=notes.append), added, notes
 
 
 def ask_all(grid: WorkerGrid, kind: str = "train") -> list[Message]:
@@ -87,16 +87,16 @@ def ask_all(grid: WorkerGrid, kind: str = "train") -> list[Message]:
 @pytest.mark.parametrize(("workers", "nodes"), [(1, 1), (2, 5), (3, 100), (8, 3)])
 @pytest.mark.parametrize("together", [False, True])
 def test_every_message_is_answered_once_and_shares_are_equal(workers: int, nodes: int, together: bool) -> None:
-    grid, hired, _ = make_grid(workers, nodes, together=together)
+    grid, added, _ = make_grid(workers, nodes, together=together)
     for _ in range(2):
         assert not any(r.has_error() for r in ask_all(grid))
-    sizes = [len(s) for worker in hired for s in worker.shares]
+    sizes = [len(s) for worker in added for s in worker.shares]
     assert sum(sizes) == 2 * nodes and max(sizes) <= (min(LARGEST, -(-nodes // workers)) if together else 1)
 
 
 def test_a_round_without_messages_calls_no_worker() -> None:
-    grid, hired, _ = make_grid(2, 3)
-    assert not list(grid.push_messages([])) and not list(grid.pull_messages([])) and not hired
+    grid, added, _ = make_grid(2, 3)
+    assert not list(grid.push_messages([])) and not list(grid.pull_messages([])) and not added
 
 
 def test_messages_of_a_lost_worker_go_to_another() -> None:
@@ -106,10 +106,10 @@ def test_messages_of_a_lost_worker_go_to_another() -> None:
         if next(lost, False):
             raise RayError("the machine is gone")
 
-    grid, hired, notes = make_grid(2, 6, once)
+    grid, added, notes = make_grid(2, 6, once)
     assert not any(r.has_error() for r in ask_all(grid))
-    assert len(hired) == 3 and "a worker was lost" in notes[0]  # another was hired in its place
-    assert [len(s) for worker in hired for s in worker.shares].count(1) == 3  # its share is dealt out singly
+    assert len(added) == 3 and "a worker was lost" in notes[0]  # another was added in its place
+    assert [len(s) for worker in added for s in worker.shares].count(1) == 3  # the messages of its share are sent one by one
 
 
 def test_a_client_whose_turn_kills_its_worker_does_not_affect_others() -> None:
@@ -117,25 +117,25 @@ def test_a_client_whose_turn_kills_its_worker_does_not_affect_others() -> None:
         if node == 4:
             raise RayError("out of memory")
 
-    grid, hired, _ = make_grid(2, 6, deadly)
+    grid, added, _ = make_grid(2, 6, deadly)
     answers = ask_all(grid)
     assert [r.has_error() for r in answers] == [node == 4 for node in range(1, 7)]
     assert f"{MAX_LOSSES} workers were lost" in str(answers[3].error.reason)
-    assert sum(4 in s for worker in hired for s in worker.shares) == MAX_LOSSES
+    assert sum(4 in s for worker in added for s in worker.shares) == MAX_LOSSES
 
 
 def test_a_worker_that_raises_survives_and_its_clients_get_the_cause() -> None:
     def broken(node: int) -> None:
         raise RayTaskError("KeyError: lost")
 
-    grid, hired, notes = make_grid(1, 3, broken)
-    assert all("lost" in str(r.error.reason) for r in ask_all(grid)) and len(hired) == 1 and not notes
+    grid, added, notes = make_grid(1, 3, broken)
+    assert all("lost" in str(r.error.reason) for r in ask_all(grid)) and len(added) == 1 and not notes
 
 
 def test_a_machine_without_the_data_is_named_and_the_others_continue() -> None:
-    grid, hired, notes = make_grid(3, 6, wrong=["a worker on b cannot take part: no data", None, None])
+    grid, added, notes = make_grid(3, 6, wrong=["a worker on b cannot take part: no data", None, None])
     assert {int(str(r.content.config_records["who"]["worker"])) for r in ask_all(grid)} == {1, 2}
-    assert notes == ["a worker on b cannot take part: no data"] and len(hired) == 3
+    assert notes == ["a worker on b cannot take part: no data"] and len(added) == 3
 
 
 def test_without_the_data_on_any_machine_the_run_ends_with_the_sentence() -> None:
@@ -165,8 +165,10 @@ def test_a_machine_holds_as_many_workers_as_its_scarcer_resource_allows() -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("private", [False, True])
 def test_a_cluster_that_loses_a_machine_in_a_round_ends_with_the_same_adapter(tmp_path: Path, private: bool) -> None:
-    """Two machines, one of which dies while it trains. FedSA keeps B at the clients, a private run counts what they spend: both must be
-    where any worker reaches them."""
+    """Two machines, one of which dies while it trains.
+
+    FedSA keeps B at the clients, and a private run keeps their costs: any worker must be able to read both.
+    """
     ray = pytest.importorskip("ray", reason="needs the extra: pip install 'fedtune[ray]'")
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     config = tiny_config(tmp_path, rounds=6, eval=EvalConfig(where="none", clients=0))
@@ -189,13 +191,13 @@ def test_a_cluster_that_loses_a_machine_in_a_round_ends_with_the_same_adapter(tm
         killer.start()
         ours = simulate(dataclasses.replace(config, engine=engine, output_dir=str(tmp_path / "ray")))
         killer.join(30)
-        assert done and done[0] < 6  # it died before the end
+        assert done and done[0] < 6  # the machine died before the end of the run
         names = "clients", "privacy", "adapter"
         for name in names:
             a, b = ({p.relative_to(run): p.read_bytes() for p in sorted((run / name).rglob("*.safetensors"))} for run in (expected, ours))
             assert a == b
         assert (ours / "adapter" / "fedtune.safetensors").exists() and (private or (ours / "clients").is_dir())
-        if private:  # a turn that was taken again was paid for again, and none was forgotten
+        if private:  # a repeated turn is paid for again, and no cost is lost
             spent = [len(p.read_text().splitlines()) for p in sorted((ours / "privacy").glob("*.jsonl"))]
             assert spent and all(n >= 6 for n in spent)
     finally:

@@ -43,7 +43,7 @@ def rows(task: TaskConfig, seq2seq: bool = False) -> dict[str, list[Example]]:
             if seq2seq and task.kind == "instruction":
                 labels = np.array([-100, *rng.integers(3, VOCABULARY, rng.integers(1, 6))], np.int32)
             elif seq2seq:
-                ids[-1] = 1  # one end token, its last, where T5 looks
+                ids[-1] = 1  # one end token, at the end, where T5 classifies
             examples.append(Example(ids, labels))
         out[client] = examples
     return out
@@ -62,7 +62,7 @@ def test_each_method_on_a_decoder(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize("method", quick(["dora", "ia3", "prompt", "adapter", "ptuning_v2", "bitfit", "full"], "prompt", "bitfit"))
 def test_each_method_with_a_head_of_two_layers(tmp_path: Path, method: str) -> None:
-    # a key's bias has no gradient but rounding, which AdamW would blow up to whole steps
+    # a key's bias has only rounding errors as gradient, which AdamW would amplify to full steps
     changes = {"optimizer": "sgd", "lr": 0.05} if method in ("bitfit", "full") else {}
     agree(tmp_path, "roberta", PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), CLASSES, **changes)
 
@@ -131,7 +131,7 @@ def test_models_that_vmap_would_compute_wrong_are_not_mapped(tmp_path: Path, mon
 def test_models_that_vmap_cannot_run_are_refused_with_a_reason(tmp_path: Path) -> None:
     live, _ = build_adapter(tmp_path, "llama", PeftConfig(method="dora", rank=3), LM)
     layer = live.backbone.model.get_submodule("model.norm")
-    layer.register_forward_hook(lambda module, args, y: y if float(y.sum()) else None)  # reads a value
+    layer.register_forward_hook(lambda module, args, y: y if float(y.sum()) else None)  # a hook that reads a value
     way, why = way_of(live, LM)
     assert way is None and "vmap fails on the model (RuntimeError" in why
 

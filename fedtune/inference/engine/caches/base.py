@@ -108,7 +108,7 @@ class Cache(ABC):
     def nbytes(self) -> int:
         """Bytes held now."""
 
-    def room(self, n: int) -> None:
+    def require_capacity(self, n: int) -> None:
         """Raise CacheError if n more tokens exceed the limit."""
         if self.length + n > self.limit:
             raise CacheError(f"{self.length} + {n} tokens exceed the cache's limit of {self.limit}: shorten the text or raise the limit")

@@ -82,7 +82,7 @@ class Choice:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the full cache."""
+        """Bytes of the cache when it holds all tokens."""
         shape, tokens = self.shape, self.tokens
         if self.policy == "full":
             return _token(shape, self.dtype) * tokens

@@ -40,7 +40,7 @@ class FullCache(Cache):
         return sum(a.nbytes for a in (*self.keys, *self.values))
 
     def prepare(self, n: int) -> None:
-        self.room(n)
+        self.require_capacity(n)
         if not self.keys or self.keys[0].shape[1] < self.length + n:
             self._grow(self.length + n)
 

@@ -127,7 +127,7 @@ class KiviCache(Cache):
             layer.done = min(layer.done, length // self.group * self.group)
 
     def prepare(self, n: int) -> None:
-        self.room(n)
+        self.require_capacity(n)
         while len(self.layers) < self.shape.layers:
             self.layers.append(self._empty())
         end = self.length + n

@@ -34,7 +34,6 @@ class PagedPool:
 
     Attributes:
         reclaim: Called with the number of missing blocks; releases as many as it can (the prefix tree).
-        spare: Returns the number of blocks that `reclaim` could release.
     """
 
     def __init__(self, shape: Shape, blocks: int, block: int = 16, dtype: str = "float32") -> None:
@@ -45,7 +44,6 @@ class PagedPool:
         size = shape.layers, blocks + 1, block, shape.kv_heads, shape.head_dim  # block 0 stays zero: it pads tables
         self.keys, self.values = zeros(size, entries), zeros(size, entries)  # memory is allocated on the first write
         self.reclaim: Callable[[int], None] = lambda wanted: None
-        self.spare: Callable[[], int] = lambda: 0
         self._free = list(range(blocks, 0, -1))
         self._holders = [0] * (blocks + 1)
         self._addresses = [addresses(whole) for whole in (self.keys, self.values)]
@@ -63,10 +61,6 @@ class PagedPool:
     def free(self) -> int:
         """Number of free blocks."""
         return len(self._free)
-
-    def room(self) -> int:
-        """Number of blocks available now."""
-        return self.free + self.spare()
 
     def holders(self, block: int) -> int:
         return self._holders[block]
@@ -115,7 +109,7 @@ class PagedPool:
         """
         caches = [_paged(span) for span in spans]
         for cache, span in zip(caches, spans, strict=True):
-            cache.room(span.n)
+            cache.require_capacity(span.n)
         wanted = sum(cache.needs(span.n) for cache, span in zip(caches, spans, strict=True))
         if wanted > self.free:
             self.reclaim(wanted - self.free)
@@ -190,7 +184,7 @@ class PagedCache(Cache):
             CacheError: The limit is exceeded.
             OutOfBlocks: The pool has no room; the table has not changed.
         """
-        self.room(n)
+        self.require_capacity(n)
         wanted = self.needs(n)
         if not wanted:
             return

@@ -43,7 +43,7 @@ class PrefixTree:
         self.pool = pool
         self._roots: dict[str | None, _Node] = {}
         self._nodes: OrderedDict[_Node, None] = OrderedDict()  # in order of last use; parents after their children
-        pool.reclaim, pool.spare = self.evict, self.evictable
+        pool.reclaim = self.evict
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -79,10 +79,6 @@ class PrefixTree:
                 node.children[part] = _Node(part, table[i], node)
             node = node.children[part]
         self._touch(node)
-
-    def evictable(self) -> int:
-        """Number of blocks held only by the tree."""
-        return sum(self.pool.holders(node.block) == 1 for node in self._nodes)
 
     def evict(self, wanted: int) -> None:
         """Release `wanted` blocks, or all that no sequence holds."""

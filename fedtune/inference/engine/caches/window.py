@@ -86,7 +86,7 @@ class WindowCache(Cache):
         return min(n, max(self.undo, self._slots - self.length))
 
     def prepare(self, n: int) -> None:
-        self.room(n)
+        self.require_capacity(n)
         if not self.keys:
             size = self._slots, self.shape.kv_heads, self.shape.head_dim
             self.keys, self.values = ([zeros(size, self.dtype) for _ in range(self.shape.layers)] for _ in range(2))

@@ -53,10 +53,10 @@ class DraftModel(Drafter):
         missing = list(ids[len(own.ids) :])
         if max(missing) >= own.engine.shape.vocab:
             return Draft([])  # a token that only the target model has
-        if len(missing) > _BEHIND and len(missing) <= own.room:
+        if len(missing) > _BEHIND and len(missing) <= own.remaining:
             own.run(missing)
             return Draft([], only_read=True)
-        count = min(count, own.room - len(missing) + 1)  # the last draft token is not run
+        count = min(count, own.remaining - len(missing) + 1)  # the last draft token is not run
         if count < 1:
             return Draft([])
         return chosen(own.guess(missing, guessing(self._sampling, self._vocabulary, count, seen, least)), least)

@@ -48,12 +48,14 @@ def tokens(of: Shape, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def passes(cache: Cache, rope: Rope, qkv: tuple[Tensor, Tensor, Tensor], cuts: Iterable[int], begin: int = 0) -> Tensor:
-    """The tokens begin.. through the cache in texts of the sizes in `cuts`, each in as few passes as the cache allows:
-    [layers, sum(cuts), H, D]."""
+    """Attention outputs [layers, sum(cuts), H, D] of the tokens from `begin` on.
+
+    They enter the cache in texts of the sizes in `cuts`, each in as few passes as the cache allows.
+    """
     q, k, v = qkv
     out = []
     for n in cuts:
-        cache.room(n)
+        cache.require_capacity(n)
         end = begin + n
         while begin < end:
             rows = cache.most(end - begin)
@@ -71,7 +73,7 @@ def written_out(
     seen: Callable[[int], list[int]] = lambda p: list(range(p + 1)),
     place: Callable[[int, int], tuple[int, int]] = lambda p, j: (p, j),
 ) -> Tensor:
-    """[layers, n, H, D]: query p over the keys `seen(p)`, query and key turned to the positions `place(p, j)`."""
+    """[layers, n, H, D]: query p attends to the keys `seen(p)`; both are rotated by the positions `place(p, j)`."""
     q, k, v = qkv
     layers, n, heads, width = q.shape
     out = torch.empty_like(q)

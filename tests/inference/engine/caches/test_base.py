@@ -35,7 +35,7 @@ def test_a_cache_can_crop_as_far_as_it_reports(name: str, cuts: list[int]) -> No
     assert cache.undo == {"full": None, "paged": None}.get(name, 3)
     back = cache.length if cache.undo is None else cache.undo
     assert all(cache.can_crop_to(cache.length - n) for n in range(back + 1))
-    if cache.undo is not None:  # and not everything: guesses must be counted
+    if cache.undo is not None:  # so guesses must be counted
         assert not cache.can_crop_to(0)
     cache.crop(cache.length - back)
     fresh = EACH[name]()
@@ -47,7 +47,7 @@ def test_a_cache_can_crop_as_far_as_it_reports(name: str, cuts: list[int]) -> No
 def test_keys_that_cannot_be_quantized_are_refused_again() -> None:
     cache = KiviCache(SHAPE, 60, 4, residual=6, group=4, undo=3)
     passes(cache, ROPE, QKV, [9])
-    cache.layers[1].keys[0, 2, 3] = 1e6  # in the second layer: the first one's group is quantized before
+    cache.layers[1].keys[0, 2, 3] = 1e6  # in the second layer: the group of the first is quantized earlier
     for _ in range(2):
         with pytest.raises(CacheError, match="too large for float16"):
             cache.prepare(1)

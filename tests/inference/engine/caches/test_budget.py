@@ -57,7 +57,7 @@ def test_a_model_with_its_own_window_gets_a_window_cache_without_loss() -> None:
     torch.testing.assert_close(
         passes(choice.build(), rope, qkv, [130, 1, 169]), passes(FullCache(own, 300), rope, qkv, [300]), atol=1e-5, rtol=1e-5
     )
-    assert choose(shape(windows=(100, None)), 1000, 999 * 2 * 2 * 2 * 10 * 4).policy == "kivi8"  # one layer sees everything
+    assert choose(shape(windows=(100, None)), 1000, 999 * 2 * 2 * 2 * 10 * 4).policy == "kivi8"  # one layer has no window
 
 
 @settings(max_examples=30, deadline=None)

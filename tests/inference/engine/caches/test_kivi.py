@@ -154,13 +154,13 @@ def test_outputs_do_not_depend_on_passes_and_crops(data: st.DataObject) -> None:
 def test_a_crop_beyond_undo_is_refused_if_it_would_be_wrong() -> None:
     cache = KiviCache(SHAPE, 41, 4, residual=6, group=4, undo=3)
     passes(cache, ROPE, QKV, [30])
-    # the query at 27 sees codes up to (27 + 1 - 6) // 4 * 4 = 20, the one at 24 up to 16, which are codes alone by now
+    # the query at 27 sees codes up to (27 + 1 - 6) // 4 * 4 = 20, the one at 24 up to 16, which now exist only as codes
     assert [c for c in range(31) if cache.can_crop_to(c)] == [25, 26, 27, 28, 29, 30]
     with pytest.raises(CacheError, match="4-bit cache of 30 tokens cannot be cropped to 24, only by 3 tokens"):
         cache.crop(24)
     early = KiviCache(SHAPE, 41, 4, residual=6, group=4, undo=3)
     passes(early, ROPE, QKV, [9])
-    early.crop(0)  # everything is still there in full
+    early.crop(0)  # nothing is quantized yet
     torch.testing.assert_close(passes(early, ROPE, QKV, [41]), passes(KiviCache(SHAPE, 41, 4, residual=6, group=4), ROPE, QKV, [41]))
 
 

@@ -39,7 +39,7 @@ OWN = (
     "gemma3_composite",
     "phi3",
     "smollm3_window",
-)  # have a window of their own, in which sinks change what is seen
+)  # models with a window of their own, in which sinks change the visible tokens
 NARROW: dict[str, Callable[[Shape], Cache]] = {
     "window": lambda shape: WindowCache(shape, N, 6, sinks=2, undo=2),
     "kivi8": lambda shape: KiviCache(shape, N, 8, residual=5, group=4, undo=2),
@@ -91,7 +91,7 @@ def other_codes(a: Cache, b: Cache) -> list[float]:
 @pytest.mark.parametrize("name, kind", [(n, k) for n in SHAPES for k in WIDE if k != "window_sinks" or n not in OWN])
 def test_a_sufficiently_wide_cache_equals_the_full_cache(engines: Callable[[str], Engine], name: str, kind: str) -> None:
     engine = engines(name)
-    cuts = [N] if name == "llama_dynamic" else [20, 1, 1, 11]  # its base hangs on a pass's last position: transformers' too
+    cuts = [N] if name == "llama_dynamic" else [20, 1, 1, 11]  # its base depends on the last position of a pass, as in transformers
     want = logits(engine, FullCache(engine.shape, N), cuts)
     assert_allclose(logits(engine, WIDE[kind](engine.shape), cuts), want, atol=1e-5, rtol=1e-5)
 
@@ -109,11 +109,11 @@ def test_prefill_and_decode_are_one_pass(engines: Callable[[str], Engine], name:
         cache = make(engine.shape)
         got = logits(engine, cache, cuts)
         moved = other_codes(cache, whole)
-        assert moved[0] < 0.001  # nothing but rounding comes before the first layer's; one code there moves later layers' numbers
+        assert moved[0] < 0.001  # the first layer's inputs differ only by rounding; one other code there changes later layers
         bound = 0.01 if any(moved) else 1e-4
         assert_allclose(got, want, atol=bound, rtol=bound)
     full = logits(engine, FullCache(engine.shape, N), [N])
-    assert np.abs(want - full).max() > 1e-3  # the cache is narrow indeed
+    assert np.abs(want - full).max() > 1e-3  # the cache is narrow enough to change logits
     if kind == "kivi8":
         assert np.abs(want - full).max() < 0.1
 

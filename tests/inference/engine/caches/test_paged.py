@@ -129,16 +129,16 @@ def test_a_crop_releases_blocks_and_does_not_change_the_twin() -> None:
     two.crop(5)
     assert len(two.table) == 2 and pool.free == 7
     wrong = tokens(SHAPE, 40, 1)
-    passes(two, ROPE, wrong, [3], 5)  # into a copy
+    passes(two, ROPE, wrong, [3], 5)  # writes into a copy of the block
     want = passes(FullCache(SHAPE, 40), ROPE, QKV, [20])
     torch.testing.assert_close(passes(one, ROPE, QKV, [10], 10), want[:, 10:], atol=1e-5, rtol=1e-5)
 
 
-def test_missing_room_is_reported_before_any_change() -> None:
+def test_too_few_blocks_are_reported_before_any_change() -> None:
     pool = PagedPool(SHAPE, 4, 4)
     one, two = pool.cache(), pool.cache()
     passes(one, ROPE, QKV, [8])
-    passes(two, ROPE, QKV, [7])  # 4 blocks; `two` has room for 1 token
+    passes(two, ROPE, QKV, [7])  # 4 blocks; `two` has space for 1 token
     tables = [list(one.table), list(two.table)]
     assert (one.needs(1), two.needs(1), two.needs(2)) == (1, 0, 1)
     with pytest.raises(OutOfBlocks, match="a pass needs 1 blocks and 0 of the pool's 4 are free"):
@@ -190,7 +190,7 @@ def test_an_empty_pool_is_refused(numbers: tuple[int, int]) -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """Sequences come, grow together, fork, go back and go; each is what the full cache makes of its own text, and no block is lost."""
+    """Sequences begin, grow together, fork, are cropped and end; each equals the full cache on its own text, and no block is lost."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ def stretches(folder: Path, model: str, text: str, length: int) -> list[torch.Te
 
 
 def scores(engine: Engine, parts: list[torch.Tensor], make: Callable[[], Cache], after: int = 0) -> torch.Tensor:
-    """[tokens, V] log-probabilities of what comes after the first `after` tokens of each part."""
+    """[tokens, V] log-probabilities of the tokens after the first `after` of each part."""
     out = []
     for ids in parts:
         cache = make()

@@ -15,7 +15,7 @@ ROPE = Rope(SHAPE)
 
 
 def streaming(window: int, sinks: int) -> torch.Tensor:
-    """StreamingLLM from its description: each query over the sinks and its window, everything at its place in the cache."""
+    """StreamingLLM from its description: each query attends to the sinks and its window, with positions in the cache."""
 
     def seen(p: int) -> list[int]:
         return sorted({*range(min(sinks, p + 1)), *range(max(0, p - window + 1), p + 1)})
@@ -90,7 +90,7 @@ def test_it_reports_how_far_it_can_crop() -> None:
     with pytest.raises(CacheError, match="its 14 tokens cannot be cropped to 10, only by 3"):
         cache.crop(10)
     cache.crop(12)
-    assert not cache.can_crop_to(10)  # what 13 and 14 overwrote is still gone
+    assert not cache.can_crop_to(10)  # tokens 13 and 14 have overwritten older ones
 
 
 def test_memory_does_not_grow_with_the_text() -> None:

@@ -64,14 +64,14 @@ def run(decoder: Decoder, hidden: Tensor, spans: Sequence[Span], **layers: int) 
 
 
 def both(decoder: Decoder, measured: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What native code and torch give."""
+    """The logits of native code and of torch."""
     with patch("fedtune.inference.engine.reference.passes.run_layers", side_effect=AssertionError("a pass ran by torch")):
         found = measured()
     with by_torch(decoder):
         return found, measured()
 
 
-def story(decoder: Decoder, make: Callable[[], Cache]) -> Tensor:
+def pass_logits(decoder: Decoder, make: Callable[[], Cache]) -> Tensor:
     """Logits of passes in which each sequence has its adapter or none: prefills, decoding, several rows, after a crop."""
     names = "wide", None, "narrow", "wide", "wide", "none"
     caches, ids = [make() for _ in names], [torch.from_numpy(text) for text in texts(len(names), 40)]
@@ -88,7 +88,7 @@ def story(decoder: Decoder, make: Callable[[], Cache]) -> Tensor:
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_architecture_gives_torchs_logits(name: str, tmp_path: Path) -> None:
     decoder = adapted(native_engine(name, tmp_path, "fp32").decoder)
-    found, expected = both(decoder, lambda: story(decoder, CACHES["full"](decoder.shape)))
+    found, expected = both(decoder, lambda: pass_logits(decoder, CACHES["full"](decoder.shape)))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -98,7 +98,7 @@ def test_every_architecture_gives_torchs_logits(name: str, tmp_path: Path) -> No
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
     of(instructions)
     decoder = adapted(native_engine(name, tmp_path, kind, instructions).decoder)
-    found, expected = both(decoder, lambda: story(decoder, CACHES["paged"](decoder.shape)))
+    found, expected = both(decoder, lambda: pass_logits(decoder, CACHES["paged"](decoder.shape)))
     off = ((found - expected).abs() / expected.abs().max()).amax(1)
     # in some rows an activation is rounded to another code, which later rows see
     assert off.min() < 1e-5 and off.median() < (1e-5 if kind == "fp32" else 0.02) and off.max() < (1e-4 if kind == "fp32" else 0.3), off
@@ -121,7 +121,7 @@ def test_every_cache(cache: str) -> None:
     decoder = adapted(one_layer())
     ids = torch.randint(37, (90,), generator=torch.Generator().manual_seed(3))
 
-    def story() -> Tensor:
+    def pass_logits() -> Tensor:
         make = CACHES[cache](decoder.shape)
         caches, at, parts = [(make(), "wide"), (make(), None), (make(), "narrow")], 0, list[Tensor]()
         for n in (7, 1, 12, 1, 1, 13, 1, *(1,) * 40, 9, 2):
@@ -130,7 +130,7 @@ def test_every_cache(cache: str) -> None:
             at += n
         return torch.cat(parts)
 
-    assert_equal_but_for_rounding(*both(decoder, story))
+    assert_equal_but_for_rounding(*both(decoder, pass_logits))
 
 
 @pytest.mark.parametrize("instructions", SETS)
@@ -154,7 +154,7 @@ def test_each_module_alone(only: str) -> None:
     hidden = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
     found, wanted = both(decoder, lambda: run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 5, adapter="mine")]))
     assert_equal_but_for_rounding(found, wanted)
-    assert (found - run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 5)])).abs().max() > 1e-3  # the adapter is seen
+    assert (found - run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 5)])).abs().max() > 1e-3  # the adapter has an effect
 
 
 def test_two_pieces_of_the_same_columns_are_both_added() -> None:
@@ -259,7 +259,7 @@ def set_whole(name: str, value: int | None) -> Callable[[LoraStructure], None]:
 
 def begin_before_the_first(lora: LoraStructure) -> None:
     """The pieces of the second layer begin before the array, where there is a fitting one."""
-    ctypes.c_int64.from_buffer(lora, LoraStructure.pieces.offset).value += ctypes.sizeof(LoraPiece)  # an assignment would free them
+    ctypes.c_int64.from_buffer(lora, LoraStructure.pieces.offset).value += ctypes.sizeof(LoraPiece)  # an assignment would free the pieces
     lora.count, lora.starts[1], lora.starts[2] = 13, -1, 13
 
 

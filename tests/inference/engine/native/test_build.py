@@ -79,7 +79,7 @@ def test_one_command_builds_the_wheels_of_both_architectures_without_a_c_compile
         versions = {tuple(map(int, found.split(b"."))) for found in re.findall(rb"GLIBC_([\d.]+)", library)}
         assert versions and max(versions) <= (2, 17)
         assert "Root-Is-Purelib: false" in wheel.read(next(n for n in wheel.namelist() if n.endswith("/WHEEL"))).decode()
-    assert kept == (build.LIBRARY.read_bytes() if build.LIBRARY.is_file() else None)  # the checkout's own stay
+    assert kept == (build.LIBRARY.read_bytes() if build.LIBRARY.is_file() else None)  # the checkout's own kernels stay
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_sanitizers_find_nothing(driver: str, least: int, which: str, tmp_path: 
     if made.returncode and "cannot find" in made.stderr:
         pytest.skip("gcc has no such sanitizer here")
     assert made.returncode == 0, made.stderr
-    every = 5 if (driver, which) == ("driver_pass.c", "thread") else 1  # 50 s instead of 250: each width and form, with some kind
+    every = 5 if (driver, which) == ("driver_pass.c", "thread") else 1  # 50 s instead of 250; each width and form still occurs
     ran = subprocess.run([str(tmp_path / "driver"), str(every)], capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert int(ran.stdout) >= least // every  # kinds, sizes and numbers of rows or caches, with the portable kernels at least
@@ -121,7 +121,7 @@ HOOK = """
 import json, sys
 from hatchling.builders.wheel import WheelBuilder
 if sys.argv[3] == "none":
-    sys.modules["ziglang"] = None  # not installed
+    sys.modules["ziglang"] = None  # as if it were not installed
 builder = WheelBuilder(sys.argv[1])
 print(json.dumps(builder.config.dynamic_dependencies))
 print(next(builder.build(directory=sys.argv[2], versions=["standard"])))

@@ -51,7 +51,7 @@ def x86(features: Iterable[str], saved: int) -> set[str]:
         (V4 | {"avx512_vnni", "avx512_bf16"}, ZMM, {"avx2", "avx512", "avx512 bf16"}),  # Cooper Lake
         (V3 | {"avx_vnni"}, YMM, {"avx2", "avxvnni"}),  # Alder Lake
         (set(BITS), ZMM, {"avx2", "avxvnni", "avx512", "avx512 bf16"}),  # Sapphire Rapids
-        (set(BITS), YMM, {"avx2", "avxvnni"}),  # the same where the system saves no wide registers
+        (set(BITS), YMM, {"avx2", "avxvnni"}),  # the same CPU under a system that does not save wide registers
         (set(BITS), 0b11, set()),
         (set(BITS) - {"osxsave"}, 0, set()),
     ],
@@ -93,14 +93,14 @@ def test_this_cpu_gets_the_sets_of_its_flags() -> None:
 BASE = "generic64"  # x86-64 without any extension
 AVX2 = f"{BASE}+avx2+fma"
 AVX512 = f"{AVX2}+avx512f+avx512bw+avx512dq+avx512vl+avx512_vnni"
-ALLOWED = {  # of a machine, by file and function: the first that matches
+ALLOWED = {  # machine → (patterns of file and function, allowed extensions); the first match counts
     "x86_64": [
         (r"avx2:.*vnni.*", f"{AVX2}+avx_vnni"), (r"avx2:.*", AVX2), (r"avx512:bf16_tile.*", f"{AVX512}+avx512_bf16"),
         (r"avx512:.*", AVX512), (r"cpu:fedtune_kernels_of", f"{BASE}+xsave"), (r".*", BASE),
     ],
     "aarch64": [(r"neon:.*i8mm", "generic+dotprod+i8mm"), (r"neon:.*", "generic+dotprod"), (r".*", "generic")],
 }  # fmt: skip
-JUMP = re.compile(r"(bnd |notrack )?(j[a-z]+|call|loop[a-z]*) +[0-9a-f]+ ")  # to an address, which alone does not assemble
+JUMP = re.compile(r"(bnd |notrack )?(j[a-z]+|call|loop[a-z]*) +[0-9a-f]+ ")  # jumps to an address, which do not assemble alone
 
 
 def output_of(*command: str) -> str:
@@ -122,7 +122,7 @@ def instructions(machine: str, compiler: list[str], source: Path, folder: Path) 
 
 
 def refused(machine: str, several: set[str], allowed: str, folder: Path) -> list[str]:
-    """What the assembler says about instructions that are not among the allowed ones."""
+    """The assembler's errors about instructions that are not allowed."""
     file, out = folder / "one.s", str(folder / "one.o")
     file.write_text("".join(f"{text}\n" for text in sorted(several)))
     zig = [*(build.compiler(machine) or [])[:-1], f"-mcpu={allowed}", "-c"]
@@ -132,7 +132,7 @@ def refused(machine: str, several: set[str], allowed: str, folder: Path) -> list
 
 
 def of_other_sets(machine: str, compiler: list[str], folder: Path) -> dict[str, list[str]]:
-    """File and allowed extensions -> what the assembler refuses."""
+    """File and allowed extensions → the assembler's errors."""
     together = dict[tuple[str, str], set[str]]()
     for source in build.sources():
         for function, several in instructions(machine, compiler, source, folder).items():

@@ -34,7 +34,7 @@ def alone(decoder: Decoder, cache: str, text: list[int]) -> np.ndarray:
 def test_a_fork_sees_the_rows_before_it_and_itself(name: str, cache: str, instructions: str, tmp_path: Path) -> None:
     of(instructions)
     decoder = native_engine(name, tmp_path, "fp32", instructions).decoder
-    for held in (0, 1, 29, 31, 32):  # attention goes by tiles of 32 tokens
+    for held in (0, 1, 29, 31, 32):  # attention works in tiles of 32 tokens
         text, other = some_ids(VOCAB, 60, held).tolist(), some_ids(VOCAB, 12, held + 1).tolist()
         chain, places = text[held : held + 6], [0, 0, 4, 2, 1, 3, 4]
         first, second = (CACHES[cache](decoder.shape)() for _ in range(2))
@@ -60,7 +60,7 @@ def test_forks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def both(decoder: Decoder, ids: list[int], how: Guessing, held: int = 5, layers: int | None = None, cache: str = "full") -> Guesses:
-    """The draft in one call, which must be that of single passes and leave the cache as they do."""
+    """The draft in one call; draft and cache must equal those of single passes."""
     made, caches = [], [CACHES[cache](decoder.shape)() for _ in range(2)]
     for own in caches:
         decoder.forward(some_ids(VOCAB, held, 3), [Span(own, held)], layers=layers)
@@ -100,7 +100,7 @@ def test_the_settings_of_a_draft(name: str, tmp_path: Path) -> None:
     chances = free.chances[:, 0].cumprod()
     for places in (1, 3):
         least = float(np.sqrt(chances[places - 1] * chances[places]))
-        assert len(both(decoder, [5], replace(how, least=least)).tokens) == places + 1  # the first below is the last
+        assert len(both(decoder, [5], replace(how, least=least)).tokens) == places + 1  # the first token below the threshold is the last
     trusting = replace(how, least=0.9, trust=1e6)
     assert len(both(decoder, [5], trusting).tokens) == 6 > len(both(decoder, [5], replace(how, least=0.9)).tokens)
     sharp = both(decoder, [5], replace(how, sharpness=3.0))
@@ -108,7 +108,7 @@ def test_the_settings_of_a_draft(name: str, tmp_path: Path) -> None:
     seen = np.zeros(VOCAB, bool)
     seen[free.tokens[0]] = True
     other = both(decoder, [5], replace(how, penalty=50.0, seen=seen))
-    assert other.tokens[0, 0] not in free.tokens[0] and len(set(other.tokens[:, 0])) == 6  # what was drafted is penalized, too
+    assert other.tokens[0, 0] not in free.tokens[0] and len(set(other.tokens[:, 0])) == 6  # drafted tokens are penalized too
     assert seen.sum() == 2
 
 

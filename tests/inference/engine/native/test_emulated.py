@@ -1,4 +1,4 @@
-"""The kernels on emulated CPUs: aarch64's sets, and what a CPU without a set does. Zig compiles the drivers, QEMU's user mode runs them."""
+"""The kernels on emulated CPUs: aarch64's sets, and CPUs that lack a set. Zig compiles the drivers, QEMU's user mode runs them."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(platform.machine() not in build.ZIG_CPUS or not all(QEMU.values()), reason="needs QEMU (Debian's qemu-user-static)"),
     pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs the package ziglang"),
 ]
-CPUS = {  # as QEMU calls them, with the sets that they have
+CPUS = {  # QEMU's names of CPUs → their instruction sets
     ("aarch64", "cortex-a72"): ("portable",),
     ("aarch64", "cortex-a76"): ("portable", "dotprod"),
     ("aarch64", "max"): ("portable", "dotprod", "i8mm"),
@@ -144,7 +144,7 @@ def test_sets_that_add_in_one_order_give_the_same_bits(
         return a.view(np.uint32)[~np.isnan(a)].tolist() == b.view(np.uint32)[~np.isnan(b)].tolist()  # NaN has more than one form
 
     assert same(("aarch64", "portable"), ("x86_64", "portable")) and same(("aarch64", "dotprod"), ("aarch64", "i8mm"))
-    if kind != "fp32":  # whose sums are as wide as a vector
+    if kind != "fp32":  # fp32 sums have a vector's width, so their order differs
         assert same(("aarch64", "dotprod"), ("x86_64", "avx2"))
 
 
@@ -166,7 +166,7 @@ def test_a_set_that_the_cpu_lacks_is_refused_and_would_be_illegal(
     arguments = (str(SETS.index(lacks)), str(folder / "int8"), str(out))
     assert run(machine, cpu, driver, *arguments).returncode == NO_SUCH_SET and not out.stat().st_size
     assert run(machine, cpu, driver, *arguments, "unasked").returncode == -signal.SIGILL
-    if lacks != "avx512":  # which QEMU 7 emulates on no CPU
+    if lacks != "avx512":  # QEMU 7 emulates AVX-512 on no CPU
         assert run(machine, "max", driver, *arguments, "unasked").returncode == 0
 
 

@@ -52,7 +52,7 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 
 
 def unpacked(arrays: dict[str, Array], kind: str, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
-    """The weights [N, K] by the formulas of kernels.h, in float64; and the sum of magnitudes of what is added for each."""
+    """The weights [N, K] by the formulas of kernels.h, in float64, and for each the sum of the magnitudes of its terms."""
     parts = {name: as_tensor(array) for name, array in arrays.items()}
     codes = parts["codes"]
     if kind == "fp32":
@@ -120,7 +120,8 @@ def cases(kind: str) -> Iterator[Case]:
         for wide in (False, True) if kind == "int4" else (False,):
             tensors = {**portable(kind, torch.randn(n_out, n_in) + 0.1), "bias": as_array(torch.randn(n_out))}
             if wide:
-                tensors["scale"] = to_bfloat16(-as_float32(tensors["scale"]))  # of which 8 bits without a sign hold none
+                # negative scales, which unsigned 8-bit scales cannot represent
+                tensors["scale"] = to_bfloat16(-as_float32(tensors["scale"]))
             parts = pack(kind, tensors, n_in, 32)
             assert kind != "int4" or n_in == 1 or (parts["scales"].shape[-1] == 64) == wide
             for rows in (1, 2, 3, 5, 8, 11, MANY):
@@ -188,7 +189,7 @@ def test_int4_reads_four_and_a_half_bits_and_keeps_the_weights(group: int) -> No
     parts = pack("int4", tensors, 384, group)
     assert 8 * (parts["codes"].nbytes + parts["scales"].nbytes) == 4.5 * weight.numel() and parts["base"].nbytes == 8 * 64 / 16
     before, (after, _) = torch.from_numpy(dequantized("int4", tensors, n_in=384, group=group)).double(), unpacked(parts, "int4", 384, 64)
-    # what scales of 8 bits add to the squared error of rounding to 4
+    # 8-bit scales add this to the squared error of rounding to 4 bits
     assert float((after - before).square().sum()) < 0.01 * float((before - weight).square().sum())
     assert not after[5].any()
 

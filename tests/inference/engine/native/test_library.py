@@ -106,7 +106,7 @@ def test_what_torch_does_faster_stays_with_torch_unless_forced(monkeypatch: pyte
     cpu(monkeypatch, "amx_tile")
     assert packing() == ["int4 1", "fp32 1"]
     with monkeypatch.context() as without:
-        without.setattr(choice, "has_torch", lambda: False)  # then the native kernels run all that they can
+        without.setattr(choice, "has_torch", lambda: False)  # without torch, the native kernels run every kind that they can
         assert packing() == ["int4 1", "int8 1", "bf16 1", "fp32 1"]
     monkeypatch.setenv("FEDTUNE_NATIVE", "portable")
     assert packing() == ["int4 1", "int8 1", "bf16 1", "fp32 1"]
@@ -131,7 +131,7 @@ def test_kernels_that_cannot_be_used_are_named_with_the_command(damage: str, tmp
     if damage == "no library":
         (tmp_path / "kernels.so").write_bytes(b"text")
     made = linear_from_tensors("int4", portable("int4", normal(3, 32)), n_in=32)
-    assert isinstance(made, Int4) and apply(made, torch.randn(2, 32)).shape == (2, 3)  # torch's, which works
+    assert isinstance(made, Int4) and apply(made, torch.randn(2, 32)).shape == (2, 3)  # torch's linear, which works
     found = {
         "missing": "they are not built",
         "no library": f"{tmp_path}/kernels.so is not for this system",
@@ -143,7 +143,7 @@ def test_kernels_that_cannot_be_used_are_named_with_the_command(damage: str, tmp
         kernels()
 
 
-# a process without torch, which has threads of its own: a product of 64 blocks of 16 rows
+# a process without torch, where the kernels have their own threads: a product of 64 blocks of 16 rows
 PROCESS = """
 import ctypes, os, sys, time
 from fedtune.inference.engine.native.library import Weights, kernels

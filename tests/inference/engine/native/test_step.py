@@ -39,7 +39,7 @@ Floats = NDArray[np.float32]
 def paged(dtype: str = "float32") -> Make:
     def make(shape: Shape) -> Callable[[], Cache]:
         pool = PagedPool(shape, 200, 3, dtype)
-        pool.take(2)  # no sequence begins with the first block
+        pool.take(2)  # so that no sequence begins with the first block
         return pool.cache
 
     return make
@@ -82,7 +82,7 @@ def texts(count: int, length: int) -> list[NDArray[np.int64]]:
     return list(some_ids(VOCAB, (count, length), 7))
 
 
-def story(decoder: Decoder, make: Callable[[], Cache]) -> Floats:
+def pass_logits(decoder: Decoder, make: Callable[[], Cache]) -> Floats:
     """Logits of passes of every form: a prefill, two sequences of different lengths, decoding, several rows, after a crop."""
     first, second = make(), make()
     a, b = texts(2, 60)
@@ -106,9 +106,9 @@ def assert_alike(found: Floats, wanted: Floats) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_architecture_gives_torchs_logits(name: str, cache: str, tmp_path: Path) -> None:
     decoder = native_engine(name, tmp_path).decoder
-    found = story(decoder, CACHES[cache](decoder.shape))
+    found = pass_logits(decoder, CACHES[cache](decoder.shape))
     with by_torch(decoder):
-        wanted = story(decoder, CACHES[cache](decoder.shape))
+        wanted = pass_logits(decoder, CACHES[cache](decoder.shape))
     assert_alike(found, wanted)
 
 
@@ -118,9 +118,9 @@ def test_every_architecture_gives_torchs_logits(name: str, cache: str, tmp_path:
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
     of(instructions)
     decoder = native_engine(name, tmp_path, kind, instructions).decoder
-    found = story(decoder, CACHES["full"](decoder.shape))
+    found = pass_logits(decoder, CACHES["full"](decoder.shape))
     with by_torch(decoder):
-        assert_alike(found, story(decoder, CACHES["full"](decoder.shape)))
+        assert_alike(found, pass_logits(decoder, CACHES["full"](decoder.shape)))
 
 
 @pytest.mark.parametrize("instructions", SETS)
@@ -128,7 +128,7 @@ def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str,
 def test_entries_of_16_bits_lose_no_more_than_their_rounding(cache: str, instructions: str, tmp_path: Path) -> None:
     of(instructions)
     decoder = native_engine("qwen3_biases", tmp_path, "bf16", instructions).decoder
-    found, exact = (story(decoder, CACHES[name](decoder.shape)) for name in (cache, "full"))
+    found, exact = (pass_logits(decoder, CACHES[name](decoder.shape)) for name in (cache, "full"))
     off = np.abs(found - exact) / np.abs(exact).max()
     assert 1e-4 < np.median(off) < 5e-3 and off.max() < 0.06, (np.median(off), off.max())
 
@@ -265,7 +265,7 @@ def test_a_text_too_long_for_one_pass_runs_as_several(cache: str) -> None:
         parts.append(decoder.run(decoder.embed(ids[at : at + n]), [Span(other, n)]))
         at += n
     assert len(runs) > 1 and at == 120 and np.array_equal(whole, np.concatenate(parts))
-    # with another sequence, of which two tokens are kept
+    # with another sequence, which keeps the rows of two tokens
     mixed = decoder.forward([*ids, *ids[:5]], [Span(make(), 120, keep=3), Span(make(), 5, keep=2)])
     assert np.array_equal(mixed, decoder.logits(np.concatenate([whole[-3:], whole[3:5]])))
     # a text that does not fit changes nothing
@@ -318,14 +318,14 @@ def test_numbers_that_are_not_finite_spoil_their_sequence_alone(tmp_path: Path) 
     assert not np.isfinite(logits[1:3]).any() and np.array_equal(logits[3:], wanted)
 
 
-def test_what_torch_runs_is_said(tmp_path: Path) -> None:
+def test_the_reason_why_torch_runs_a_pass_is_stated(tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": "off"}):
         plain = load_engine(tmp_path, "fp32", keep=False).decoder
     assert plain.native_step() is None and describe_passes(plain) == "by torch (fp32 linear layers are not native)"
     decoder = native_engine("llama", tmp_path).decoder
     assert describe_passes(decoder) == "in native code"
-    decoder.layers[1].down = plain.layers[1].down  # a linear that is exchanged is noticed
+    decoder.layers[1].down = plain.layers[1].down  # an exchanged linear is detected
     assert decoder.native_step() is None
 
 

@@ -1,4 +1,4 @@
-"""The served model, and the conversion of requests to prompts in tokens and to jobs for the scheduler."""
+"""The served model, and the conversion of HTTP requests to token ids and to requests for the scheduler."""
 
 import contextlib
 import logging
@@ -26,7 +26,7 @@ class ServedModel:
 
     Args:
         name: The model's name.
-        aliases: Further names of the model; answers bear its own name.
+        aliases: Further names of the model. Answers to them state `name`.
         chosen: The separate adapter that these names select; None is the model without one.
         text: Its tokenizer and chat template.
         adapters: Names of separate adapters; clients see each as a model.
@@ -64,7 +64,7 @@ class ServedModel:
         return (*self.aliases, self.name, *self.adapters)
 
     def full_name(self, model: str) -> str:
-        """The name that answers bear: the model's own one for an alias."""
+        """The name that answers state: `name` for an alias."""
         return self.name if model in self.aliases else model
 
     def check_length(self, characters: int, context: int) -> None:
@@ -73,7 +73,7 @@ class ServedModel:
             raise Refused(400, f"the prompt's {characters} characters are too many for {context} tokens: shorten it", code=TOO_LONG)
 
     def tokens(self, asked: CompletionRequest | ChatRequest, context: int) -> list[int]:
-        """Encode the prompt. Raises Refused: 400, or 500 if the model's chat template fails on valid messages, or its tokenizer."""
+        """Encode the prompt. Raises Refused: 400 if it is invalid, 500 if the chat template or the tokenizer fails on a valid one."""
         param = "messages" if isinstance(asked, ChatRequest) else "prompt"
         try:
             if not isinstance(asked, ChatRequest):
@@ -91,16 +91,16 @@ class ServedModel:
         if self.text.template is not None:
             prompt = self.text.chat(messages, tools)
             if tools and prompt == self.text.chat(messages):
-                raise ConfigError("the model's chat template shows no tools: leave out 'tools'")
+                raise ConfigError("the model's chat template ignores tools: leave out 'tools'")
             without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
             if without != messages:
                 with contextlib.suppress(ConfigError, ModelError):  # a template may refuse an answer without text and call
                     if prompt != self.text.chat(without, tools):
                         return prompt
-                    raise Refused(400, "the model's chat template shows no tool calls: leave out 'tool_calls'", param="messages")
+                    raise Refused(400, "the model's chat template ignores tool calls: leave out 'tool_calls'", param="messages")
             return prompt
         if tools:
-            raise ConfigError("this model has no chat template, so it takes no tools: leave out 'tools'")
+            raise ConfigError("this model has no chat template, so it cannot use tools: leave out 'tools'")
         if self.prompt is None:
             raise ConfigError("this model has no chat template: use /v1/completions")
         if [message["role"] for message in messages] != ["user"]:
@@ -112,26 +112,35 @@ def make_generation_request(
     asked: CompletionRequest | ChatRequest,
     ids: list[int],
     adapter: str | None,
-    offer: ServedModel,
+    served: ServedModel,
     limits: Limits,
     context: int,
     deadline: float,
 ) -> GenerationRequest:
-    room = context - len(ids)
-    if room < 1:
+    """The scheduler's request, whose answer fits the context and the server's limits.
+
+    Args:
+        context: Maximum number of tokens of a prompt with its answer.
+        deadline: End of the answer, in seconds of the monotonic clock.
+
+    Raises:
+        Refused: 400 (prompt and requested answer do not fit).
+    """
+    space = context - len(ids)
+    if space < 1:
         raise Refused(
             400,
             f"the prompt's {len(ids)} tokens fill the model's context of {context}: shorten it",
             code=TOO_LONG,
         )
     count = asked.limit
-    if count is None:  # without a requested length, our limits may shorten the answer
-        count = COMPLETION_TOKENS if isinstance(asked, CompletionRequest) else offer.answer or limits.max_tokens
-        count = min(count, limits.max_tokens, room)
+    if count is None:  # without a requested length, the limits may shorten the answer
+        count = COMPLETION_TOKENS if isinstance(asked, CompletionRequest) else served.answer or limits.max_tokens
+        count = min(count, limits.max_tokens, space)
     elif count > limits.max_tokens:
-        more = f", or start it with --max-tokens {count}" if count <= room else ""
+        more = f", or start it with --max-tokens {count}" if count <= space else ""
         raise Refused(400, f"{count} new tokens exceed this server's limit of {limits.max_tokens}: request fewer{more}", param="max_tokens")
-    elif count > room:
+    elif count > space:
         raise Refused(
             400,
             f"the prompt's {len(ids)} tokens and {count} new tokens exceed the model's context of {context}: shorten one",
