@@ -154,7 +154,7 @@ class ClientConfig:
     clip_norm: float | None = opt(1.0, "largest gradient norm; none: no clipping", gt=0)
     prox: float = opt(0.0, "FedProx μ: adds μ/2·‖w − w_t‖² to the loss", ge=0)
     lean: str = opt(
-        "auto", "LoRA on decoders: auto: fedtune's own training step, which needs less memory and time; none: PEFT's modules",
+        "auto", "LoRA on decoders and encoders: auto: fedtune's own training step, which needs less memory and time; none: PEFT's modules",
         choices=("auto", "none"),
     )  # fmt: skip
 
