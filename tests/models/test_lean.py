@@ -83,6 +83,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "upper layer": {"targets": ["layers.1.self_attn.k_proj", "layers.1.mlp.up_proj"]},
     "ranks": {"rank_pattern": {"q_proj": 1, "layers.1.mlp.down_proj": 5}},
     "rslora": {"method": "rslora"},
+    "dora": {"method": "dora"},
+    "dora, few": {"method": "dora", "targets": ["k_proj", "down_proj"]},
     "dropout": {"dropout": 0.3},
     "dropout, few": {"dropout": 0.3, "targets": ["k_proj", "v_proj", "down_proj"]},
 }
@@ -254,8 +256,10 @@ def test_an_evaluation_and_a_trained_weight_use_the_models_own_modules(tmp_path:
 
 
 def test_why_a_model_has_no_lean_step(tmp_path: Path) -> None:
-    reasons = [lean.enable(live_model(tmp_path / "1", "GPT-NeoX")), lean.enable(live_model(tmp_path / "2", method="dora"))]
-    assert reasons[0] == "the architecture 'gpt_neox' has no lean form" and reasons[1] == "peft.method=dora has no lean form"
+    assert lean.enable(live_model(tmp_path / "1", "GPT-NeoX")) == "the architecture 'gpt_neox' has no lean form"
+    assert lean.enable(live_model(tmp_path / "2", method="ia3")) == "peft.method=ia3 has no lean form"
+    dropped = live_model(tmp_path / "5", method="dora", dropout=0.1)
+    assert lean.enable(dropped) == "peft.method=dora has no lean form with peft.dropout"
     assert lean.enable(live_model(tmp_path / "3", model={"dropout": True})) == ""  # its rates are 0
     experts = lean.enable(live_model(tmp_path / "4", "Mixtral", targets=["q_proj"]))
     assert experts == "the architecture 'mixtral' has no lean form"

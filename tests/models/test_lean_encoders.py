@@ -64,6 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "upper feed-forward": {"targets": ["layer.1.output.dense"]},
     "ranks": {"rank_pattern": {"query": 1, "layer.1.intermediate.dense": 5}},
     "rslora": {"method": "rslora"},
+    "dora": {"method": "dora"},
     "dropout": {"dropout": 0.3},
 }
 

@@ -30,6 +30,7 @@ class Adapted(nn.Module):
         self.lora_A = nn.ModuleDict({"default": nn.Linear(width, rank, bias=False, dtype=torch.float64)})
         self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, out, bias=False, dtype=torch.float64)})
         self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(dropout) if dropout else nn.Identity()})
+        self.lora_magnitude_vector = {}
         self.scaling = {"default": scaling}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,9 +54,9 @@ def test_linear_layers_share_an_input(dropout: float) -> None:
         got = linears.forward(x, pairs, states)
         assert torch.equal(torch.get_rng_state(), after)
         again = linears.forward(x, pairs, states)  # with the same noise
-        dx, grads = linears.backward(dys, x, pairs, [(True, True)] * 3, states)
+        dx, grads = linears.backward(dys, x, pairs, [(True, True, False)] * 3, states)
         assert torch.equal(torch.get_rng_state(), after)
-        none, some = linears.backward(dys, x, pairs, [(True, False), (False, False), (False, True)], states, dx=False)
+        none, some = linears.backward(dys, x, pairs, [(True, False, False), (False, False, False), (False, True, False)], states, dx=False)
     for y, z, right in zip(got, again, want, strict=True):
         close(y, right)
         close(z, right)
@@ -63,7 +64,7 @@ def test_linear_layers_share_an_input(dropout: float) -> None:
     wanted = [f.grad for m in (modules[0], modules[2]) for f in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
     for g, right in zip((g for g in grads if g is not None), wanted, strict=True):
         close(g, right)
-    assert none is None and [g is None for g in some] == [False, True, True, True, True, False]
+    assert none is None and [g is None for g in some] == [False, True, True, True, True, True, True, False, True]
 
 
 @pytest.mark.parametrize(("offset", "early"), [(0.0, True), (0.0, False), (1.0, False)])

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fedtune.models.lean.functions import (
     ACTIVATIONS,
+    Factors,
     Gradients,
     Linears,
     Needed,
     Norm,
-    Pairs,
     attend,
     attend_backward,
     rotate,
@@ -58,21 +58,21 @@ class _Attention:
         self.cap = getattr(module, "attn_logit_softcapping", None) if type(module).__name__ == "Gemma2Attention" else None
         self.rotates = bool(getattr(module, "use_rope", True))
 
-    def forward(self, x: Tensor, pairs: Pairs, call: Call) -> tuple[Tensor, Kept]:
-        given = self.qkv.forward(_forward(self.norm, x), pairs[:-1], call.states)
+    def forward(self, x: Tensor, factors: Factors, call: Call) -> tuple[Tensor, Kept]:
+        given = self.qkv.forward(_forward(self.norm, x), factors[:-1], call.states)
         if len(given) == 1:
             given = list(given[0].split(self.widths, dim=1))
         q, k, v = self._heads(given, call)
         a = attend(q, k, v, call.mask, self.scale, self.cap).transpose(1, 2).reshape(len(x), -1)
         del q, k, v
-        (y,) = self.o.forward(a, pairs[-1:], call.states)
+        (y,) = self.o.forward(a, factors[-1:], call.states)
         return _forward(self.post, y).add_(x), [*given, a, y if self.post else None]
 
     def backward(
-        self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: Call, *, dx: bool
+        self, dy: Tensor, x: Tensor, kept: Kept, factors: Factors, needed: Needed, call: Call, *, dx: bool
     ) -> tuple[Tensor | None, Gradients]:
         *given, a, y = cast(list[Tensor], kept)
-        da, o_grads = self.o.backward([_backward(self.post, dy, y)], a, pairs[-1:], needed[-1:], call.states)
+        da, o_grads = self.o.backward([_backward(self.post, dy, y)], a, factors[-1:], needed[-1:], call.states)
         da = cast(Tensor, da).view(*call.size, -1, self.width).transpose(1, 2).contiguous()
         q, k, v = self._heads(given, call)
         dheads = list(attend_backward(da, q, k, v, call.mask, self.scale, self.cap))
@@ -85,7 +85,7 @@ class _Attention:
                 dheads[i] = norm.backward(*(self._by_head(t) for t in (dheads[i], given[i]))).flatten(1)
         if len(self.qkv.layers) == 1:
             dheads = [torch.cat(dheads, dim=1)]
-        dn, grads = self.qkv.backward(dheads, _forward(self.norm, x), pairs[:-1], needed[:-1], call.states, dx=dx)
+        dn, grads = self.qkv.backward(dheads, _forward(self.norm, x), factors[:-1], needed[:-1], call.states, dx=dx)
         return None if dn is None else _backward(self.norm, dn, x).add_(dy), grads + o_grads
 
     def _heads(self, given: Sequence[Tensor], call: Call) -> list[Tensor]:
@@ -112,25 +112,25 @@ class _Mlp:
         self.linears = [*self.inputs.layers, *self.down.layers]
         self.act, self.act_backward = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor, pairs: Pairs, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
+    def forward(self, x: Tensor, factors: Factors, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
         """y and what `backward` needs; without `last`, y is x."""
-        given = self.inputs.forward(_forward(self.norm, x), pairs[:-1], call.states)
+        given = self.inputs.forward(_forward(self.norm, x), factors[:-1], call.states)
         gate, up = given if len(given) == 2 else given[0].chunk(2, dim=1)
         if not last and self.post is None:
             return x, [gate, up, None]
-        (y,) = self.down.forward(self.act(gate).mul_(up), pairs[-1:], call.states)
+        (y,) = self.down.forward(self.act(gate).mul_(up), factors[-1:], call.states)
         return _forward(self.post, y).add_(x) if last else x, [gate, up, y if self.post else None]
 
-    def backward(self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: Call) -> tuple[Tensor, Gradients]:
+    def backward(self, dy: Tensor, x: Tensor, kept: Kept, factors: Factors, needed: Needed, call: Call) -> tuple[Tensor, Gradients]:
         gate, up, y = cast(list[Tensor], kept)
         a = self.act(gate)
-        dh, down_grads = self.down.backward([_backward(self.post, dy, y)], a * up, pairs[-1:], needed[-1:], call.states)
+        dh, down_grads = self.down.backward([_backward(self.post, dy, y)], a * up, factors[-1:], needed[-1:], call.states)
         dup = a.mul_(cast(Tensor, dh))
         dgate = self.act_backward(cast(Tensor, dh).mul_(up), gate)
         del a, dh
         dgiven = [dgate, dup] if len(self.inputs.layers) == 2 else [torch.cat([dgate, dup], dim=1)]
         del dgate, dup
-        dn, grads = self.inputs.backward(dgiven, _forward(self.norm, x), pairs[:-1], needed[:-1], call.states)
+        dn, grads = self.inputs.backward(dgiven, _forward(self.norm, x), factors[:-1], needed[:-1], call.states)
         return _backward(self.norm, cast(Tensor, dn), x).add_(dy), grads + down_grads
 
 
@@ -154,20 +154,20 @@ class DecoderLayer(Layer):
         self._mlp = _Mlp(module.mlp, *mlp, activation)
         super().__init__(module, [*self._attention.linears, *self._mlp.linears])
 
-    def forward(self, x: Tensor, pairs: Pairs, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
+    def forward(self, x: Tensor, factors: Factors, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
         at = len(self._attention.linears)
-        x2, first = self._attention.forward(x, pairs[:at], call)
-        y, second = self._mlp.forward(x2, pairs[at:], call, last=last)
+        x2, first = self._attention.forward(x, factors[:at], call)
+        y, second = self._mlp.forward(x2, factors[at:], call, last=last)
         return y, [x2, *first, *second]
 
     def backward(
-        self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: Call, *, dx: bool
+        self, dy: Tensor, x: Tensor, kept: Kept, factors: Factors, needed: Needed, call: Call, *, dx: bool
     ) -> tuple[Tensor | None, Gradients]:
         at = len(self._attention.linears)
-        dx2, mlp_grads = self._mlp.backward(dy, cast(Tensor, kept[0]), kept[-3:], pairs[at:], needed[at:], call)
+        dx2, mlp_grads = self._mlp.backward(dy, cast(Tensor, kept[0]), kept[-3:], factors[at:], needed[at:], call)
         if not dx and not any(map(any, needed[:at])):
-            return None, [None] * (2 * at) + mlp_grads
-        out, grads = self._attention.backward(dx2, x, kept[1:-3], pairs[:at], needed[:at], call, dx=dx)
+            return None, [None] * (3 * at) + mlp_grads
+        out, grads = self._attention.backward(dx2, x, kept[1:-3], factors[:at], needed[:at], call, dx=dx)
         return out, grads + mlp_grads
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fedtune.models.lean.functions import ACTIVATIONS, Gradients, LayerNorm, Linears, Needed, Pairs, attend, attend_backward
+from fedtune.models.lean.functions import ACTIVATIONS, Factors, Gradients, LayerNorm, Linears, Needed, attend, attend_backward
 from fedtune.models.lean.layer import Call, Kept, Layer
 
 __all__ = ["ENCODERS", "EncoderLayer"]
@@ -56,34 +56,34 @@ class EncoderLayer(Layer):
         self._act, self._act_backward = ACTIVATIONS[activation]
         super().__init__(module, [n for group in (self._qkv, self._o, self._up, self._down) for n in group.layers])
 
-    def forward(self, x: Tensor, pairs: Pairs, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
-        given = self._qkv.forward(x, pairs[:3], call.states)
+    def forward(self, x: Tensor, factors: Factors, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
+        given = self._qkv.forward(x, factors[:3], call.states)
         q, k, v = (self._heads(t, call) for t in given)
         a = attend(q, k, v, self._mask(x, call), self._scale(q), None).transpose(1, 2).reshape(len(x), -1)
         del q, k, v
-        s1 = self._o.forward(a, pairs[3:4], call.states)[0].add_(x)
+        s1 = self._o.forward(a, factors[3:4], call.states)[0].add_(x)
         x2 = self._first.forward(s1)
-        (u,) = self._up.forward(x2, pairs[4:5], call.states)
-        s2 = self._down.forward(self._act(u), pairs[5:], call.states)[0].add_(x2)
+        (u,) = self._up.forward(x2, factors[4:5], call.states)
+        s2 = self._down.forward(self._act(u), factors[5:], call.states)[0].add_(x2)
         return self._second.forward(s2) if last else x2, [s1, *given, a, u, s2]
 
     def backward(
-        self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: Call, *, dx: bool
+        self, dy: Tensor, x: Tensor, kept: Kept, factors: Factors, needed: Needed, call: Call, *, dx: bool
     ) -> tuple[Tensor | None, Gradients]:
         s1, *given, a, u, s2 = cast(list[Tensor], kept)
         ds2 = self._second.backward(dy, s2)
-        dh, down_grads = self._down.backward([ds2], self._act(u), pairs[5:], needed[5:], call.states)
+        dh, down_grads = self._down.backward([ds2], self._act(u), factors[5:], needed[5:], call.states)
         du = self._act_backward(cast(Tensor, dh), u)
         del dh
-        dx2, up_grads = self._up.backward([du], self._first.forward(s1), pairs[4:5], needed[4:5], call.states)
+        dx2, up_grads = self._up.backward([du], self._first.forward(s1), factors[4:5], needed[4:5], call.states)
         ds1 = self._first.backward(cast(Tensor, dx2).add_(ds2), s1)
         if not dx and not any(map(any, needed[:4])):
-            return None, [None] * 8 + up_grads + down_grads
-        da, o_grads = self._o.backward([ds1], a, pairs[3:4], needed[3:4], call.states)
+            return None, [None] * 12 + up_grads + down_grads
+        da, o_grads = self._o.backward([ds1], a, factors[3:4], needed[3:4], call.states)
         da, q, k, v = (self._heads(t, call) for t in (cast(Tensor, da), *given))
         dheads = attend_backward(da, q, k, v, self._mask(x, call), self._scale(q), None)
         dgiven = [t.transpose(1, 2).reshape(len(x), -1) for t in dheads]
-        out, grads = self._qkv.backward(dgiven, x, pairs[:3], needed[:3], call.states, dx=dx)
+        out, grads = self._qkv.backward(dgiven, x, factors[:3], needed[:3], call.states, dx=dx)
         return None if out is None else out.add_(ds1), grads + o_grads + up_grads + down_grads
 
     def _heads(self, x: Tensor, call: Call) -> Tensor:

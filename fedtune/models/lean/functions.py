@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from fedtune.models.methods import SLOT
 
-Pairs = Sequence[tuple[Tensor | None, Tensor | None]]  # A and B of each linear layer; None if it is not adapted
-Needed = Sequence[tuple[bool, bool]]  # whether A and B of each layer need a gradient
+Factors = Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]]  # A, B and m of each linear layer; None if it has none
+Needed = Sequence[tuple[bool, bool, bool]]  # whether A, B and m of each layer need a gradient
 Gradients = list[Tensor | None]
-States = dict["Linears", Tensor]  # the generator's states before each group of layers drew its dropout
+# the generator's state before a group of layers drew its dropout; the norms of DoRA's rows
+States = dict["Linears | Linear", Tensor]
 
 SCORES = 1 << 22  # attention scores to compute at once
 _aten = torch.ops.aten
@@ -54,6 +55,8 @@ def outer(y: Tensor, x: Tensor, like: Tensor) -> Tensor:
 class Linear:
     """A frozen linear layer, quantized or not, with its LoRA factors: y = x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ.
 
+    With DoRA's magnitudes m, y = m / n · (x Wᵀ + s·(x Aᵀ) Bᵀ) + b, where n has the norms of the rows of W + s·B·A and no gradient.
+
     Args:
         module: The layer, or PEFT's layer around it.
 
@@ -68,22 +71,29 @@ class Linear:
         self.stacked: tuple[Tensor, Tensor] | None = None
 
     @property
-    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+    def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if not self.adapted:
-            return None, None
+            return None, None, None
         if self.stacked is not None:
-            return self.stacked
-        return self.module.lora_A[SLOT].weight, self.module.lora_B[SLOT].weight
+            return *self.stacked, None
+        magnitudes = self.module.lora_magnitude_vector
+        m = magnitudes[SLOT].weight if SLOT in magnitudes else None
+        return self.module.lora_A[SLOT].weight, self.module.lora_B[SLOT].weight, m
 
     def scale_(self, x: Tensor, b: Tensor) -> Tensor:
-        """x (N, r) times s, in place; x if B is stacked, which has s already."""
+        """x times s, in place; x if B is stacked, which has s already."""
         return x.mul_(self.module.scaling[SLOT]) if b.ndim == 2 else x
 
     @property
     def dropout(self) -> float:
         """The adapter's dropout rate in the current mode."""
+        return self.dropout_rate if self.adapted and self.module.lora_dropout[SLOT].training else 0.0
+
+    @property
+    def dropout_rate(self) -> float:
+        """The adapter's dropout rate in training."""
         drop = self.module.lora_dropout[SLOT] if self.adapted else None
-        return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        return drop.p if isinstance(drop, nn.Dropout) else 0.0
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W (out, in); a quantized one is dequantized, so do not keep it."""
@@ -120,65 +130,77 @@ class Linears:
     def __init__(self, *modules: nn.Module) -> None:
         self.layers = [Linear(m) for m in modules]
 
-    def forward(self, x: Tensor, pairs: Pairs, states: States) -> list[Tensor]:
+    def forward(self, x: Tensor, factors: Factors, states: States) -> list[Tensor]:
         """Each layer's y, (N, out). Dropout draws from the global generator, layer by layer, or from the state of an earlier call."""
         again = states.get(self)
-        if again is None and self._rate(pairs):
+        if again is None and self._rate(factors):
             states[self] = _generator_state(x.device)
         with _random_from(again, x.device):
-            inner = [t for group, a, noise in self._groups(x, pairs) for t in self._inner(x, pairs, group, a, noise)]
+            inner = [t for group, a, noise in self._groups(x, factors) for t in self._inner(x, factors, group, a, noise)]
         out = []
-        for layer, (_, b) in zip(self.layers, pairs, strict=True):
-            y = times(x, layer.weight(x.dtype), layer.bias(x.dtype))
+        for layer, (a, b, m) in zip(self.layers, factors, strict=True):
+            w, bias = layer.weight(x.dtype), layer.bias(x.dtype)
+            y = times(x, w, bias if m is None else None)
             if b is not None:
                 add_(y, layer.scale_(inner.pop(0), b), b.to(x.dtype).mT)
+            if m is not None:
+                change = layer.scale_(cast(Tensor, b) @ cast(Tensor, a), cast(Tensor, b))
+                states[layer] = torch.linalg.vector_norm(change.to(w.dtype).add_(w), dim=1)
+                y.mul_(m / states[layer])
+                y = y if bias is None else y.add_(bias)
             out.append(y)
         return out
 
     def backward(
-        self, dys: Sequence[Tensor], x: Tensor, pairs: Pairs, needed: Needed, states: States, *, dx: bool = True
+        self, dys: Sequence[Tensor], x: Tensor, factors: Factors, needed: Needed, states: States, *, dx: bool = True
     ) -> tuple[Tensor | None, Gradients]:
-        """dx (N, in), or None if not wanted, and dA₁, dB₁, dA₂, … where needed."""
+        """dx (N, in), or None if not wanted, and dA₁, dB₁, dm₁, dA₂, … where needed."""
         total: Tensor | None = None
-        grads: list[Gradients] = [[None, None] for _ in self.layers]
+        grads: list[Gradients] = [[None, None, None] for _ in self.layers]
+        given, magnitudes = dys, [m for _, _, m in factors]
+        dys = [dy if m is None else (dy * (m / states[n])).to(dy.dtype) for dy, m, n in zip(dys, magnitudes, self.layers, strict=True)]
         if dx:
             for layer, dy in zip(self.layers, dys, strict=True):
                 part = times(dy, layer.weight(dy.dtype).T)
                 total = part if total is None else total.add_(part)
         with _random_from(states.get(self), x.device):
-            for group, a, noise in self._groups(x, pairs):
+            for group, a, noise in self._groups(x, factors):
                 dts = []
-                for i, t in zip(group, self._inner(x, pairs, group, a, noise), strict=True):
-                    b, layer = cast(Tensor, pairs[i][1]), self.layers[i]
+                for i, t in zip(group, self._inner(x, factors, group, a, noise), strict=True):
+                    b, layer = cast(Tensor, factors[i][1]), self.layers[i]
                     dts.append(layer.scale_(times(dys[i], b.to(x.dtype).mT), b))
+                    t = layer.scale_(t, b)
                     if needed[i][1]:
-                        grads[i][1] = outer(dys[i], layer.scale_(t, b), b).to(b.dtype)
+                        grads[i][1] = outer(dys[i], t, b).to(b.dtype)
+                    if needed[i][2]:
+                        z = add_(times(x, layer.weight(x.dtype)), t, b.to(x.dtype).mT)
+                        grads[i][2] = z.mul_(given[i]).sum(0, dtype=torch.float32).div_(states[layer])
                 dt = dts[0] if len(dts) == 1 else torch.cat(dts, dim=1)
                 if any(needed[i][0] for i in group):
                     da = outer(dt, x if noise is None else x * noise, a)
                     for i, part in zip(group, da.split([d.shape[1] for d in dts], dim=-2), strict=True):
-                        grads[i][0] = part.to(cast(Tensor, pairs[i][0]).dtype) if needed[i][0] else None
+                        grads[i][0] = part.to(cast(Tensor, factors[i][0]).dtype) if needed[i][0] else None
                 if total is not None and noise is None:
                     add_(total, dt, a)
                 elif total is not None:
                     total.addcmul_(times(dt, a.mT), cast(Tensor, noise))
-        return total, [g for pair in grads for g in pair]
+        return total, [g for triple in grads for g in triple]
 
-    def _rate(self, pairs: Pairs) -> float:
+    def _rate(self, factors: Factors) -> float:
         """The adapters' dropout rate."""
-        return max((layer.dropout for layer, (a, _) in zip(self.layers, pairs, strict=True) if a is not None), default=0.0)
+        return max((layer.dropout for layer, (a, *_) in zip(self.layers, factors, strict=True) if a is not None), default=0.0)
 
-    def _groups(self, x: Tensor, pairs: Pairs) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    def _groups(self, x: Tensor, factors: Factors) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
         """(layers whose adapters have the same input, their A's below each other, the dropout's factors or None)."""
-        adapted, rate = [i for i, (a, _) in enumerate(pairs) if a is not None], self._rate(pairs)
+        adapted, rate = [i for i, (a, *_) in enumerate(factors) if a is not None], self._rate(factors)
         for group in [[i] for i in adapted] if rate else [adapted] if adapted else []:
-            parts = [cast(Tensor, pairs[i][0]).to(x.dtype) for i in group]
+            parts = [cast(Tensor, factors[i][0]).to(x.dtype) for i in group]
             noise = torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate) if rate else None  # as torch draws it
             yield group, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2), noise
 
-    def _inner(self, x: Tensor, pairs: Pairs, group: list[int], a: Tensor, noise: Tensor | None) -> Sequence[Tensor]:
+    def _inner(self, x: Tensor, factors: Factors, group: list[int], a: Tensor, noise: Tensor | None) -> Sequence[Tensor]:
         """drop(x) Aᵀ of each layer of the group, (N, r)."""
-        return times(x if noise is None else x * noise, a).split([cast(Tensor, pairs[i][0]).shape[-2] for i in group], dim=1)
+        return times(x if noise is None else x * noise, a).split([cast(Tensor, factors[i][0]).shape[-2] for i in group], dim=1)
 
 
 @dataclass(frozen=True)

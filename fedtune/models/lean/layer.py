@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedtune.models.lean.functions import Gradients, Linear, Needed, Pairs, States
+from fedtune.models.lean.functions import Factors, Gradients, Linear, Needed, States
 
 __all__ = ["Call", "Kept", "Layer", "Pass"]
 
@@ -85,7 +85,7 @@ class Layer(ABC):
 
     Args:
         module: The layer, in which PEFT may have adapted linear layers.
-        linears: Its linear layers, in the order of `forward`'s pairs.
+        linears: Its linear layers, in the order of `forward`'s factors.
 
     Attributes:
         module: The layer.
@@ -112,12 +112,12 @@ class Layer(ABC):
         return cast(Tensor, _Step.apply(self, call, x.flatten(0, 1), *flat)).view_as(x)
 
     @abstractmethod
-    def forward(self, x: Tensor, pairs: Pairs, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
+    def forward(self, x: Tensor, factors: Factors, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
         """y (N, hidden) and what `backward` needs; without `last`, y is not needed."""
 
     @abstractmethod
     def backward(
-        self, dy: Tensor, x: Tensor, kept: Kept, pairs: Pairs, needed: Needed, call: Call, *, dx: bool
+        self, dy: Tensor, x: Tensor, kept: Kept, factors: Factors, needed: Needed, call: Call, *, dx: bool
     ) -> tuple[Tensor | None, Gradients]:
         """dx (N, hidden), or None if not wanted, and the gradients of the factors of all linear layers."""
 
@@ -125,7 +125,7 @@ class Layer(ABC):
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, call: Call, x: Tensor, *factors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, kept = layer.forward(x, _pairs(factors), call)
+        y, kept = layer.forward(x, _triples(factors), call)
         y, kept = call.run.store(y, kept) if call.keeps else (y, [])
         ctx.layer, ctx.call = layer, call
         ctx.save_for_backward(x, *factors, *kept)
@@ -134,13 +134,13 @@ class _Step(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        layer, call, at = ctx.layer, ctx.call, 1 + 2 * len(ctx.layer.linears)
-        x, pairs, kept = ctx.saved_tensors[0], _pairs(ctx.saved_tensors[1:at]), list(ctx.saved_tensors[at:])
+        layer, call, at = ctx.layer, ctx.call, 1 + 3 * len(ctx.layer.linears)
+        x, factors, kept = ctx.saved_tensors[0], _triples(ctx.saved_tensors[1:at]), list(ctx.saved_tensors[at:])
         if not call.keeps:
-            kept = layer.forward(x, pairs, call, last=False)[1]
-        dx, grads = layer.backward(dy, x, kept, pairs, _pairs(ctx.needs_input_grad[3:]), call, dx=ctx.needs_input_grad[2])
+            kept = layer.forward(x, factors, call, last=False)[1]
+        dx, grads = layer.backward(dy, x, kept, factors, _triples(ctx.needs_input_grad[3:]), call, dx=ctx.needs_input_grad[2])
         return None, None, dx, *grads
 
 
-def _pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
+def _triples(flat: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))

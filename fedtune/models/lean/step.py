@@ -192,7 +192,7 @@ def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
         parameters: Canonical name → trainable parameter.
     """
     text, layers = model.config.get_text_config(), _modules(model)
-    if method not in factored(exactly=True):
+    if method not in factored(exactly=False):
         return f"peft.method={method} has no lean form"
     if layers is None or any(not _is_known(type(m)) for m in layers):
         return f"the architecture '{model.config.model_type}' has no lean form"
@@ -206,7 +206,10 @@ def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
         return "attention is bidirectional"
     if type(layers[0]).__name__ in ENCODERS and getattr(text, "is_decoder", False):
         return "an encoder is used as a decoder"
-    inside = {id(p) for m in layers for p in m.parameters()} - {id(f) for m in layers for x in _lean(m, text).linears for f in x.factors}
-    if odd := [n for n, p in parameters.items() if n.endswith((".lora_A", ".lora_B")) and id(p) in inside]:
+    linears = [x for m in layers for x in _lean(m, text).linears]
+    if any(x.factors[2] is not None and x.dropout_rate for x in linears):
+        return f"peft.method={method} has no lean form with peft.dropout"
+    inside = {id(p) for m in layers for p in m.parameters()} - {id(f) for x in linears for f in x.factors}
+    if odd := [n for n, p in parameters.items() if id(p) in inside]:
         return f"'{odd[0]}' belongs to a module that the lean layer does not know"
     return ""
