@@ -81,9 +81,9 @@ def run(overrides: list[str], folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--write", type=Path, help="where the digests go")
+    ask.add_argument("--write", type=Path, help="file for the digests")
     ask.add_argument("--compare", type=Path, help="digests to compare with")
-    ask.add_argument("--only", default="", help="runs whose name holds this")
+    ask.add_argument("--only", default="", help="only runs whose name contains this")
     args = ask.parse_args()
     before = json.loads(args.compare.read_text(encoding="utf-8")) if args.compare else {}
     results, different = {}, []

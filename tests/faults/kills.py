@@ -111,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fork", action="store_true", help="fork the processes instead of starting them: all their imports are paid once")
+    parser.add_argument("--fork", action="store_true", help="fork the processes instead of starting them: all modules are imported once")
     args = parser.parse_args()
     if args.fork:
         os.environ[FORK] = "1"

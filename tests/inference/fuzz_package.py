@@ -281,7 +281,7 @@ def main() -> int:
     parser.add_argument("count", type=int)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--sanitized", action="store_true")
-    parser.add_argument("--folder", type=Path, help="with the packages: open these")
+    parser.add_argument("--folder", type=Path, help="open the packages in this folder")
     args = parser.parse_args()
     if args.folder:
         open_damaged(args, args.folder)
