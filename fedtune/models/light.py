@@ -104,7 +104,7 @@ def _is_known(value: Any) -> bool:
 
 
 _KNOWN: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("expect_true", "guard_or_false", "guard_or_true"), lambda known, skip=0: known),
+    **dict.fromkeys(("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious"), lambda known, skip=0: known),
     **dict.fromkeys(("guarding_hint_or_throw", "statically_known_true"), lambda known: known),
     "has_guarding_hint": lambda known: True,
     "is_nested_int": lambda known: False,

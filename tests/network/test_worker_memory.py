@@ -68,7 +68,7 @@ def run(code: str, *args: str) -> list[str]:
 def worker(folder: Path, code: str) -> list[tuple[set[str], float]]:
     """(modules, resident MB) where the worker is ready, and at the end of `code`."""
     write_rows(folder / "rows.jsonl", texts(16))
-    settings = json.dumps({"client": "a", "state": str(folder), "data": str(folder / "rows.jsonl")})
+    settings = json.dumps({"client": "a", "state": str(folder), "data": str(folder / "rows.jsonl"), "device": "auto"})
     return [(set(modules), mb) for modules, mb in map(json.loads, run(READY + code, settings))]
 
 
