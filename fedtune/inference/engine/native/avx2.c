@@ -39,7 +39,7 @@ INLINE __m256 sums_of_lanes(const __m256 *v) {
 #include "rows.h"
 #include "plain.h"
 
-enum { AT_ONCE = 4 }; /* rows of x, limited by the 16 registers */
+enum { AT_ONCE = 4, TOGETHER = 1 }; /* rows of x and blocks, limited by the 16 registers */
 
 INLINE int32_t sum_of(__m256i v) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -116,7 +116,7 @@ INLINE __m256 int4_result(__m256 product, __m256 shift, const float *base, const
     return wide ? _mm256_add_ps(product, shift) : _mm256_fmadd_ps(shift, _mm256_set1_ps(base[1]), _mm256_mul_ps(product, _mm256_set1_ps(base[0])));
 }
 
-INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, const int wide) {
+INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, int64_t stride, const int wide) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     for (int half = 0; half < 2; half++) {
@@ -145,11 +145,11 @@ INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x
             }
         }
         for (int r = 0; r < rows; r++)
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, int4_result(product[r], shift[r], w->base + 2 * block, wide));
+            _mm256_storeu_ps(out + r * stride + 8 * half, int4_result(product[r], shift[r], w->base + 2 * block, wide));
     }
 }
 
-INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out) {
+INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const __m256i middle = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
     for (int half = 0; half < 2; half++) {
@@ -172,11 +172,11 @@ INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x
                 product[r] = _mm256_fmadd_ps(_mm256_set1_ps(xg[r * groups + g].scale), _mm256_cvtepi32_ps(sums[r]), product[r]);
         }
         for (int r = 0; r < rows; r++)
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, _mm256_mul_ps(product[r], _mm256_loadu_ps(w->base + BLOCK * block + 8 * half)));
+            _mm256_storeu_ps(out + r * stride + 8 * half, _mm256_mul_ps(product[r], _mm256_loadu_ps(w->base + BLOCK * block + 8 * half)));
     }
 }
 
-INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows, float *out) {
+INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const __m256i high = _mm256_set1_epi32((int)0xffff0000);
     for (int half = 0; half < 2; half++) {
@@ -194,16 +194,16 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
             }
         }
         for (int r = 0; r < rows; r++)
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, _mm256_add_ps(even[r], odd[r]));
+            _mm256_storeu_ps(out + r * stride + 8 * half, _mm256_add_ps(even[r], odd[r]));
     }
 }
 
 #include "forms.h"
 
-#define INT4_OF(n) int4(w, block, x, xg, n, out, 0)
-#define WIDE_OF(n) int4(w, block, x, xg, n, out, 1)
-#define INT8_OF(n) int8(w, block, x, xg, n, out)
-#define BF16_OF(n) bf16(w, block, x, n, out)
+#define INT4_OF(n, together) int4(w, block, x, xg, n, out, stride, 0)
+#define WIDE_OF(n, together) int4(w, block, x, xg, n, out, stride, 1)
+#define INT8_OF(n, together) int8(w, block, x, xg, n, out, stride)
+#define BF16_OF(n, together) bf16(w, block, x, n, out, stride)
 FORMS(int4_tile, AVX2_CODE, int8_t, INT4_OF)
 FORMS(wide_tile, AVX2_CODE, int8_t, WIDE_OF)
 FORMS(int8_tile, AVX2_CODE, int8_t, INT8_OF)

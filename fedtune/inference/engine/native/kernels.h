@@ -21,7 +21,7 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { BLOCK = 16, GROUP = 32, TILE = 8 };
+enum { BLOCK = 16, GROUP = 32, TILE = 64, TILE_BLOCKS = 2 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* of a layer */
@@ -56,9 +56,11 @@ struct activations {
     struct columns *groups;
 };
 
-/* One instruction set. `round_row` rounds a row of n_in columns; `tile` computes out[row][16], without bias, for one block and 1..TILE rows. */
+/* One instruction set. `round_row` rounds a row of n_in columns; `tile` computes out[row * stride + 0 .. 16 * blocks - 1], without bias, for
+ * 1..TILE_BLOCKS blocks from `block` and 1..TILE rows; it may fetch the weights of blocks from `next`, if that is not 0. */
 typedef void round_row(const float *x, int64_t n_in, void *codes, struct columns *groups);
-typedef void tile(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *groups, int rows, float *out);
+typedef void tile(const struct fedtune_weights *w, int64_t block, int blocks, int64_t next, const void *codes, const struct columns *groups,
+                  int rows, float *out, int64_t stride);
 
 /* Tokens of one head as codes: x = code * scale + low, both float16. Keys have them for each group of tokens and channel, values for each token
  * and group of `values_together` channels. A group's codes lie as [tokens of a byte's bits][channels], the first tokens in the low bits. */

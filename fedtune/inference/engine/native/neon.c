@@ -32,7 +32,7 @@ INLINE float32x4_t sums_of_lanes(const four *v) { return vpaddq_f32(vpaddq_f32(v
 #include "rows.h"
 #include "plain.h"
 
-enum { AT_ONCE = 4 }; /* rows of x, limited by the 32 registers */
+enum { AT_ONCE = 4, TOGETHER = 1 }; /* rows of x and blocks, limited by the 32 registers */
 
 DOT_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *groups) {
     int8_t *out = codes;
@@ -129,7 +129,7 @@ INLINE void int8_dots_by_dot(const uint8_t *p, const int8_t *x, int64_t width, c
 #undef COLUMNS_OF
 }
 
-INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows, float *out) {
+INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const int vectors = rows > 2 ? 2 : 4;
     const uint32x4_t high = vdupq_n_u32(0xffff0000);
@@ -159,13 +159,13 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
         }
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++)
-                vst1q_f32(out + r * BLOCK + 4 * (first + v), vaddq_f32(even[r][v], odd[r][v]));
+                vst1q_f32(out + r * stride + 4 * (first + v), vaddq_f32(even[r][v], odd[r][v]));
     }
 }
 
 #include "forms.h"
 
-#define BF16_OF(n) bf16(w, block, x, n, out)
+#define BF16_OF(n, together) bf16(w, block, x, n, out, stride)
 FORMS(bf16_tile, DOT_CODE, uint16_t, BF16_OF)
 
 DOT_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
