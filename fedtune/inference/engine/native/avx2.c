@@ -8,6 +8,10 @@
 
 INLINE __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 
+INLINE __m256 larger_of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+
+INLINE __m256 smaller_of(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+
 INLINE float sum_of_lanes(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

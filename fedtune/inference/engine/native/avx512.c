@@ -8,6 +8,10 @@
 
 INLINE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 
+INLINE __m512 larger_of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+
+INLINE __m512 smaller_of(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+
 INLINE float sum_of_lanes(__m512 v) { return _mm512_reduce_add_ps(v); }
 
 INLINE __m512i ints_of_bytes(const uint8_t *p) {
@@ -197,8 +201,50 @@ FORMS(wide_tile, VNNI_CODE, int8_t, WIDE_OF)
 FORMS(int8_tile, VNNI_CODE, int8_t, INT8_OF)
 FORMS(bf16_tile, BF16_CODE, uint16_t, BF16_OF)
 
+INLINE __mmask16 mask_of(int64_t n) { return n >= 16 ? 0xffff : n > 0 ? (__mmask16)((1 << n) - 1) : 0; } /* the first n of 16 lanes */
+
+/* 16 groups at a time, whose scales are vectors. */
 VNNI_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    fedtune_avx2.to_int8(x, n_in, codes, groups);
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    int8_t *out = codes;
+    for (int64_t at = 0; at < n_in; at += 16 * GROUP, out += 16 * GROUP, groups += 16) {
+        const int count = (int)smaller(16, groups_of(n_in - at));
+        int32_t most[16] = {0}, totals[16] = {0};
+        float inverse[16];
+        for (int g = 0; g < count; g++) {
+            const int64_t from = at + g * GROUP;
+            const __mmask16 one = mask_of(n_in - from), two = mask_of(n_in - from - 16);
+            __m512i a = _mm512_maskz_loadu_epi32(one, x + from), b = _mm512_maskz_loadu_epi32(two, x + from + 16);
+            most[g] = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(a, magnitude), _mm512_and_si512(b, magnitude)));
+        }
+        const __m512i bits = _mm512_loadu_si512(most); /* as integers, in whose order NaN and infinity are the largest */
+        const __m512 greatest = _mm512_castsi512_ps(bits), steps = _mm512_set1_ps(127.0f);
+        const __mmask16 finite = _mm512_cmplt_epi32_mask(bits, _mm512_set1_epi32(0x7f800000));
+        const __mmask16 good = _mm512_mask_cmp_ps_mask(finite, greatest, _mm512_set1_ps(TINY), _CMP_GE_OQ);
+        _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(good, steps, greatest));
+        for (int g = 0; g < count; g++) {
+            const int64_t from = at + g * GROUP;
+            const __mmask16 one = mask_of(n_in - from), two = mask_of(n_in - from - 16);
+            const __m512 factor = _mm512_set1_ps(inverse[g]);
+            __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(one, x + from), factor));
+            __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(two, x + from + 16), factor));
+            _mm_storeu_si128((void *)(out + g * GROUP), _mm512_cvtepi32_epi8(a)); /* 0 where 0 times x is NaN */
+            _mm_storeu_si128((void *)(out + g * GROUP + 16), _mm512_cvtepi32_epi8(b));
+            totals[g] = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+        }
+        const __m512i total = _mm512_maskz_loadu_epi32(good, totals);
+        const __m512 scale = _mm512_mask_blend_ps(finite, _mm512_set1_ps(__builtin_nanf("")), _mm512_maskz_div_ps(good, greatest, steps));
+        const __m512 sum = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(total));
+        struct { /* the columns of struct columns */
+            float scale[16], sum[16];
+            int32_t minus_8[16], minus_128[16];
+        } all;
+        _mm512_storeu_ps(all.scale, scale), _mm512_storeu_ps(all.sum, sum);
+        _mm512_storeu_si512(all.minus_8, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 3)));
+        _mm512_storeu_si512(all.minus_128, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 7)));
+        for (int g = 0; g < count; g++)
+            groups[g] = (struct columns){all.scale[g], all.sum[g], all.minus_8[g], all.minus_128[g]};
+    }
 }
 
 VNNI_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {

@@ -23,7 +23,7 @@
 
 enum { BLOCK = 16, GROUP = 32, TILE = 64, TILE_BLOCKS = 2 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
-enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
+enum { TOKENS = 32, ROWS_AT_ONCE = 32, MOST_SHARED = 128, MOST_WIDTH = 512 }; /* of attention: of a tile, of a call; limits of a model */
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* of a layer */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
 enum { FLOATS = 0, BFLOAT16S = 1, FLOAT16S = 2 };

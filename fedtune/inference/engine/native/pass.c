@@ -101,13 +101,16 @@ static struct codes codes_of(const struct fedtune_decoder *d, const struct fedtu
     };
 }
 
-/* Items: for each head of keys, pieces of PIECE rows. */
+/* Rows of an item of attention: many where few queries share a key, which is unpacked once for all of them. */
+static int64_t attended_together(const struct work *w) { return w->p->rows >= 4 * ROWS_AT_ONCE && w->d->heads < 4 * w->d->kv_heads ? ROWS_AT_ONCE : PIECE; }
+
+/* Items: for each head of keys, pieces of rows; first the last ones, which take longest. */
 static void attend(void *argument, int64_t first, int64_t end) {
     const struct work *w = argument;
     const struct fedtune_decoder *d = w->d;
-    const int64_t pieces = (w->p->rows + PIECE - 1) / PIECE, shared = d->heads / d->kv_heads;
+    const int64_t step = attended_together(w), pieces = (w->p->rows + step - 1) / step, shared = d->heads / d->kv_heads;
     for (int64_t item = first; item < end; item++) {
-        int64_t head = item / pieces, row = item % pieces * PIECE, stop = row + PIECE < w->p->rows ? row + PIECE : w->p->rows;
+        int64_t head = item / pieces, row = (pieces - 1 - item % pieces) * step, stop = smaller(row + step, w->p->rows);
         while (row < stop) {
             int64_t owner = w->owners[row], start = w->starts[owner];
             const struct fedtune_span *s = w->p->spans + owner;
@@ -235,7 +238,8 @@ static void run_layer(struct work *w) {
         for_rows(w, rows, norm_before_attention);
     product(w, QKV, l->norm ? w->x : w->p->hidden, n, w->qkv);
     for_rows(w, rows, prepare);
-    fedtune_pool_run(w->threads, w->d->kv_heads * ((rows + PIECE - 1) / PIECE), 1, attend, w);
+    const int64_t together = attended_together(w);
+    fedtune_pool_run(w->threads, w->d->kv_heads * ((rows + together - 1) / together), 1, attend, w);
     product(w, O, w->attended, w->d->heads * w->d->head_dim, w->y);
     for_rows(w, rows, finish_attention);
     product(w, GATE_UP, l->mlp_norm ? w->x : w->p->hidden, n, w->wide);

@@ -8,9 +8,13 @@ typedef float four __attribute__((vector_size(16)));
 
 static inline four fused(four a, four b, four c) { return a * b + c; }
 
-static inline float sum_of_lanes(four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-
 typedef int32_t four_ints __attribute__((vector_size(16)));
+
+static inline four larger_of(four a, four b) { return (four)(((four_ints)a & (a > b)) | ((four_ints)b & ~(a > b))); }
+
+static inline four smaller_of(four a, four b) { return (four)(((four_ints)a & (a < b)) | ((four_ints)b & ~(a < b))); }
+
+static inline float sum_of_lanes(four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 static inline four_ints ints_of_bytes(const uint8_t *p) { return (four_ints){p[0], p[1], p[2], p[3]}; }
 

@@ -3,6 +3,7 @@
  *   CODE    attributes of every function
  *   LANES   floats of a vector
  *   fused(a, b, c)   a * b + c of vectors, rounded once if the CPU can
+ *   larger_of(a, b), smaller_of(a, b)  of two vectors; b where either is NaN
  *   sum_of_lanes(v)  the sum of a vector's floats, in a fixed order
  *   ints_of_bytes(p), ints_of_halves(p)  LANES numbers of 8 or 16 bits, without a sign, as a vector of 32-bit integers
  *   most_of_lanes(v)  the largest of a vector's floats
@@ -45,13 +46,21 @@ SMALL void store_upto(float *p, vec v, int64_t n) {
         store(p, v);
 }
 
+SMALL vec all(float x) { return x - (vec){0}; } /* x in all lanes; adding zeros would change -0 */
+
 SMALL vec choose(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) | ((ints)no & ~mask)); }
+
+SMALL vec first_of(vec v, int n) { /* the first n lanes, then zeros */
+    ints lane;
+    for (int k = 0; k < LANES; k++)
+        lane[k] = k;
+    return (vec)((ints)v & (lane < n));
+}
 
 /* exp(x) to 2 units in the last place; x is limited to -87 .. 88, and NaN stays. Cephes' polynomial. */
 SMALL vec exp_of(vec x) {
     const vec zero = {0};
-    x = choose(x < -87.0f, zero - 87.0f, x);
-    x = choose(x > 88.0f, zero + 88.0f, x);
+    x = smaller_of(zero + 88.0f, larger_of(zero - 87.0f, x));
     vec shifted = fused(x, zero + 1.44269504f, zero + 12582912.0f); /* rounds to the nearest */
     vec n = shifted - 12582912.0f;
     vec r = fused(n, zero - 0.693359375f, x);
@@ -225,7 +234,7 @@ SMALL int64_t most_likely(const float *x, int64_t n, int64_t but, float *value) 
         vec v = load(x + i);
         if (but >= i && but < i + LANES)
             v[but - i] = -INFINITY;
-        top = choose(v > top, v, top);
+        top = larger_of(v, top);
     }
     for (int k = 0; k < LANES; k++)
         *value = top[k] > *value ? top[k] : *value;
