@@ -194,6 +194,12 @@ SMALL void decode(const struct codes *c, int values, int64_t token, int count, i
 SMALL void find_tokens(const struct attention *a, int values, int64_t from, int count, int64_t coded, int64_t moved, float *space,
                        const float **found) {
     const void *entries = values ? a->values : a->keys;
+    if (a->halves && !a->codes && !a->blocks && !a->ring) { /* side by side */
+        const uint16_t *own = (const uint16_t *)entries + (from - a->first) * a->token_stride;
+        for (int t = 0; t < count; t++, own += a->token_stride)
+            found[t] = space + t * a->width, floats_of_halves(own, space + t * a->width, a->width);
+        return;
+    }
     for (int t = 0; t < count; t++) {
         const int64_t at = from + t;
         float *own = space + t * a->width;

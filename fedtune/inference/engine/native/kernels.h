@@ -244,6 +244,10 @@ int fedtune_draft_run(const struct fedtune_decoder *decoder, const struct fedtun
 void fedtune_product(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, const float *x, int64_t x_stride,
                      float *y, void *space);
 int64_t fedtune_space_for(const struct fedtune_weights *w, int64_t rows); /* or -1: too many */
+
+/* The same in two steps: rounds one of `rows` rows into the space, and the product of all of them once they are there. */
+void fedtune_round(const struct fedtune_weights *w, const struct kernels *kernels, int64_t rows, int64_t row, const float *x, void *space);
+void fedtune_product_of_rounded(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, float *y, void *space);
 int fedtune_weights_fit(const struct fedtune_weights *w);
 int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d); /* whether bytes = a b c d, without overflow */
 const struct kernels *fedtune_kernels_of(int set); /* or null: this CPU does not have it */

@@ -48,10 +48,23 @@ static void write_entries(void *to, int64_t at, const float *from, int64_t n, in
         out[i] = bf16_of(from[i]);
 }
 
-static void norm_before_attention(void *argument, int64_t first, int64_t end) {
+/* Rounds a row of a linear's input while the cache holds it. */
+static void round_input(const struct work *w, const struct fedtune_layer *layer, int64_t linear, int64_t row, const float *x) {
+    fedtune_round(linear_of(layer, linear), w->kernels, w->p->rows, row, x, w->space);
+}
+
+/* The input of a layer's first linear. */
+static void begin_row(const struct work *w, const struct fedtune_layer *layer, int64_t row) {
+    const int64_t n = w->d->hidden;
+    if (layer->norm)
+        w->op->norm(w->p->hidden + row * n, layer->norm, w->x + row * n, n, w->d->eps);
+    round_input(w, layer, QKV, row, (layer->norm ? w->x : w->p->hidden) + row * n);
+}
+
+static void begin(void *argument, int64_t first, int64_t end) {
     const struct work *w = argument;
     for (int64_t i = first; i < end; i++)
-        w->op->norm(w->p->hidden + i * w->d->hidden, w->layer->norm, w->x + i * w->d->hidden, w->d->hidden, w->d->eps);
+        begin_row(w, w->layer, i);
 }
 
 static void norm_heads(const struct work *w, float *x, const float *weight, int64_t heads) {
@@ -136,6 +149,12 @@ static void attend(void *argument, int64_t first, int64_t end) {
     }
 }
 
+static void round_attended(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    for (int64_t i = first; i < end; i++)
+        round_input(w, w->layer, O, i, w->attended + i * w->d->heads * w->d->head_dim);
+}
+
 static void finish_attention(void *argument, int64_t first, int64_t end) {
     const struct work *w = argument;
     const int64_t n = w->d->hidden;
@@ -146,6 +165,7 @@ static void finish_attention(void *argument, int64_t first, int64_t end) {
         w->op->add(hidden, y, n);
         if (w->layer->mlp_norm)
             w->op->norm(hidden, w->layer->mlp_norm, w->x + i * n, n, w->d->eps);
+        round_input(w, w->layer, GATE_UP, i, w->layer->mlp_norm ? w->x + i * n : hidden);
     }
 }
 
@@ -155,6 +175,7 @@ static void activate(void *argument, int64_t first, int64_t end) {
     for (int64_t i = first; i < end; i++) {
         float *gate = w->wide + 2 * i * n;
         w->op->activate(gate, gate + n, gate, n, (int)w->d->gelu);
+        round_input(w, w->layer, DOWN, i, gate);
     }
 }
 
@@ -166,6 +187,8 @@ static void finish_mlp(void *argument, int64_t first, int64_t end) {
         if (w->layer->down_norm)
             w->op->norm(y, w->layer->down_norm, y, n, w->d->eps);
         w->op->add(w->p->hidden + i * n, y, n);
+        if (w->index + 1 < w->p->last)
+            begin_row(w, w->layer + 1, i);
     }
 }
 
@@ -213,11 +236,11 @@ static void expand(void *argument, int64_t first, int64_t end) {
     adapt_tiles(w, first, end, w->output_width, SOME_COLUMNS, 1);
 }
 
-/* A linear, and the adapters of the rows that have one. */
+/* A linear, whose input is rounded, and the adapters of the rows that have one. */
 static void product(struct work *w, int64_t linear, const float *x, int64_t stride, float *y) {
     const struct fedtune_weights *weights = linear_of(w->layer, linear);
     const int64_t pieces = (w->p->rows + PIECE - 1) / PIECE;
-    fedtune_product(weights, w->kernels, w->threads, w->p->rows, x, stride, y, w->space);
+    fedtune_product_of_rounded(weights, w->kernels, w->threads, w->p->rows, y, w->space);
     w->ranks = 0;
     for (int64_t i = 0; i < w->p->span_count; i++)
         if (w->p->spans[i].lora)
@@ -234,12 +257,13 @@ static void product(struct work *w, int64_t linear, const float *x, int64_t stri
 static void run_layer(struct work *w) {
     const struct fedtune_layer *l = w->layer;
     const int64_t n = w->d->hidden, rows = w->p->rows;
-    if (l->norm)
-        for_rows(w, rows, norm_before_attention);
+    if (w->index == w->p->first)
+        for_rows(w, rows, begin);
     product(w, QKV, l->norm ? w->x : w->p->hidden, n, w->qkv);
     for_rows(w, rows, prepare);
     const int64_t together = attended_together(w);
     fedtune_pool_run(w->threads, w->d->kv_heads * ((rows + together - 1) / together), 1, attend, w);
+    for_rows(w, rows, round_attended);
     product(w, O, w->attended, w->d->heads * w->d->head_dim, w->y);
     for_rows(w, rows, finish_attention);
     product(w, GATE_UP, l->mlp_norm ? w->x : w->p->hidden, n, w->wide);
