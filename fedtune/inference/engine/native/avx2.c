@@ -213,10 +213,6 @@ FORMS(wide_tile, AVX2_CODE, int8_t, WIDE_OF)
 FORMS(int8_tile, AVX2_CODE, int8_t, INT8_OF)
 FORMS(bf16_tile, AVX2_CODE, uint16_t, BF16_OF)
 
-AVX2_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    fedtune_portable.to_bf16(x, n_in, codes, groups);
-}
-
 const struct kernels fedtune_avx2 = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, bf16_tile, plain_tile}, &operations};
 
 #ifdef HAS_AVXVNNI

@@ -247,10 +247,6 @@ VNNI_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct 
     }
 }
 
-VNNI_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    fedtune_portable.to_bf16(x, n_in, codes, groups);
-}
-
 VNNI_CODE static void slow_bf16(const struct fedtune_weights *w, int64_t block, int blocks, int64_t next, const void *x,
                                 const struct columns *xg, int rows, float *out, int64_t stride) {
     fedtune_avx2.tiles[BF16](w, block, blocks, next, x, xg, rows, out, stride);

@@ -99,6 +99,7 @@ struct operations {
     void (*activate)(const float *gate, const float *up, float *out, int64_t n, int gelu);
     void (*cap)(float *x, int64_t n, float most);
     void (*rotate)(float *x, const float *turns, int64_t pairs, float factor);
+    void (*halve)(const float *x, int64_t n, uint16_t *out);
     void (*attend)(const struct attention *a, int64_t row, int rows); /* 1..ROWS_AT_ONCE rows */
     void (*shrink)(const float *x, int64_t x_stride, int64_t rows, const float *a, int64_t n_in, int64_t ranks, float *out, int64_t out_stride);
     void (*expand)(const float *x, int64_t x_stride, int64_t rows, const float *b, int64_t b_stride, int64_t ranks, float *y, int64_t y_stride,

@@ -172,10 +172,6 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
 #define BF16_OF(n, together) bf16(w, block, x, n, out, stride)
 FORMS(bf16_tile, DOT_CODE, uint16_t, BF16_OF)
 
-DOT_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    fedtune_portable.to_bf16(x, n_in, codes, groups);
-}
-
 #define NAMED(name) name##_by_dot
 #define PRODUCT INLINE
 #define PRODUCT_CODE DOT_CODE

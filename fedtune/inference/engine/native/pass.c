@@ -38,14 +38,11 @@ static void for_rows(struct work *w, int64_t rows, void (*run)(void *, int64_t, 
     fedtune_pool_run(rows > FEW ? w->threads : 1, rows, rows > FEW * PIECE ? PIECE : FEW, run, w);
 }
 
-static void write_entries(void *to, int64_t at, const float *from, int64_t n, int halves) {
-    if (!halves) {
+static void write_entries(const struct work *w, void *to, int64_t at, const float *from, int64_t n, int64_t halves) {
+    if (halves)
+        w->op->halve(from, n, (uint16_t *)to + at);
+    else
         memcpy((float *)to + at, from, (size_t)n * sizeof *from);
-        return;
-    }
-    uint16_t *out = (uint16_t *)to + at;
-    for (int64_t i = 0; i < n; i++)
-        out[i] = bf16_of(from[i]);
 }
 
 /* Rounds a row of a linear's input while the cache holds it. */
@@ -97,8 +94,8 @@ static void prepare(void *argument, int64_t first, int64_t end) {
         for (int64_t h = 0; h < d->kv_heads; h++) {
             if (!s->ring)
                 w->op->rotate(k + h * width, turns, width / 2, 1);
-            write_entries(s->keys[w->index], slot * s->token_stride + h * s->head_stride, k + h * width, width, (int)s->halves);
-            write_entries(s->values[w->index], slot * s->token_stride + h * s->head_stride, v + h * width, width, (int)s->halves);
+            write_entries(w, s->keys[w->index], slot * s->token_stride + h * s->head_stride, k + h * width, width, s->halves);
+            write_entries(w, s->values[w->index], slot * s->token_stride + h * s->head_stride, v + h * width, width, s->halves);
         }
     }
 }

@@ -77,15 +77,6 @@ static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *g
     }
 }
 
-static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    uint16_t *out = codes;
-    int64_t end = groups_of(n_in) * GROUP;
-    (void)groups;
-    for (int64_t i = 0; i < n_in; i++)
-        out[i] = bf16_of(x[i]);
-    memset(out + n_in, 0, (size_t)(end - n_in) * sizeof *out);
-}
-
 static void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, float *out, int wide) {
     const int64_t groups = groups_of(w->n_in);
     const uint8_t *p = w->codes + block * groups * 256, *s = w->scales + block * groups * (wide ? 64 : 32);

@@ -18,6 +18,7 @@
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint16_t shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
 
 #define SMALL static inline __attribute__((always_inline)) CODE
 
@@ -142,6 +143,26 @@ CODE static void rotate(float *x, const float *turns, int64_t pairs, float facto
         x[2 * i + 1] = (a * s + b * c) * factor;
     }
 }
+
+/* Floats' nearest bfloat16s, as bf16_of rounds them. */
+CODE static void halve(const float *x, int64_t n, uint16_t *out) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        ints bits = (ints)load(x + i), is_nan = (bits & 0x7fffffff) > 0x7f800000;
+        ints rounded = bits + 0x7fff + (bits >> 16 & 1); /* only a NaN could overflow */
+        shorts half = __builtin_convertvector(((rounded & ~is_nan) | (is_nan & 0x7fc00000)) >> 16, shorts);
+        memcpy(out + i, &half, sizeof half);
+    }
+    for (; i < n; i++)
+        out[i] = bf16_of(x[i]);
+}
+
+static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
+    (void)groups;
+    halve(x, n_in, codes);
+    memset((uint16_t *)codes + n_in, 0, (size_t)(groups_of(n_in) * GROUP - n_in) * sizeof(uint16_t));
+}
+
 #include "attend.h"
 
 enum { X_ROWS = 2, RANKS = 4 }; /* of a tile of an adapter's products, whose sums fit in 16 registers */
@@ -261,4 +282,4 @@ CODE static void two_best(const float *x, int64_t n, float sharpness, int64_t *t
     chances[1] = exp_of((vec){0} + (second - best) * sharpness)[0] / total;
 }
 
-static const struct operations operations = {norm, add, activate, cap, rotate, attend, shrink, expand, two_best};
+static const struct operations operations = {norm, add, activate, cap, rotate, halve, attend, shrink, expand, two_best};
