@@ -26,12 +26,15 @@ SMALL float score(const struct attention *a, const struct query *own, const floa
     vec q[MOST_WIDTH / LANES], top = all(*own->most);
     for (int64_t i = 0; i < width; i += LANES)
         q[i / LANES] = load_upto(own->q + i, width - i);
-    for (int t = own->first; t < own->end; t += LANES) { /* sums of LANES tokens at a time; the last ones may be the first of them again */
+    for (int t = own->first; t < own->end; t += LANES) { /* sums of LANES tokens at a time, of which the last ones may be beyond the end */
+        const int left = own->end - t;
         vec products[LANES];
         for (int k = 0; k < LANES; k++) {
-            const float *key = keys[t + k < own->end ? t + k : t];
+            const float *key = keys[t + k];
             vec one = {0}, two = {0};
             int64_t i = 0;
+            if (whole >= 2 * LANES)
+                one = q[0] * load(key), two = q[1] * load(key + LANES), i = 2 * LANES;
             for (; i + 2 * LANES <= whole; i += 2 * LANES) {
                 one = fused(q[i / LANES], load(key + i), one);
                 two = fused(q[i / LANES + 1], load(key + i + LANES), two);
@@ -43,7 +46,7 @@ SMALL float score(const struct attention *a, const struct query *own, const floa
         vec sums = sums_of_lanes(products);
         if (a->cap != 0)
             sums = a->cap * tanh_of(sums / a->cap);
-        top = larger_of(sums, top);
+        top = larger_of(left < LANES ? choose(lanes() < left, sums, top) : sums, top);
         store(scores + t, sums);
     }
     return most_of_lanes(top);
@@ -55,7 +58,7 @@ SMALL float weigh(const struct query *own, float highest, float *scores) {
     for (int t = own->first; t < own->end; t += LANES) {
         vec v = exp_of(load(scores + t) - highest);
         store(scores + t, v);
-        sum = sum + (own->end - t < LANES ? first_of(v, own->end - t) : v);
+        sum = sum + (own->end - t < LANES ? (vec)((ints)v & (lanes() < own->end - t)) : v);
     }
     return sum_of_lanes(sum);
 }
@@ -231,7 +234,7 @@ SMALL int64_t position_of(const struct attention *a, int64_t row) { return a->le
 /* Rows row .. row + rows - 1 over their tokens low .. end - 1: tile by tile, in which each row takes what it sees. */
 SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_t low, int64_t end, int is_sinks, float *space, float *most,
                         float *total) {
-    const float *keys[TOKENS], *values[TOKENS];
+    const float *keys[TOKENS + LANES], *values[TOKENS]; /* beyond the tokens, keys are that of the last one */
     struct query queries[QUERIES];
     const int copies = a->halves || a->codes || a->ring, shared = a->shared;
     float *own = space + (copies ? 2 * TOKENS * a->width : 0); /* a fork's key and value */
@@ -254,6 +257,8 @@ SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_
             if (now != coded || shift != moved) {
                 find_tokens(a, 0, start, count, now, shift, space, keys);
                 find_tokens(a, 1, start, count, now, shift, space + (copies ? TOKENS * a->width : 0), values);
+                for (int t = count; t < count + LANES; t++)
+                    keys[t] = keys[count - 1];
                 coded = now, moved = shift;
             }
             const float *chain_key = keys[to - 1], *chain_value = values[to - 1];

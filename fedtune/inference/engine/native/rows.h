@@ -51,11 +51,11 @@ SMALL vec all(float x) { return x - (vec){0}; } /* x in all lanes; adding zeros 
 
 SMALL vec choose(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
-SMALL vec first_of(vec v, int n) { /* the first n lanes, then zeros */
-    ints lane;
+SMALL ints lanes(void) { /* their numbers */
+    ints v;
     for (int k = 0; k < LANES; k++)
-        lane[k] = k;
-    return (vec)((ints)v & (lane < n));
+        v[k] = k;
+    return v;
 }
 
 /* exp(x) to 2 units in the last place; x is limited to -87 .. 88, and NaN stays. Cephes' polynomial. */
