@@ -13,6 +13,22 @@
 enum { FEW = 4, PIECE = 8 };
 enum { SOME_RANKS = 8, SOME_COLUMNS = 256 }; /* of an adapter, done at once */
 
+#ifdef FEDTUNE_STEPS /* seconds of a pass's steps since the program began, which simulations/benchmarks/inference/steps.py builds and reads */
+#include <time.h>
+EXPORTED double fedtune_steps[10];
+
+static void end_step(int step) {
+    static double before;
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    const double now = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    fedtune_steps[step] += now - before, before = now;
+}
+#else
+#define end_step(step)
+#endif
+enum { NOTHING = 0, ROWS = 1, QKV_STEP = 2, ROPE = 3, ATTENTION = 4, O_STEP = 5, GATE_UP_STEP = 6, ACTIVATION = 7, DOWN_STEP = 8, HEAD = 9 }; /* steps */
+
 struct work {
     const struct fedtune_decoder *d;
     const struct fedtune_pass *p;
@@ -256,17 +272,27 @@ static void run_layer(struct work *w) {
     const int64_t n = w->d->hidden, rows = w->p->rows;
     if (w->index == w->p->first)
         for_rows(w, rows, begin);
+    end_step(ROWS);
     product(w, QKV, l->norm ? w->x : w->p->hidden, n, w->qkv);
+    end_step(QKV_STEP);
     for_rows(w, rows, prepare);
+    end_step(ROPE);
     const int64_t together = attended_together(w);
     fedtune_pool_run(w->threads, w->d->kv_heads * ((rows + together - 1) / together), 1, attend, w);
     for_rows(w, rows, round_attended);
+    end_step(ATTENTION);
     product(w, O, w->attended, w->d->heads * w->d->head_dim, w->y);
+    end_step(O_STEP);
     for_rows(w, rows, finish_attention);
+    end_step(ROWS);
     product(w, GATE_UP, l->mlp_norm ? w->x : w->p->hidden, n, w->wide);
+    end_step(GATE_UP_STEP);
     for_rows(w, rows, activate);
+    end_step(ACTIVATION);
     product(w, DOWN, w->wide, 2 * w->d->intermediate, w->y);
+    end_step(DOWN_STEP);
     for_rows(w, rows, finish_mlp);
+    end_step(ROWS);
 }
 
 static void cap_logits(void *argument, int64_t first, int64_t end) {
@@ -342,12 +368,14 @@ int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune
             w.owners[row] = i;
         }
     }
+    end_step(NOTHING);
     for (w.index = pass->first; w.index < pass->last; w.index++) {
         w.layer = decoder->layer + w.index;
         run_layer(&w);
     }
     if (pass->logits)
         make_logits(&w);
+    end_step(HEAD);
     free(memory);
     return FINE;
 }
