@@ -18,6 +18,7 @@ from pathlib import Path
 from fedtune.inference.engine.caches.base import Span
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.native import build
+from fedtune.inference.engine.native.library import kernels
 from fedtune.inference.engine.shape import Shape
 from fedtune.inference.engine.threads import set_threads
 from fedtune.simulations.benchmarks.inference.models import SIZES, VOCABULARY, package
@@ -57,6 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         build.LIBRARY = Path(folder) / "kernels.so"
         build.build(build.LIBRARY, ["-DFEDTUNE_STEPS"])
+        if (found := kernels()) is None or found.instructions != "avx512":
+            raise SystemExit("this CPU, or FEDTUNE_NATIVE, has no AVX-512, and the peaks are those of AVX-512")
         seconds = (ctypes.c_double * len(STEPS)).in_dll(ctypes.CDLL(str(build.LIBRARY)), "fedtune_steps")
         dots, sums = rates(Path(folder))
         print(f"{dots / 1e9:.1f} billion dot products and {sums / 1e9:.1f} billion multiply-adds a second and thread")
