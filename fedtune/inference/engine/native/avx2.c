@@ -204,10 +204,10 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
 
 #include "forms.h"
 
-#define INT4_OF(n, together) int4(w, block, x, xg, n, out, stride, 0)
-#define WIDE_OF(n, together) int4(w, block, x, xg, n, out, stride, 1)
-#define INT8_OF(n, together) int8(w, block, x, xg, n, out, stride)
-#define BF16_OF(n, together) bf16(w, block, x, n, out, stride)
+#define INT4_OF(n, together, own) int4(w, own, x, xg, n, out, stride, 0)
+#define WIDE_OF(n, together, own) int4(w, own, x, xg, n, out, stride, 1)
+#define INT8_OF(n, together, own) int8(w, own, x, xg, n, out, stride)
+#define BF16_OF(n, together, own) bf16(w, own, x, n, out, stride)
 FORMS(int4_tile, AVX2_CODE, int8_t, INT4_OF)
 FORMS(wide_tile, AVX2_CODE, int8_t, WIDE_OF)
 FORMS(int8_tile, AVX2_CODE, int8_t, INT8_OF)

@@ -64,18 +64,17 @@ enum { AT_ONCE = 4, TOGETHER = 2 }; /* rows of x and blocks: sums of 8 vectors h
 /* Of group g in tile `at` of `tiles`, each of AT_ONCE rows: fetches a share of the bytes that the next blocks have for `lines` lines a group. */
 INLINE void fetch_share(const uint8_t *next, int64_t groups, int64_t g, int at, int tiles, const int lines) {
     for (int i = at; i < lines && next; i += tiles)
-        _mm_prefetch((const char *)((uintptr_t)next + 64 * (uintptr_t)(i * groups + g)), _MM_HINT_T1);
+        _mm_prefetch((const char *)((uintptr_t)next + 64 * (uintptr_t)(i * groups + g)), _MM_HINT_T0);
 }
 
 /* Fetches what the next tile reads of a group: its rows are too short for the processor's own prefetch. A line holds two groups, or four. */
 INLINE void fetch_rows(const int8_t *x, int64_t groups, const struct columns *xg, int64_t g) {
     for (int r = AT_ONCE; r < 2 * AT_ONCE; r++)
-        _mm_prefetch((const char *)(g % 2 ? (uintptr_t)xg + sizeof *xg * (uintptr_t)(r * groups + g) : (uintptr_t)x + GROUP * (uintptr_t)(r * groups + g)),
-                     _MM_HINT_T0);
+        _mm_prefetch((const char *)((g % 2 ? (uintptr_t)xg : (uintptr_t)x) + (g % 2 ? sizeof *xg : GROUP) * (uintptr_t)(r * groups + g)), _MM_HINT_T0);
 }
 
-INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, const int blocks, int64_t next, int at, int wholes, float *out,
-                 int64_t stride, const int wide) {
+INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, const int blocks,
+                 int64_t next, int at, int wholes, float *out, int64_t stride, const int wide) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP, scale_bytes = wide ? 64 : 32;
     const uint8_t *p = w->codes + block * groups * 256, *s = w->scales + block * groups * scale_bytes;
     const uint8_t *codes_next = next ? w->codes + next * groups * 256 : NULL, *scales_next = next ? w->scales + next * groups * scale_bytes : NULL;
@@ -87,7 +86,8 @@ INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x
     for (int64_t g = 0; g < groups; g++, p += 256, s += scale_bytes) {
         __m512i dot[AT_ONCE][TOGETHER];
         if (blocks > 1)
-            fetch_rows(x, groups, xg, g), fetch_share(codes_next, groups, g, at, wholes, 8), fetch_share(scales_next, groups, g, at, wholes, wide ? 2 : 1);
+            fetch_rows(x, groups, xg, g), fetch_share(codes_next, groups, g, at, wholes, 8),
+                fetch_share(scales_next, groups, g, at, wholes, wide ? 2 : 1);
         else
             fetch(p, 4);
         for (int r = 0; r < rows; r++)
@@ -128,8 +128,8 @@ INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x
     }
 }
 
-INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, const int blocks, int64_t next, int at, int wholes, float *out,
-                 int64_t stride) {
+INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, const int blocks,
+                 int64_t next, int at, int wholes, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const uint8_t *p = w->codes + block * groups * 512, *codes_next = next ? w->codes + next * groups * 512 : NULL;
     __m512 product[AT_ONCE][TOGETHER];
@@ -165,18 +165,18 @@ INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x
 }
 
 static inline __attribute__((always_inline)) BF16_CODE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows,
-                                                                 const int blocks, float *out, int64_t stride) {
+                                                                 const int blocks, int at, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const uint8_t *p = w->codes + block * groups * 1024;
     __m512 sums[2][AT_ONCE][TOGETHER];
     for (int r = 0; r < rows; r++)
         for (int b = 0; b < blocks; b++)
             sums[0][r][b] = sums[1][r][b] = _mm512_setzero_ps();
-    for (int64_t j = 0; j < width / 2; j += 2, p += 128)
+    for (int64_t j = 0; j < width / 2; j += 2, p += 128) {
+        for (int b = 0; b < blocks && !at; b++)
+            fetch(p + b * groups * 1024, 2);
         for (int k = 0; k < 2; k++) {
             __m512bh two[TOGETHER];
-            if (blocks == 1)
-                fetch(p + 64 * k, 1);
             for (int b = 0; b < blocks; b++)
                 two[b] = (__m512bh)_mm512_loadu_si512(p + b * groups * 1024 + 64 * k);
             for (int r = 0; r < rows; r++) {
@@ -185,6 +185,7 @@ static inline __attribute__((always_inline)) BF16_CODE void bf16(const struct fe
                     sums[k][r][b] = _mm512_dpbf16_ps(sums[k][r][b], two[b], own);
             }
         }
+    }
     for (int r = 0; r < rows; r++)
         for (int b = 0; b < blocks; b++)
             _mm512_storeu_ps(out + r * stride + b * BLOCK, _mm512_add_ps(sums[0][r][b], sums[1][r][b]));
@@ -192,10 +193,10 @@ static inline __attribute__((always_inline)) BF16_CODE void bf16(const struct fe
 
 #include "forms.h"
 
-#define INT4_OF(n, together) int4(w, block, x, xg, n, together, next, at, wholes, out, stride, 0)
-#define WIDE_OF(n, together) int4(w, block, x, xg, n, together, next, at, wholes, out, stride, 1)
-#define INT8_OF(n, together) int8(w, block, x, xg, n, together, next, at, wholes, out, stride)
-#define BF16_OF(n, together) bf16(w, block, x, n, together, out, stride)
+#define INT4_OF(n, together, own) int4(w, own, x, xg, n, together, next, at, wholes, out, stride, 0)
+#define WIDE_OF(n, together, own) int4(w, own, x, xg, n, together, next, at, wholes, out, stride, 1)
+#define INT8_OF(n, together, own) int8(w, own, x, xg, n, together, next, at, wholes, out, stride)
+#define BF16_OF(n, together, own) bf16(w, own, x, n, together, at, out, stride)
 FORMS(int4_tile, VNNI_CODE, int8_t, INT4_OF)
 FORMS(wide_tile, VNNI_CODE, int8_t, WIDE_OF)
 FORMS(int8_tile, VNNI_CODE, int8_t, INT8_OF)

@@ -169,7 +169,7 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
 
 #include "forms.h"
 
-#define BF16_OF(n, together) bf16(w, block, x, n, out, stride)
+#define BF16_OF(n, together, own) bf16(w, own, x, n, out, stride)
 FORMS(bf16_tile, DOT_CODE, uint16_t, BF16_OF)
 
 #define NAMED(name) name##_by_dot

@@ -27,7 +27,7 @@ static void end_step(int step) {
 #else
 #define end_step(step)
 #endif
-enum { NOTHING = 0, ROWS = 1, QKV_STEP = 2, ROPE = 3, ATTENTION = 4, O_STEP = 5, GATE_UP_STEP = 6, ACTIVATION = 7, DOWN_STEP = 8, HEAD = 9 }; /* steps */
+enum { REST = 0, ROWS = 1, QKV_STEP = 2, ROPE = 3, ATTENTION = 4, O_STEP = 5, GATE_UP_STEP = 6, ACTIVATION = 7, DOWN_STEP = 8, HEAD = 9 };
 
 struct work {
     const struct fedtune_decoder *d;
@@ -128,7 +128,9 @@ static struct codes codes_of(const struct fedtune_decoder *d, const struct fedtu
 }
 
 /* Rows of an item of attention: many where few queries share a key, which is unpacked once for all of them. */
-static int64_t attended_together(const struct work *w) { return w->p->rows >= 4 * ROWS_AT_ONCE && w->d->heads < 4 * w->d->kv_heads ? ROWS_AT_ONCE : PIECE; }
+static int64_t attended_together(const struct work *w) {
+    return w->p->rows >= 4 * ROWS_AT_ONCE && w->d->heads < 4 * w->d->kv_heads ? ROWS_AT_ONCE : PIECE;
+}
 
 /* Items: for each head of keys, pieces of rows; first the last ones, which take longest. */
 static void attend(void *argument, int64_t first, int64_t end) {
@@ -368,7 +370,7 @@ int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune
             w.owners[row] = i;
         }
     }
-    end_step(NOTHING);
+    end_step(REST);
     for (w.index = pass->first; w.index < pass->last; w.index++) {
         w.layer = decoder->layer + w.index;
         run_layer(&w);

@@ -19,7 +19,8 @@ SMALL void plain_columns(vec sums[ROWS_TOGETHER][OUTPUTS], const float *w, int64
     }
 }
 
-SMALL void plain_sums(const float *w, int64_t n_in, const int outputs, const float *x, int64_t stride, const int rows, float *out, int64_t out_stride) {
+SMALL void plain_sums(const float *w, int64_t n_in, const int outputs, const float *x, int64_t stride, const int rows, float *out,
+                      int64_t out_stride) {
     vec sums[ROWS_TOGETHER][OUTPUTS];
     for (int i = 0; i < rows; i++)
         for (int k = 0; k < outputs; k++)
@@ -46,7 +47,8 @@ CODE static void plain_tile(const struct fedtune_weights *w, int64_t block, int 
             if (outputs - k < OUTPUTS) {
                 for (int one = k; one < outputs; one++)
                     for (int row = i; row < rows && row < i + ROWS_TOGETHER; row++)
-                        plain_sums(weights + one * n_in, n_in, 1, (const float *)codes + row * stride, stride, 1, out + row * out_stride + one, out_stride);
+                        plain_sums(weights + one * n_in, n_in, 1, (const float *)codes + row * stride, stride, 1, out + row * out_stride + one,
+                                   out_stride);
             } else if (rows - i >= ROWS_TOGETHER) {
                 plain_sums(own, n_in, OUTPUTS, x, stride, ROWS_TOGETHER, out + i * out_stride + k, out_stride);
             } else {

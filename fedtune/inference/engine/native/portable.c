@@ -135,10 +135,10 @@ static void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
 enum { AT_ONCE = 1, TOGETHER = 1 };
 #include "forms.h"
 
-#define INT4_OF(n, together) int4(w, block, x, xg, out, 0)
-#define WIDE_OF(n, together) int4(w, block, x, xg, out, 1)
-#define INT8_OF(n, together) int8(w, block, x, xg, out)
-#define BF16_OF(n, together) bf16(w, block, x, out)
+#define INT4_OF(n, together, own) int4(w, own, x, xg, out, 0)
+#define WIDE_OF(n, together, own) int4(w, own, x, xg, out, 1)
+#define INT8_OF(n, together, own) int8(w, own, x, xg, out)
+#define BF16_OF(n, together, own) bf16(w, own, x, out)
 FORMS(int4_tile, , int8_t, INT4_OF)
 FORMS(wide_tile, , int8_t, WIDE_OF)
 FORMS(int8_tile, , int8_t, INT8_OF)
