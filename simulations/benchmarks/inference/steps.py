@@ -2,8 +2,9 @@
 
     python -m fedtune.simulations.benchmarks.inference.steps --models FOLDER
 
-It builds the kernels with FEDTUNE_STEPS in a temporary folder. A figure is the median of the passes. The most is that of AVX-512: 8-bit dot
-products of 64 numbers for the linears, 16 fused multiply-adds for attention, both as fast as this script measures them in registers.
+It builds the kernels with FEDTUNE_STEPS in a temporary folder. A figure is the median of the passes' CPU time, with one thread. The most is that
+of AVX-512: 8-bit dot products of 64 numbers for the linears, 16 fused multiply-adds for attention, both as fast as this script measures them
+in registers.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from fedtune.simulations.studies.real import hardware
 STEPS = ("the rest", "norms", "qkv", "rotary embedding, cache", "attention", "o", "gate and up", "activation", "down", "head")  # of pass.c
 PEAK = """
 #include <time.h>
-static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + 1e-9 * t.tv_nsec; }
+static double now(void) { struct timespec t; clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); return t.tv_sec + 1e-9 * t.tv_nsec; }
 #define ONE(i, n) i " %%zmm30, %%zmm31, %%zmm" #n "\\n"
 #define FOUR(i, a, b, c, d) ONE(i, a) ONE(i, b) ONE(i, c) ONE(i, d)
 #define RATE(name, i) double name(void) { \\
@@ -50,11 +51,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=("int4", "int8"), default=["int4", "int8"])
     parser.add_argument("--rows", nargs="+", type=int, default=[128, 512], help="tokens of a prefill (default: 128 512)")
     parser.add_argument("--passes", type=int, default=9, help="passes of each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="threads (default: %(default)s)")
     parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="folder for the models (default: %(default)s)")
     args = parser.parse_args()
-    print(f"{hardware()}; {args.threads} threads, {args.passes} passes")
-    set_threads(args.threads)  # torch's, too, which the line before has loaded
+    print(f"{hardware()}; one thread, {args.passes} passes")
+    set_threads(1)  # torch's, too, which the line before has loaded
     with tempfile.TemporaryDirectory() as folder:
         build.LIBRARY = Path(folder) / "kernels.so"
         build.build(build.LIBRARY, ["-DFEDTUNE_STEPS"])
@@ -62,7 +62,7 @@ def main() -> None:
             raise SystemExit("this CPU, or FEDTUNE_NATIVE, has no AVX-512, and the peaks are those of AVX-512")
         seconds = (ctypes.c_double * len(STEPS)).in_dll(ctypes.CDLL(str(build.LIBRARY)), "fedtune_steps")
         dots, sums = rates(Path(folder))
-        print(f"{dots / 1e9:.1f} billion dot products and {sums / 1e9:.1f} billion multiply-adds a second and thread")
+        print(f"{dots / 1e9:.1f} billion dot products and {sums / 1e9:.1f} billion multiply-adds a second")
         for size in args.sizes:
             head, rows = [size], [[step] for step in (*STEPS, "all")]
             for kind in args.kinds:
@@ -71,7 +71,7 @@ def main() -> None:
                     head.append(f"{kind}, {n} tokens")
                     took, wanted = measure(engine, n, args.passes, seconds), work(engine.decoder.shape, n)
                     for row in rows:
-                        most = args.threads * (16 * sums if row[0] == "attention" else 64 * dots)
+                        most = 16 * sums if row[0] == "attention" else 64 * dots
                         used = f", {wanted[row[0]] / most / took[row[0]]:.0%}" if row[0] in wanted else ""
                         row.append(f"{1000 * took[row[0]]:.1f}, {took[row[0]] / took['all']:.0%}{used}")
             print("", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), sep="\n", flush=True)
@@ -101,10 +101,10 @@ def measure(engine: Engine, rows: int, passes: int, seconds: "ctypes.Array[ctype
     took: dict[str, list[float]] = {step: [] for step in (*STEPS, "all")}
     for i in range(passes + 1):
         ids = [random.Random(i).randrange(1, VOCABULARY) for _ in range(rows)]
-        before, start = list(seconds), time.perf_counter()
+        before, start = list(seconds), time.thread_time()
         cache = engine.cache(limit=rows)
         engine.decoder.forward(ids, [Span(cache, rows)])
-        whole = time.perf_counter() - start
+        whole = time.thread_time() - start
         steps = [now - then for now, then in zip(seconds, before, strict=True)]
         steps[0] = whole - sum(steps[1:])
         for step, value in zip(took, [*steps, whole], strict=True):

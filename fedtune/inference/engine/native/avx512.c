@@ -225,11 +225,12 @@ VNNI_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct 
         _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(good, steps, greatest));
         for (int g = 0; g < count; g++) {
             const int64_t from = at + g * GROUP;
-            const __mmask16 one = mask_of(n_in - from), two = mask_of(n_in - from - 16);
+            const int64_t n = inverse[g] != 0 ? n_in - from : 0; /* all zeros where a number is not finite */
+            const __mmask16 one = mask_of(n), two = mask_of(n - 16);
             const __m512 factor = _mm512_set1_ps(inverse[g]);
             __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(one, x + from), factor));
             __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(two, x + from + 16), factor));
-            _mm_storeu_si128((void *)(out + g * GROUP), _mm512_cvtepi32_epi8(a)); /* 0 where 0 times x is NaN */
+            _mm_storeu_si128((void *)(out + g * GROUP), _mm512_cvtepi32_epi8(a));
             _mm_storeu_si128((void *)(out + g * GROUP + 16), _mm512_cvtepi32_epi8(b));
             totals[g] = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
         }

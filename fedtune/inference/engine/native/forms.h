@@ -4,6 +4,7 @@
                             const struct columns *columns, int all_rows, float *y, int64_t stride) {                                       \
         const int64_t groups = groups_of(w->n_in);                                                                                         \
         const int wholes = all_rows / AT_ONCE;                                                                                             \
+        (void)next, (void)wholes; /* not every set fetches */                                                                              \
         for (; blocks > 0; blocks -= TOGETHER, block += TOGETHER, y += TOGETHER * BLOCK) {                                                 \
             const TYPE *x = codes;                                                                                                         \
             const struct columns *xg = columns;                                                                                            \

@@ -13,14 +13,14 @@
 enum { FEW = 4, PIECE = 8 };
 enum { SOME_RANKS = 8, SOME_COLUMNS = 256 }; /* of an adapter, done at once */
 
-#ifdef FEDTUNE_STEPS /* seconds of a pass's steps since the program began, which simulations/benchmarks/inference/steps.py builds and reads */
+#ifdef FEDTUNE_STEPS /* CPU seconds of this thread in a pass's steps: simulations/benchmarks/inference/steps.py builds and reads them */
 #include <time.h>
 EXPORTED double fedtune_steps[10];
 
 static void end_step(int step) {
     static double before;
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     const double now = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
     fedtune_steps[step] += now - before, before = now;
 }
