@@ -2,9 +2,9 @@
 
     python -m fedtune.simulations.benchmarks.inference.steps --models FOLDER
 
-It builds the kernels with FEDTUNE_STEPS in a temporary folder. A figure is the median of the passes' CPU time, with one thread. The most is that
-of AVX-512: 8-bit dot products of 64 numbers for the linears, 16 fused multiply-adds for attention, both as fast as this script measures them
-in registers.
+It builds the kernels with FEDTUNE_STEPS in a temporary folder. A figure is the median of the passes' CPU time, with one thread. The most
+is that of AVX-512: 8-bit dot products of 64 numbers for the linears, 16 fused multiply-adds for attention, both as fast as this script
+measures them in registers.
 """
 
 import argparse
