@@ -208,10 +208,10 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
 #define WIDE_OF(n, together, own) int4(w, own, x, xg, n, out, stride, 1)
 #define INT8_OF(n, together, own) int8(w, own, x, xg, n, out, stride)
 #define BF16_OF(n, together, own) bf16(w, own, x, n, out, stride)
-FORMS(int4_tile, AVX2_CODE, int8_t, INT4_OF)
-FORMS(wide_tile, AVX2_CODE, int8_t, WIDE_OF)
-FORMS(int8_tile, AVX2_CODE, int8_t, INT8_OF)
-FORMS(bf16_tile, AVX2_CODE, uint16_t, BF16_OF)
+FORMS(int4_tile, AVX2_CODE, int8_t, AT_ONCE, INT4_OF)
+FORMS(wide_tile, AVX2_CODE, int8_t, AT_ONCE, WIDE_OF)
+FORMS(int8_tile, AVX2_CODE, int8_t, AT_ONCE, INT8_OF)
+FORMS(bf16_tile, AVX2_CODE, uint16_t, AT_ONCE, BF16_OF)
 
 const struct kernels fedtune_avx2 = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, bf16_tile, plain_tile}, &operations};
 

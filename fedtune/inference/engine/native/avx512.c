@@ -197,10 +197,10 @@ static inline __attribute__((always_inline)) BF16_CODE void bf16(const struct fe
 #define WIDE_OF(n, together, own) int4(w, own, x, xg, n, together, next, at, wholes, out, stride, 1)
 #define INT8_OF(n, together, own) int8(w, own, x, xg, n, together, next, at, wholes, out, stride)
 #define BF16_OF(n, together, own) bf16(w, own, x, n, together, at, out, stride)
-FORMS(int4_tile, VNNI_CODE, int8_t, INT4_OF)
-FORMS(wide_tile, VNNI_CODE, int8_t, WIDE_OF)
-FORMS(int8_tile, VNNI_CODE, int8_t, INT8_OF)
-FORMS(bf16_tile, BF16_CODE, uint16_t, BF16_OF)
+FORMS(int4_tile, VNNI_CODE, int8_t, AT_ONCE, INT4_OF)
+FORMS(wide_tile, VNNI_CODE, int8_t, AT_ONCE, WIDE_OF)
+FORMS(int8_tile, VNNI_CODE, int8_t, 2 * AT_ONCE, INT8_OF)
+FORMS(bf16_tile, BF16_CODE, uint16_t, 2 * AT_ONCE, BF16_OF)
 
 INLINE __mmask16 mask_of(int64_t n) { return n >= 16 ? 0xffff : n > 0 ? (__mmask16)((1 << n) - 1) : 0; } /* the first n of 16 lanes */
 

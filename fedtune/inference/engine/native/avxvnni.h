@@ -68,8 +68,8 @@ VNNI_INLINE void int8_by_vnni(const struct fedtune_weights *w, int64_t block, co
 #define INT4_BY_VNNI(n, together, own) int4_by_vnni(w, own, x, xg, n, out, stride, 0)
 #define WIDE_BY_VNNI(n, together, own) int4_by_vnni(w, own, x, xg, n, out, stride, 1)
 #define INT8_BY_VNNI(n, together, own) int8_by_vnni(w, own, x, xg, n, out, stride)
-FORMS(int4_vnni_tile, VNNI_CODE, int8_t, INT4_BY_VNNI)
-FORMS(wide_vnni_tile, VNNI_CODE, int8_t, WIDE_BY_VNNI)
-FORMS(int8_vnni_tile, VNNI_CODE, int8_t, INT8_BY_VNNI)
+FORMS(int4_vnni_tile, VNNI_CODE, int8_t, AT_ONCE, INT4_BY_VNNI)
+FORMS(wide_vnni_tile, VNNI_CODE, int8_t, AT_ONCE, WIDE_BY_VNNI)
+FORMS(int8_vnni_tile, VNNI_CODE, int8_t, AT_ONCE, INT8_BY_VNNI)
 
 const struct kernels fedtune_avxvnni = {to_int8, to_bf16, copy_row, {int4_vnni_tile, wide_vnni_tile, int8_vnni_tile, bf16_tile, plain_tile}, &operations};

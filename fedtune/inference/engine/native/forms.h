@@ -1,5 +1,6 @@
-/* A form for each number of rows, so that the sums stay in registers; of TOGETHER blocks at once where there are AT_ONCE rows. */
-#define FORMS(NAME, TARGET, TYPE, ...)                                                                                                     \
+/* A form for each number of rows, so that the sums stay in registers; of TOGETHER blocks at once for each AT_ONCE rows, if there are FEWEST: with fewer
+ * the memory is the limit, and is read faster block by block. */
+#define FORMS(NAME, TARGET, TYPE, FEWEST, ...)                                                                                             \
     TARGET static void NAME(const struct fedtune_weights *w, int64_t block, int blocks, int64_t next, const void *codes,                   \
                             const struct columns *columns, int all_rows, float *y, int64_t stride) {                                       \
         const int64_t groups = groups_of(w->n_in);                                                                                         \
@@ -11,7 +12,7 @@
             for (int at = 0; at * AT_ONCE < all_rows; at++, x += AT_ONCE * groups * GROUP) {                                               \
                 const int rows = all_rows - at * AT_ONCE;                                                                                  \
                 float *out = y + at * AT_ONCE * stride;                                                                                    \
-                if (rows >= AT_ONCE && blocks >= TOGETHER)                                                                                 \
+                if (all_rows >= FEWEST && rows >= AT_ONCE && blocks >= TOGETHER)                                                           \
                     __VA_ARGS__(AT_ONCE, TOGETHER, block);                                                                                 \
                 else                                                                                                                       \
                     for (int b = 0; b < TOGETHER && b < blocks; b++, out += BLOCK)                                                         \

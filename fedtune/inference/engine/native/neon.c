@@ -170,7 +170,7 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
 #include "forms.h"
 
 #define BF16_OF(n, together, own) bf16(w, own, x, n, out, stride)
-FORMS(bf16_tile, DOT_CODE, uint16_t, BF16_OF)
+FORMS(bf16_tile, DOT_CODE, uint16_t, AT_ONCE, BF16_OF)
 
 #define NAMED(name) name##_by_dot
 #define PRODUCT INLINE

@@ -61,9 +61,9 @@ PRODUCT void NAMED(int8)(const struct fedtune_weights *w, int64_t block, const i
 #define INT4_OF(n, together, own) NAMED(int4)(w, own, x, xg, n, out, stride, 0)
 #define WIDE_OF(n, together, own) NAMED(int4)(w, own, x, xg, n, out, stride, 1)
 #define INT8_OF(n, together, own) NAMED(int8)(w, own, x, xg, n, out, stride)
-FORMS(NAMED(int4_tile), PRODUCT_CODE, int8_t, INT4_OF)
-FORMS(NAMED(wide_tile), PRODUCT_CODE, int8_t, WIDE_OF)
-FORMS(NAMED(int8_tile), PRODUCT_CODE, int8_t, INT8_OF)
+FORMS(NAMED(int4_tile), PRODUCT_CODE, int8_t, AT_ONCE, INT4_OF)
+FORMS(NAMED(wide_tile), PRODUCT_CODE, int8_t, AT_ONCE, WIDE_OF)
+FORMS(NAMED(int8_tile), PRODUCT_CODE, int8_t, AT_ONCE, INT8_OF)
 #undef INT4_OF
 #undef WIDE_OF
 #undef INT8_OF

@@ -139,9 +139,9 @@ enum { AT_ONCE = 1, TOGETHER = 1 };
 #define WIDE_OF(n, together, own) int4(w, own, x, xg, out, 1)
 #define INT8_OF(n, together, own) int8(w, own, x, xg, out)
 #define BF16_OF(n, together, own) bf16(w, own, x, out)
-FORMS(int4_tile, , int8_t, INT4_OF)
-FORMS(wide_tile, , int8_t, WIDE_OF)
-FORMS(int8_tile, , int8_t, INT8_OF)
-FORMS(bf16_tile, , uint16_t, BF16_OF)
+FORMS(int4_tile, , int8_t, AT_ONCE, INT4_OF)
+FORMS(wide_tile, , int8_t, AT_ONCE, WIDE_OF)
+FORMS(int8_tile, , int8_t, AT_ONCE, INT8_OF)
+FORMS(bf16_tile, , uint16_t, AT_ONCE, BF16_OF)
 
 const struct kernels fedtune_portable = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, bf16_tile, plain_tile}, &operations};
