@@ -10,22 +10,31 @@ SMALL void floats_of_halves(const uint16_t *from, float *to, int64_t n) {
     }
 }
 
-/* Adds tokens first .. count - 1 of a tile to one query's running softmax: `most` is the largest score so far, `total` the sum of
- * exp(score - most), and out [width] the sum of the values times exp(score - most). */
-SMALL void attend_tile(const struct attention *a, const float *query, const float *const *keys, const float *const *values,
-                       const int64_t width, int first, int count, float *most, float *total, float *out) {
+enum { QUERIES = 16, SIDE_BY_SIDE = LANES == 8 ? 2 : 4, SCORES = TOKENS + LANES }; /* at once; whose sums fit the registers; room in whole vectors */
+
+/* A row's query of one head, over tokens first .. end - 1 of a tile. The rest holds the softmax over the tiles before: the largest score, the sum
+ * of the exponentials, and out [width]. */
+struct query {
+    const float *q;
+    float *most, *total, *out;
+    int first, end;
+};
+
+/* Scores of the tokens. Returns the largest, or that of the tiles before. */
+SMALL float score(const struct attention *a, const struct query *own, const float *const *keys, const int64_t width, float *scores) {
     const int64_t whole = width / LANES * LANES;
-    float scores[TOKENS];
-    vec q[MOST_WIDTH / LANES];
+    vec q[MOST_WIDTH / LANES], top = all(*own->most);
     for (int64_t i = 0; i < width; i += LANES)
-        q[i / LANES] = load_upto(query + i, width - i);
-    vec top = (vec){0} + *most;
-    for (int t = first; t < count; t += LANES) { /* the scores of LANES tokens at a time; after the last token, token t stands in */
+        q[i / LANES] = load_upto(own->q + i, width - i);
+    for (int t = own->first; t < own->end; t += LANES) { /* sums of LANES tokens at a time, of which the last ones may be beyond the end */
+        const int left = own->end - t;
         vec products[LANES];
         for (int k = 0; k < LANES; k++) {
-            const float *key = keys[t + k < count ? t + k : t];
+            const float *key = keys[t + k];
             vec one = {0}, two = {0};
             int64_t i = 0;
+            if (whole >= 2 * LANES)
+                one = q[0] * load(key), two = q[1] * load(key + LANES), i = 2 * LANES;
             for (; i + 2 * LANES <= whole; i += 2 * LANES) {
                 one = fused(q[i / LANES], load(key + i), one);
                 two = fused(q[i / LANES + 1], load(key + i + LANES), two);
@@ -37,52 +46,99 @@ SMALL void attend_tile(const struct attention *a, const float *query, const floa
         vec sums = sums_of_lanes(products);
         if (a->cap != 0)
             sums = a->cap * tanh_of(sums / a->cap);
-        top = choose(sums > top, sums, top);
-        store_upto(scores + t, sums, count - t);
+        top = larger_of(left < LANES ? choose(lanes() < left, sums, top) : sums, top);
+        store(scores + t, sums);
     }
-    const float highest = most_of_lanes(top);
+    return most_of_lanes(top);
+}
+
+/* Scores to exponentials above the largest. Returns their sum. */
+SMALL float weigh(const struct query *own, float highest, float *scores) {
     vec sum = {0};
-    for (int t = first; t < count; t += LANES) {
-        store_upto(scores + t, exp_of(load_upto(scores + t, count - t) - highest), count - t);
-        sum = sum + load_upto(scores + t, count - t); /* zeros beyond count */
+    for (int t = own->first; t < own->end; t += LANES) {
+        vec v = exp_of(load(scores + t) - highest);
+        store(scores + t, v);
+        sum = sum + (own->end - t < LANES ? (vec)((ints)v & (lanes() < own->end - t)) : v);
     }
-    const float old = highest != *most ? exp_of((vec){0} + (*most - highest))[0] : 1.0f;
-    *most = highest;
-    *total = *total * old + sum_of_lanes(sum);
+    return sum_of_lanes(sum);
+}
+
+/* Adds values of tokens t .. end - 1 to `vectors` vectors of channels; both are constants. */
+SMALL void add_values(vec *sums, const float *const *values, const float *scores, int t, int end, int64_t channel, const int vectors) {
+    for (; t < end; t++)
+        for (int k = 0; k < vectors; k++)
+            sums[k] = fused(all(scores[t]), load(values[t] + channel + k * LANES), sums[k]);
+}
+
+/* The same for n queries, of which most have the same tokens, and for all channels; n and vectors are constants. */
+SMALL void add_all(const struct query *own, const int n, const float *const *values, const int64_t width, float (*scores)[SCORES], const float *old) {
+    const int64_t whole = width / LANES * LANES;
+    int low = 0, high = TOKENS;
     int64_t i = 0;
+    for (int j = 0; j < n; j++)
+        low = own[j].first > low ? own[j].first : low, high = own[j].end < high ? own[j].end : high;
     for (; i + 4 * LANES <= whole; i += 4 * LANES) {
-        vec o[4];
-        for (int k = 0; k < 4; k++)
-            o[k] = load(out + i + k * LANES) * old;
-        for (int t = first; t < count; t++)
+        vec sums[SIDE_BY_SIDE][4];
+        for (int j = 0; j < n; j++) {
             for (int k = 0; k < 4; k++)
-                o[k] = fused((vec){0} + scores[t], load(values[t] + i + k * LANES), o[k]);
-        for (int k = 0; k < 4; k++)
-            store(out + i + k * LANES, o[k]);
+                sums[j][k] = load(own[j].out + i + k * LANES) * old[j];
+            add_values(sums[j], values, scores[j], own[j].first, low < own[j].end ? low : own[j].end, i, 4);
+        }
+        for (int t = low; t < high; t++)
+            for (int j = 0; j < n; j++)
+                add_values(sums[j], values, scores[j], t, t + 1, i, 4);
+        for (int j = 0; j < n; j++) {
+            const int seen = low < own[j].end ? low : own[j].end;
+            add_values(sums[j], values, scores[j], high > seen ? high : seen, own[j].end, i, 4);
+            for (int k = 0; k < 4; k++)
+                store(own[j].out + i + k * LANES, sums[j][k]);
+        }
     }
-    for (; i < whole; i += LANES) {
-        vec o = load(out + i) * old;
-        for (int t = first; t < count; t++)
-            o = fused((vec){0} + scores[t], load(values[t] + i), o);
-        store(out + i, o);
-    }
-    for (; i < width; i++) {
-        float o = out[i] * old;
-        for (int t = first; t < count; t++)
-            o += scores[t] * values[t][i];
-        out[i] = o;
+    for (int j = 0; j < n; j++) {
+        int64_t at = i;
+        for (; at < whole; at += LANES) {
+            vec sum = load(own[j].out + at) * old[j];
+            add_values(&sum, values, scores[j], own[j].first, own[j].end, at, 1);
+            store(own[j].out + at, sum);
+        }
+        for (; at < width; at++) {
+            float sum = own[j].out[at] * old[j];
+            for (int t = own[j].first; t < own[j].end; t++)
+                sum += scores[j][t] * values[t][at];
+            own[j].out[at] = sum;
+        }
     }
 }
 
-/* attend_tile with a constant number of channels for the common ones, so that the query stays in registers. */
-CODE static void attend_tile_of(const struct attention *a, const float *query, const float *const *keys, const float *const *values, int first,
-                                int count, float *most, float *total, float *out) {
+/* The softmax of queries over a tile. Each step is done for all of them, so that none waits for another's result. */
+SMALL void attend_tile(const struct attention *a, const struct query *own, int n, const float *const *keys, const float *const *values,
+                       const int64_t width) {
+    float scores[QUERIES][SCORES] __attribute__((aligned(64))), highest[QUERIES] = {0}, old[QUERIES] = {0};
+    int j;
+    for (j = 0; j < n; j++)
+        old[j] = *own[j].most, highest[j] = score(a, own + j, keys, width, scores[j]);
+    for (j = 0; j < n; j += LANES) { /* what the sums before are multiplied with */
+        vec before = load(old + j), now = load(highest + j);
+        store(old + j, choose(before == now, all(1), exp_of(before - now))); /* they may be infinite */
+    }
+    for (j = 0; j < n; j++) {
+        *own[j].most = highest[j];
+        *own[j].total = *own[j].total * old[j] + weigh(own + j, highest[j], scores[j]);
+    }
+    for (j = 0; j + SIDE_BY_SIDE <= n; j += SIDE_BY_SIDE)
+        add_all(own + j, SIDE_BY_SIDE, values, width, scores + j, old + j);
+    for (; j < n; j++)
+        add_all(own + j, 1, values, width, scores + j, old + j);
+}
+
+/* The same with a constant number of channels where it is common, so that the query stays in registers. */
+CODE static void attend_tile_of(const struct attention *a, const struct query *own, int n, const float *const *keys, const float *const *values) {
     if (a->width == 64)
-        attend_tile(a, query, keys, values, 64, first, count, most, total, out);
+        attend_tile(a, own, n, keys, values, 64);
     else if (a->width == 128)
-        attend_tile(a, query, keys, values, 128, first, count, most, total, out);
+        attend_tile(a, own, n, keys, values, 128);
     else
-        attend_tile(a, query, keys, values, a->width, first, count, most, total, out);
+        attend_tile(a, own, n, keys, values, a->width);
 }
 
 /* float16 to float32: the exponent biases differ by 112. Subnormals (below 2^-14) come out right, too; infinities do not occur. */
@@ -142,6 +198,12 @@ SMALL void decode(const struct codes *c, int values, int64_t token, int count, i
 SMALL void find_tokens(const struct attention *a, int values, int64_t from, int count, int64_t coded, int64_t moved, float *space,
                        const float **found) {
     const void *entries = values ? a->values : a->keys;
+    if (a->halves && !a->codes && !a->blocks && !a->ring) { /* side by side */
+        const uint16_t *own = (const uint16_t *)entries + (from - a->first) * a->token_stride;
+        for (int t = 0; t < count; t++, own += a->token_stride)
+            found[t] = space + t * a->width, floats_of_halves(own, space + t * a->width, a->width);
+        return;
+    }
     for (int t = 0; t < count; t++) {
         const int64_t at = from + t;
         float *own = space + t * a->width;
@@ -173,13 +235,15 @@ SMALL int64_t position_of(const struct attention *a, int64_t row) { return a->le
 /* Attention of rows row .. row + rows - 1 to tokens low .. end - 1, tile by tile. In a tile each row attends to the tokens that it sees. */
 SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_t low, int64_t end, int is_sinks, float *space, float *most,
                         float *total) {
-    const float *keys[TOKENS], *values[TOKENS];
+    const float *keys[TOKENS + LANES], *values[TOKENS]; /* beyond the tokens, keys are that of the last one */
+    struct query queries[QUERIES];
     const int copies = a->halves || a->codes || a->ring, shared = a->shared;
     float *own = space + (copies ? 2 * TOKENS * a->width : 0); /* a fork's key and value */
     for (int64_t tile = low / TOKENS * TOKENS; tile < end; tile += TOKENS) { /* tiles begin at fixed positions */
         const int64_t start = larger(tile, low);
         const int count = (int)(smaller(tile + TOKENS, end) - start);
-        int64_t coded = -1, moved = -1; /* arguments of the last find_tokens */
+        int64_t coded = -1, moved = -1; /* those of the tokens found last */
+        int n = 0;
         for (int r = 0; r < rows; r++) {
             const int64_t at = position_of(a, row + r), oldest = is_sinks || !a->window ? 0 : at - a->window + 1;
             const int from = (int)smaller(larger(oldest - start, 0), count), to = (int)smaller(at + 1 - start, count);
@@ -188,28 +252,37 @@ SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_
             const int64_t edge = a->codes ? smaller(larger(at + 1 - a->residual, 0) / a->codes->group * a->codes->group, end) : 0;
             const int64_t shift = a->ring ? larger(at - (a->sinks + a->window - 1), 0) : 0;
             const int64_t now = smaller(larger(edge, start), start + count);
+            const int is_fork = row + r >= a->chain && at < start + count; /* then the last token that it sees is its own */
+            if (n && (is_fork || now != coded || shift != moved))
+                attend_tile_of(a, queries, n, keys, values), n = 0;
             if (now != coded || shift != moved) {
                 find_tokens(a, 0, start, count, now, shift, space, keys);
                 find_tokens(a, 1, start, count, now, shift, space + (copies ? TOKENS * a->width : 0), values);
+                for (int t = count; t < count + LANES; t++)
+                    keys[t] = keys[count - 1];
                 coded = now, moved = shift;
             }
-            const int is_fork = row + r >= a->chain && at < start + count; /* then its own token is the last that it sees */
             const float *chain_key = keys[to - 1], *chain_value = values[to - 1];
             if (is_fork) {
                 find_tokens(a, 0, a->length + row + r, 1, 0, 0, own, keys + to - 1);
                 find_tokens(a, 1, a->length + row + r, 1, 0, 0, own + (copies ? a->width : 0), values + to - 1);
             }
-            for (int h = 0; h < shared; h++)
-                attend_tile_of(a, a->q + (row + r) * a->q_stride + h * a->width, keys, values, from, to, most + r * shared + h,
-                               total + r * shared + h, a->out + (row + r) * a->out_stride + h * a->width);
+            for (int h = 0; h < shared; h++) {
+                queries[n++] = (struct query){a->q + (row + r) * a->q_stride + h * a->width, most + r * shared + h, total + r * shared + h,
+                                              a->out + (row + r) * a->out_stride + h * a->width, from, to};
+                if (n == QUERIES || (is_fork && h == shared - 1))
+                    attend_tile_of(a, queries, n, keys, values), n = 0;
+            }
             keys[to - 1] = chain_key, values[to - 1] = chain_value;
         }
+        if (n)
+            attend_tile_of(a, queries, n, keys, values);
     }
 }
 
 CODE static void attend(const struct attention *a, int64_t row, int rows) {
     float most[ROWS_AT_ONCE * MOST_SHARED], total[ROWS_AT_ONCE * MOST_SHARED];
-    float space[a->halves || a->codes || a->ring ? 2 * (TOKENS + 1) * a->width : 1];
+    float space[a->halves || a->codes || a->ring ? 2 * (TOKENS + 1) * a->width : 1] __attribute__((aligned(64)));
     const int shared = a->shared;
     int64_t end = 0, first = INT64_MAX;
     for (int r = 0; r < rows; r++) {

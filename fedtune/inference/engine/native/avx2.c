@@ -9,6 +9,10 @@
 
 INLINE __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 
+INLINE __m256 larger_of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+
+INLINE __m256 smaller_of(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+
 INLINE float sum_of_lanes(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -40,7 +44,7 @@ INLINE __m256 sums_of_lanes(const __m256 *v) {
 #include "rows.h"
 #include "plain.h"
 
-enum { AT_ONCE = 4 }; /* rows of x, limited by the 16 registers */
+enum { AT_ONCE = 4, TOGETHER = 1 }; /* rows of x and blocks, limited by the 16 registers */
 
 INLINE int32_t sum_of(__m256i v) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -117,7 +121,7 @@ INLINE __m256 int4_result(__m256 product, __m256 shift, const float *base, const
     return wide ? _mm256_add_ps(product, shift) : _mm256_fmadd_ps(shift, _mm256_set1_ps(base[1]), _mm256_mul_ps(product, _mm256_set1_ps(base[0])));
 }
 
-INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, const int wide) {
+INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, int64_t stride, const int wide) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     for (int half = 0; half < 2; half++) {
@@ -146,11 +150,11 @@ INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x
             }
         }
         for (int r = 0; r < rows; r++)
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, int4_result(product[r], shift[r], w->base + 2 * block, wide));
+            _mm256_storeu_ps(out + r * stride + 8 * half, int4_result(product[r], shift[r], w->base + 2 * block, wide));
     }
 }
 
-INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out) {
+INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const __m256i middle = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
     for (int half = 0; half < 2; half++) {
@@ -173,11 +177,11 @@ INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x
                 product[r] = _mm256_fmadd_ps(_mm256_set1_ps(xg[r * groups + g].scale), _mm256_cvtepi32_ps(sums[r]), product[r]);
         }
         for (int r = 0; r < rows; r++)
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, _mm256_mul_ps(product[r], _mm256_loadu_ps(w->base + BLOCK * block + 8 * half)));
+            _mm256_storeu_ps(out + r * stride + 8 * half, _mm256_mul_ps(product[r], _mm256_loadu_ps(w->base + BLOCK * block + 8 * half)));
     }
 }
 
-INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows, float *out) {
+INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const __m256i high = _mm256_set1_epi32((int)0xffff0000);
     for (int half = 0; half < 2; half++) {
@@ -195,24 +199,20 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
             }
         }
         for (int r = 0; r < rows; r++)
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, _mm256_add_ps(even[r], odd[r]));
+            _mm256_storeu_ps(out + r * stride + 8 * half, _mm256_add_ps(even[r], odd[r]));
     }
 }
 
 #include "forms.h"
 
-#define INT4_OF(n) int4(w, block, x, xg, n, out, 0)
-#define WIDE_OF(n) int4(w, block, x, xg, n, out, 1)
-#define INT8_OF(n) int8(w, block, x, xg, n, out)
-#define BF16_OF(n) bf16(w, block, x, n, out)
-FORMS(int4_tile, AVX2_CODE, int8_t, INT4_OF)
-FORMS(wide_tile, AVX2_CODE, int8_t, WIDE_OF)
-FORMS(int8_tile, AVX2_CODE, int8_t, INT8_OF)
-FORMS(bf16_tile, AVX2_CODE, uint16_t, BF16_OF)
-
-AVX2_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    fedtune_portable.to_bf16(x, n_in, codes, groups);
-}
+#define INT4_OF(n, together, own) int4(w, own, x, xg, n, out, stride, 0)
+#define WIDE_OF(n, together, own) int4(w, own, x, xg, n, out, stride, 1)
+#define INT8_OF(n, together, own) int8(w, own, x, xg, n, out, stride)
+#define BF16_OF(n, together, own) bf16(w, own, x, n, out, stride)
+FORMS(int4_tile, AVX2_CODE, int8_t, AT_ONCE, INT4_OF)
+FORMS(wide_tile, AVX2_CODE, int8_t, AT_ONCE, WIDE_OF)
+FORMS(int8_tile, AVX2_CODE, int8_t, AT_ONCE, INT8_OF)
+FORMS(bf16_tile, AVX2_CODE, uint16_t, AT_ONCE, BF16_OF)
 
 const struct kernels fedtune_avx2 = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, bf16_tile, plain_tile}, &operations};
 

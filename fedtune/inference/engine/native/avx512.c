@@ -4,22 +4,27 @@
 #include <immintrin.h>
 
 #define VNNI_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define INLINE static inline __attribute__((always_inline)) VNNI_CODE
 
-static inline __attribute__((always_inline)) VNNI_CODE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 
-static inline __attribute__((always_inline)) VNNI_CODE float sum_of_lanes(__m512 v) { return _mm512_reduce_add_ps(v); }
+INLINE __m512 larger_of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 
-static inline __attribute__((always_inline)) VNNI_CODE __m512i ints_of_bytes(const uint8_t *p) {
+INLINE __m512 smaller_of(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+
+INLINE float sum_of_lanes(__m512 v) { return _mm512_reduce_add_ps(v); }
+
+INLINE __m512i ints_of_bytes(const uint8_t *p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
 }
 
-static inline __attribute__((always_inline)) VNNI_CODE __m512i ints_of_halves(const uint16_t *p) {
+INLINE __m512i ints_of_halves(const uint16_t *p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
 }
 
-static inline __attribute__((always_inline)) VNNI_CODE float most_of_lanes(__m512 v) { return _mm512_reduce_max_ps(v); }
+INLINE float most_of_lanes(__m512 v) { return _mm512_reduce_max_ps(v); }
 
-static inline __attribute__((always_inline)) VNNI_CODE __m512 sums_of_lanes(const __m512 *v) {
+INLINE __m512 sums_of_lanes(const __m512 *v) {
     __m512 quarter[4];
     for (int i = 0; i < 4; i++) { /* of 4 vectors, in each quarter */
         __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i], v[4 * i + 1]), _mm512_unpackhi_ps(v[4 * i], v[4 * i + 1]));
@@ -39,140 +44,214 @@ static inline __attribute__((always_inline)) VNNI_CODE __m512 sums_of_lanes(cons
 #define BF16_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
 #define AHEAD 2048 /* bytes to prefetch ahead: the processor's own prefetcher stops at the end of a page */
 
-static inline __attribute__((always_inline)) VNNI_CODE __m512i four_of(const void *x) { /* 4 bytes of x for every row */
+INLINE __m512i four_of(const void *x) { /* 4 bytes of x for every row */
     int32_t four;
     memcpy(&four, x, sizeof four);
     return _mm512_set1_epi32(four);
 }
 
-static inline __attribute__((always_inline)) VNNI_CODE void fetch(const uint8_t *p, int lines) {
+INLINE void fetch(const uint8_t *p, int lines) {
     for (int i = 0; i < lines; i++)
         _mm_prefetch((const char *)((uintptr_t)p + AHEAD + 64 * (uintptr_t)i), _MM_HINT_T0);
 }
 
-static inline __attribute__((always_inline)) VNNI_CODE __m512 from_bf16(const uint8_t *p) {
+INLINE __m512 from_bf16(const uint8_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
 
-static inline __attribute__((always_inline)) VNNI_CODE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x,
-                                                                 const struct columns *xg, const int rows, float *out, const int wide) {
-    const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
-    const uint8_t *p = w->codes + block * groups * 256, *s = w->scales + block * groups * (wide ? 64 : 32);
+enum { AT_ONCE = 4, TOGETHER = 2 }; /* rows of x and blocks: sums of 8 vectors hide a product's latency, and with the rest fit the 32 registers */
+
+/* Of group g in tile `at` of `tiles`, each of AT_ONCE rows: fetches a share of the bytes that the next blocks have for `lines` lines a group. */
+INLINE void fetch_share(const uint8_t *next, int64_t groups, int64_t g, int at, int tiles, const int lines) {
+    for (int i = at; i < lines && next; i += tiles)
+        _mm_prefetch((const char *)((uintptr_t)next + 64 * (uintptr_t)(i * groups + g)), _MM_HINT_T0);
+}
+
+/* Fetches what the next tile reads of a group: its rows are too short for the processor's own prefetch. A line holds two groups, or four. */
+INLINE void fetch_rows(const int8_t *x, int64_t groups, const struct columns *xg, int64_t g) {
+    for (int r = AT_ONCE; r < 2 * AT_ONCE; r++)
+        _mm_prefetch((const char *)((g % 2 ? (uintptr_t)xg : (uintptr_t)x) + (g % 2 ? sizeof *xg : GROUP) * (uintptr_t)(r * groups + g)), _MM_HINT_T0);
+}
+
+INLINE void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, const int blocks,
+                 int64_t next, int at, int wholes, float *out, int64_t stride, const int wide) {
+    const int64_t groups = groups_of(w->n_in), width = groups * GROUP, scale_bytes = wide ? 64 : 32;
+    const uint8_t *p = w->codes + block * groups * 256, *s = w->scales + block * groups * scale_bytes;
+    const uint8_t *codes_next = next ? w->codes + next * groups * 256 : NULL, *scales_next = next ? w->scales + next * groups * scale_bytes : NULL;
     const __m512i low = _mm512_set1_epi8(15);
-    __m512 product[TILE], shift[TILE];
+    __m512 product[AT_ONCE][TOGETHER], shift[AT_ONCE][TOGETHER];
     for (int r = 0; r < rows; r++)
-        product[r] = shift[r] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g++, p += 256, s += wide ? 64 : 32) {
-        __m512i a[4], b[4];
-        fetch(p, 4);
+        for (int b = 0; b < blocks; b++)
+            product[r][b] = shift[r][b] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; g++, p += 256, s += scale_bytes) {
+        __m512i dot[AT_ONCE][TOGETHER];
+        if (blocks > 1)
+            fetch_rows(x, groups, xg, g), fetch_share(codes_next, groups, g, at, wholes, 8),
+                fetch_share(scales_next, groups, g, at, wholes, wide ? 2 : 1);
+        else
+            fetch(p, 4);
+        for (int r = 0; r < rows; r++)
+            for (int b = 0; b < blocks; b++)
+                dot[r][b] = four_of(&xg[r * groups + g].minus_8);
         for (int j = 0; j < 4; j++) {
-            __m512i both = _mm512_loadu_si512(p + 64 * j);
-            a[j] = _mm512_and_si512(both, low);
-            b[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-        }
-        __m512 scale = wide ? from_bf16(s) : _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)s)));
-        __m512 zero = wide ? from_bf16(s + 32) : _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(s + 16))));
-        for (int r = 0; r < rows; r++) {
-            const int8_t *c = x + r * width + g * GROUP;
-            const struct columns *own = xg + r * groups + g;
-            __m512i one = four_of(&own->minus_8), two = _mm512_setzero_si512();
-            for (int j = 0; j < 4; j++) {
-                one = _mm512_dpbusd_epi32(one, a[j], four_of(c + 4 * j));
-                two = _mm512_dpbusd_epi32(two, b[j], four_of(c + 16 + 4 * j));
+            __m512i first[TOGETHER], second[TOGETHER];
+            for (int b = 0; b < blocks; b++) {
+                __m512i both = _mm512_loadu_si512(p + b * groups * 256 + 64 * j);
+                first[b] = _mm512_and_si512(both, low);
+                second[b] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
             }
-            __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(one, two));
-            product[r] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(own->scale)), dot, product[r]);
-            shift[r] = _mm512_fmadd_ps(zero, _mm512_set1_ps(own->sum), shift[r]);
+            for (int r = 0; r < rows; r++) {
+                const int8_t *c = x + r * width + g * GROUP + 4 * j;
+                __m512i one = four_of(c), two = four_of(c + 16);
+                for (int b = 0; b < blocks; b++)
+                    dot[r][b] = _mm512_dpbusd_epi32(dot[r][b], first[b], one);
+                for (int b = 0; b < blocks; b++)
+                    dot[r][b] = _mm512_dpbusd_epi32(dot[r][b], second[b], two);
+            }
+        }
+        for (int b = 0; b < blocks; b++) {
+            const uint8_t *own = s + b * groups * scale_bytes;
+            __m512 scale = wide ? from_bf16(own) : _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)own)));
+            __m512 zero = wide ? from_bf16(own + 32) : _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(own + 16))));
+            for (int r = 0; r < rows; r++) {
+                const struct columns *c = xg + r * groups + g;
+                product[r][b] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(c->scale)), _mm512_cvtepi32_ps(dot[r][b]), product[r][b]);
+                shift[r][b] = _mm512_fmadd_ps(zero, _mm512_set1_ps(c->sum), shift[r][b]);
+            }
         }
     }
-    for (int r = 0; r < rows; r++) {
-        __m512 y = wide ? _mm512_add_ps(product[r], shift[r])
-                        : _mm512_fmadd_ps(shift[r], _mm512_set1_ps(w->base[2 * block + 1]), _mm512_mul_ps(product[r], _mm512_set1_ps(w->base[2 * block])));
-        _mm512_storeu_ps(out + r * BLOCK, y);
+    for (int b = 0; b < blocks; b++) {
+        const __m512 scales = _mm512_set1_ps(w->base[2 * (block + b)]), zeros = _mm512_set1_ps(w->base[2 * (block + b) + 1]);
+        for (int r = 0; r < rows; r++)
+            _mm512_storeu_ps(out + r * stride + b * BLOCK, wide ? _mm512_add_ps(product[r][b], shift[r][b])
+                                                                : _mm512_fmadd_ps(shift[r][b], zeros, _mm512_mul_ps(product[r][b], scales)));
     }
 }
 
-static inline __attribute__((always_inline)) VNNI_CODE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x,
-                                                                 const struct columns *xg, const int rows, float *out) {
+INLINE void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, const int blocks,
+                 int64_t next, int at, int wholes, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
-    const uint8_t *p = w->codes + block * groups * 512;
-    __m512 product[TILE];
+    const uint8_t *p = w->codes + block * groups * 512, *codes_next = next ? w->codes + next * groups * 512 : NULL;
+    __m512 product[AT_ONCE][TOGETHER];
     for (int r = 0; r < rows; r++)
-        product[r] = _mm512_setzero_ps();
+        for (int b = 0; b < blocks; b++)
+            product[r][b] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; g++, p += 512) {
-        __m512i code[8];
-        fetch(p, 8);
-        for (int j = 0; j < 8; j++)
-            code[j] = _mm512_loadu_si512(p + 64 * j);
-        for (int r = 0; r < rows; r++) {
-            const int8_t *c = x + r * width + g * GROUP;
-            const struct columns *own = xg + r * groups + g;
-            __m512i one = four_of(&own->minus_128), two = _mm512_setzero_si512();
-            for (int j = 0; j < 8; j += 2) {
-                one = _mm512_dpbusd_epi32(one, code[j], four_of(c + 4 * j));
-                two = _mm512_dpbusd_epi32(two, code[j + 1], four_of(c + 4 * j + 4));
+        __m512i dot[AT_ONCE][TOGETHER];
+        if (blocks > 1)
+            fetch_rows(x, groups, xg, g), fetch_share(codes_next, groups, g, at, wholes, 16);
+        else
+            fetch(p, 8);
+        for (int r = 0; r < rows; r++)
+            for (int b = 0; b < blocks; b++)
+                dot[r][b] = four_of(&xg[r * groups + g].minus_128);
+        for (int j = 0; j < 8; j++) {
+            __m512i code[TOGETHER];
+            for (int b = 0; b < blocks; b++)
+                code[b] = _mm512_loadu_si512(p + b * groups * 512 + 64 * j);
+            for (int r = 0; r < rows; r++) {
+                __m512i four = four_of(x + r * width + g * GROUP + 4 * j);
+                for (int b = 0; b < blocks; b++)
+                    dot[r][b] = _mm512_dpbusd_epi32(dot[r][b], code[b], four);
             }
-            __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(one, two));
-            product[r] = _mm512_fmadd_ps(_mm512_set1_ps(own->scale), dot, product[r]);
         }
+        for (int r = 0; r < rows; r++)
+            for (int b = 0; b < blocks; b++)
+                product[r][b] = _mm512_fmadd_ps(_mm512_set1_ps(xg[r * groups + g].scale), _mm512_cvtepi32_ps(dot[r][b]), product[r][b]);
     }
     for (int r = 0; r < rows; r++)
-        _mm512_storeu_ps(out + r * BLOCK, _mm512_mul_ps(product[r], _mm512_loadu_ps(w->base + BLOCK * block)));
+        for (int b = 0; b < blocks; b++)
+            _mm512_storeu_ps(out + r * stride + b * BLOCK, _mm512_mul_ps(product[r][b], _mm512_loadu_ps(w->base + BLOCK * (block + b))));
 }
 
-static inline __attribute__((always_inline)) BF16_CODE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x,
-                                                                 const int rows, float *out) {
+static inline __attribute__((always_inline)) BF16_CODE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows,
+                                                                 const int blocks, int at, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const uint8_t *p = w->codes + block * groups * 1024;
-    __m512 one[TILE], two[TILE];
+    __m512 sums[2][AT_ONCE][TOGETHER];
     for (int r = 0; r < rows; r++)
-        one[r] = two[r] = _mm512_setzero_ps();
+        for (int b = 0; b < blocks; b++)
+            sums[0][r][b] = sums[1][r][b] = _mm512_setzero_ps();
     for (int64_t j = 0; j < width / 2; j += 2, p += 128) {
-        __m512bh first = (__m512bh)_mm512_loadu_si512(p), second = (__m512bh)_mm512_loadu_si512(p + 64);
-        fetch(p, 2);
-        for (int r = 0; r < rows; r++) {
-            one[r] = _mm512_dpbf16_ps(one[r], first, (__m512bh)four_of(x + r * width + 2 * j));
-            two[r] = _mm512_dpbf16_ps(two[r], second, (__m512bh)four_of(x + r * width + 2 * j + 2));
+        for (int b = 0; b < blocks && !at; b++)
+            fetch(p + b * groups * 1024, 2);
+        for (int k = 0; k < 2; k++) {
+            __m512bh two[TOGETHER];
+            for (int b = 0; b < blocks; b++)
+                two[b] = (__m512bh)_mm512_loadu_si512(p + b * groups * 1024 + 64 * k);
+            for (int r = 0; r < rows; r++) {
+                __m512bh own = (__m512bh)four_of(x + r * width + 2 * (j + k));
+                for (int b = 0; b < blocks; b++)
+                    sums[k][r][b] = _mm512_dpbf16_ps(sums[k][r][b], two[b], own);
+            }
         }
     }
     for (int r = 0; r < rows; r++)
-        _mm512_storeu_ps(out + r * BLOCK, _mm512_add_ps(one[r], two[r]));
+        for (int b = 0; b < blocks; b++)
+            _mm512_storeu_ps(out + r * stride + b * BLOCK, _mm512_add_ps(sums[0][r][b], sums[1][r][b]));
 }
 
-/* Defines NAME, which calls a product with its number of rows as a constant, so that the sums stay in registers. */
-#define FORMS(NAME, TARGET, ...)                                                                                                           \
-    TARGET static void NAME(const struct fedtune_weights *w, int64_t block, const void *x, const struct columns *xg, int rows, float *out) { \
-        (void)xg;                                                                                                                          \
-        switch (rows) {                                                                                                                    \
-        case 1: __VA_ARGS__(1); break;                                                                                                     \
-        case 2: __VA_ARGS__(2); break;                                                                                                     \
-        case 3: __VA_ARGS__(3); break;                                                                                                     \
-        case 4: __VA_ARGS__(4); break;                                                                                                     \
-        case 5: __VA_ARGS__(5); break;                                                                                                     \
-        case 6: __VA_ARGS__(6); break;                                                                                                     \
-        case 7: __VA_ARGS__(7); break;                                                                                                     \
-        default: __VA_ARGS__(8);                                                                                                           \
-        }                                                                                                                                  \
-    }
-#define INT4_OF(n) int4(w, block, x, xg, n, out, 0)
-#define WIDE_OF(n) int4(w, block, x, xg, n, out, 1)
-#define INT8_OF(n) int8(w, block, x, xg, n, out)
-#define BF16_OF(n) bf16(w, block, x, n, out)
-FORMS(int4_tile, VNNI_CODE, INT4_OF)
-FORMS(wide_tile, VNNI_CODE, WIDE_OF)
-FORMS(int8_tile, VNNI_CODE, INT8_OF)
-FORMS(bf16_tile, BF16_CODE, BF16_OF)
+#include "forms.h"
 
+#define INT4_OF(n, together, own) int4(w, own, x, xg, n, together, next, at, wholes, out, stride, 0)
+#define WIDE_OF(n, together, own) int4(w, own, x, xg, n, together, next, at, wholes, out, stride, 1)
+#define INT8_OF(n, together, own) int8(w, own, x, xg, n, together, next, at, wholes, out, stride)
+#define BF16_OF(n, together, own) bf16(w, own, x, n, together, at, out, stride)
+FORMS(int4_tile, VNNI_CODE, int8_t, AT_ONCE, INT4_OF)
+FORMS(wide_tile, VNNI_CODE, int8_t, AT_ONCE, WIDE_OF)
+FORMS(int8_tile, VNNI_CODE, int8_t, 2 * AT_ONCE, INT8_OF)
+FORMS(bf16_tile, BF16_CODE, uint16_t, 2 * AT_ONCE, BF16_OF)
+
+INLINE __mmask16 mask_of(int64_t n) { return n >= 16 ? 0xffff : n > 0 ? (__mmask16)((1 << n) - 1) : 0; } /* the first n of 16 lanes */
+
+/* 16 groups at a time, whose scales are vectors. */
 VNNI_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    fedtune_avx2.to_int8(x, n_in, codes, groups);
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    int8_t *out = codes;
+    for (int64_t at = 0; at < n_in; at += 16 * GROUP, out += 16 * GROUP, groups += 16) {
+        const int count = (int)smaller(16, groups_of(n_in - at));
+        int32_t most[16] = {0}, totals[16] = {0};
+        float inverse[16];
+        for (int g = 0; g < count; g++) {
+            const int64_t from = at + g * GROUP;
+            const __mmask16 one = mask_of(n_in - from), two = mask_of(n_in - from - 16);
+            __m512i a = _mm512_maskz_loadu_epi32(one, x + from), b = _mm512_maskz_loadu_epi32(two, x + from + 16);
+            most[g] = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(a, magnitude), _mm512_and_si512(b, magnitude)));
+        }
+        const __m512i bits = _mm512_loadu_si512(most); /* as integers, in whose order NaN and infinity are the largest */
+        const __m512 greatest = _mm512_castsi512_ps(bits), steps = _mm512_set1_ps(127.0f);
+        const __mmask16 finite = _mm512_cmplt_epi32_mask(bits, _mm512_set1_epi32(0x7f800000));
+        const __mmask16 good = _mm512_mask_cmp_ps_mask(finite, greatest, _mm512_set1_ps(TINY), _CMP_GE_OQ);
+        _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(good, steps, greatest));
+        for (int g = 0; g < count; g++) {
+            const int64_t from = at + g * GROUP;
+            const int64_t n = inverse[g] != 0 ? n_in - from : 0; /* all zeros where a number is not finite */
+            const __mmask16 one = mask_of(n), two = mask_of(n - 16);
+            const __m512 factor = _mm512_set1_ps(inverse[g]);
+            __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(one, x + from), factor));
+            __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(two, x + from + 16), factor));
+            _mm_storeu_si128((void *)(out + g * GROUP), _mm512_cvtepi32_epi8(a));
+            _mm_storeu_si128((void *)(out + g * GROUP + 16), _mm512_cvtepi32_epi8(b));
+            totals[g] = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+        }
+        const __m512i total = _mm512_maskz_loadu_epi32(good, totals);
+        const __m512 scale = _mm512_mask_blend_ps(finite, _mm512_set1_ps(__builtin_nanf("")), _mm512_maskz_div_ps(good, greatest, steps));
+        const __m512 sum = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(total));
+        struct { /* the columns of struct columns */
+            float scale[16], sum[16];
+            int32_t minus_8[16], minus_128[16];
+        } all;
+        _mm512_storeu_ps(all.scale, scale), _mm512_storeu_ps(all.sum, sum);
+        _mm512_storeu_si512(all.minus_8, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 3)));
+        _mm512_storeu_si512(all.minus_128, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 7)));
+        for (int g = 0; g < count; g++)
+            groups[g] = (struct columns){all.scale[g], all.sum[g], all.minus_8[g], all.minus_128[g]};
+    }
 }
 
-VNNI_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    fedtune_portable.to_bf16(x, n_in, codes, groups);
-}
-
-VNNI_CODE static void slow_bf16(const struct fedtune_weights *w, int64_t block, const void *x, const struct columns *xg, int rows, float *out) {
-    fedtune_avx2.tiles[BF16](w, block, x, xg, rows, out);
+VNNI_CODE static void slow_bf16(const struct fedtune_weights *w, int64_t block, int blocks, int64_t next, const void *x,
+                                const struct columns *xg, int rows, float *out, int64_t stride) {
+    fedtune_avx2.tiles[BF16](w, block, blocks, next, x, xg, rows, out, stride);
 }
 
 const struct kernels fedtune_avx512 = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, slow_bf16, plain_tile}, &operations};

@@ -2,7 +2,7 @@
 #define VNNI_CODE __attribute__((target("avx2,fma,avxvnni")))
 #define VNNI_INLINE static inline __attribute__((always_inline)) VNNI_CODE
 
-VNNI_INLINE void int4_by_vnni(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, const int wide) {
+VNNI_INLINE void int4_by_vnni(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, int64_t stride, const int wide) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const __m256i low = _mm256_set1_epi8(15);
     for (int half = 0; half < 2; half++) {
@@ -32,11 +32,11 @@ VNNI_INLINE void int4_by_vnni(const struct fedtune_weights *w, int64_t block, co
             }
         }
         for (int r = 0; r < rows; r++)
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, int4_result(product[r], shift[r], w->base + 2 * block, wide));
+            _mm256_storeu_ps(out + r * stride + 8 * half, int4_result(product[r], shift[r], w->base + 2 * block, wide));
     }
 }
 
-VNNI_INLINE void int8_by_vnni(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out) {
+VNNI_INLINE void int8_by_vnni(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     for (int half = 0; half < 2; half++) {
         const uint8_t *p = w->codes + block * groups * 512 + 32 * half;
@@ -61,15 +61,15 @@ VNNI_INLINE void int8_by_vnni(const struct fedtune_weights *w, int64_t block, co
             }
         }
         for (int r = 0; r < rows; r++)
-            _mm256_storeu_ps(out + r * BLOCK + 8 * half, _mm256_mul_ps(product[r], _mm256_loadu_ps(w->base + BLOCK * block + 8 * half)));
+            _mm256_storeu_ps(out + r * stride + 8 * half, _mm256_mul_ps(product[r], _mm256_loadu_ps(w->base + BLOCK * block + 8 * half)));
     }
 }
 
-#define INT4_BY_VNNI(n) int4_by_vnni(w, block, x, xg, n, out, 0)
-#define WIDE_BY_VNNI(n) int4_by_vnni(w, block, x, xg, n, out, 1)
-#define INT8_BY_VNNI(n) int8_by_vnni(w, block, x, xg, n, out)
-FORMS(int4_vnni_tile, VNNI_CODE, int8_t, INT4_BY_VNNI)
-FORMS(wide_vnni_tile, VNNI_CODE, int8_t, WIDE_BY_VNNI)
-FORMS(int8_vnni_tile, VNNI_CODE, int8_t, INT8_BY_VNNI)
+#define INT4_BY_VNNI(n, together, own) int4_by_vnni(w, own, x, xg, n, out, stride, 0)
+#define WIDE_BY_VNNI(n, together, own) int4_by_vnni(w, own, x, xg, n, out, stride, 1)
+#define INT8_BY_VNNI(n, together, own) int8_by_vnni(w, own, x, xg, n, out, stride)
+FORMS(int4_vnni_tile, VNNI_CODE, int8_t, AT_ONCE, INT4_BY_VNNI)
+FORMS(wide_vnni_tile, VNNI_CODE, int8_t, AT_ONCE, WIDE_BY_VNNI)
+FORMS(int8_vnni_tile, VNNI_CODE, int8_t, AT_ONCE, INT8_BY_VNNI)
 
 const struct kernels fedtune_avxvnni = {to_int8, to_bf16, copy_row, {int4_vnni_tile, wide_vnni_tile, int8_vnni_tile, bf16_tile, plain_tile}, &operations};

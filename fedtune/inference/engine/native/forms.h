@@ -1,15 +1,28 @@
-/* Defines NAME, which calls a product for at most AT_ONCE rows at a time, with their number as a constant, so that the sums stay in
- * registers. */
-#define FORMS(NAME, TARGET, TYPE, ...)                                                                                                     \
-    TARGET static void NAME(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows,        \
-                            float *out) {                                                                                                  \
+/* A form for each number of rows, so that the sums stay in registers; of TOGETHER blocks at once for each AT_ONCE rows, if there are FEWEST: with fewer
+ * the memory is the limit, and is read faster block by block. */
+#define FORMS(NAME, TARGET, TYPE, FEWEST, ...)                                                                                             \
+    TARGET static void NAME(const struct fedtune_weights *w, int64_t block, int blocks, int64_t next, const void *codes,                   \
+                            const struct columns *columns, int all_rows, float *y, int64_t stride) {                                       \
         const int64_t groups = groups_of(w->n_in);                                                                                         \
-        const TYPE *x = codes;                                                                                                             \
-        for (; rows > 0; rows -= AT_ONCE, x += AT_ONCE * groups * GROUP, xg = xg ? xg + AT_ONCE * groups : xg, out += AT_ONCE * BLOCK)      \
-            switch (rows) {                                                                                                                \
-            case 1: __VA_ARGS__(1); break;                                                                                                 \
-            case 2: __VA_ARGS__(2); break;                                                                                                 \
-            case 3: __VA_ARGS__(3); break;                                                                                                 \
-            default: __VA_ARGS__(4);                                                                                                       \
+        const int wholes = all_rows / AT_ONCE;                                                                                             \
+        (void)next, (void)wholes; /* not every set fetches */                                                                              \
+        for (; blocks > 0; blocks -= TOGETHER, block += TOGETHER, y += TOGETHER * BLOCK) {                                                 \
+            const TYPE *x = codes;                                                                                                         \
+            const struct columns *xg = columns;                                                                                            \
+            for (int at = 0; at * AT_ONCE < all_rows; at++, x += AT_ONCE * groups * GROUP) {                                               \
+                const int rows = all_rows - at * AT_ONCE;                                                                                  \
+                float *out = y + at * AT_ONCE * stride;                                                                                    \
+                if (all_rows >= FEWEST && rows >= AT_ONCE && blocks >= TOGETHER)                                                           \
+                    __VA_ARGS__(AT_ONCE, TOGETHER, block);                                                                                 \
+                else                                                                                                                       \
+                    for (int b = 0; b < TOGETHER && b < blocks; b++, out += BLOCK)                                                         \
+                        switch (rows) {                                                                                                    \
+                        case 1: __VA_ARGS__(1, 1, block + b); break;                                                                       \
+                        case 2: __VA_ARGS__(2, 1, block + b); break;                                                                       \
+                        case 3: __VA_ARGS__(3, 1, block + b); break;                                                                       \
+                        default: if (TOGETHER > 1) __VA_ARGS__(AT_ONCE, 1, block + b);                                                     \
+                        }                                                                                                                  \
+                xg = xg ? xg + AT_ONCE * groups : xg;                                                                                      \
             }                                                                                                                              \
+        }                                                                                                                                  \
     }

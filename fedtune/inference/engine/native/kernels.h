@@ -22,10 +22,10 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { BLOCK = 16, GROUP = 32, TILE = 8 };
+enum { BLOCK = 16, GROUP = 32, TILE = 64, TILE_BLOCKS = 2 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
 /* Of attention: tokens of a tile; rows of a call; and limits of a model: query heads for each key head, and channels of a head. */
-enum { TOKENS = 32, ROWS_AT_ONCE = 8, MOST_SHARED = 128, MOST_WIDTH = 512 };
+enum { TOKENS = 32, ROWS_AT_ONCE = 32, MOST_SHARED = 128, MOST_WIDTH = 512 };
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* the linears of a layer */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
 enum { FLOATS = 0, BFLOAT16S = 1, FLOAT16S = 2 }; /* of an embedding table */
@@ -58,10 +58,11 @@ struct activations {
     struct columns *groups;
 };
 
-/* Functions of an instruction set. `round_row` rounds a row of n_in columns; `tile` computes out[row][16], without bias, for one block and
- * 1..TILE rows. */
+/* Functions of an instruction set. `round_row` rounds a row of n_in columns; `tile` computes out[row * stride + 0 .. 16 * blocks - 1], without
+ * bias, for 1..TILE_BLOCKS blocks from `block` and 1..TILE rows; it may prefetch the weights of blocks from `next`, if that is not 0. */
 typedef void round_row(const float *x, int64_t n_in, void *codes, struct columns *groups);
-typedef void tile(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *groups, int rows, float *out);
+typedef void tile(const struct fedtune_weights *w, int64_t block, int blocks, int64_t next, const void *codes, const struct columns *groups,
+                  int rows, float *out, int64_t stride);
 
 /* Quantized keys and values of one head: x = code * scale + low, with scale and low in float16. Keys have one pair of them for each group of
  * tokens and channel, values for each token and `values_together` channels. A byte holds the codes of 8 / bits tokens: the first
@@ -101,6 +102,7 @@ struct operations {
     void (*activate)(const float *gate, const float *up, float *out, int64_t n, int gelu);
     void (*cap)(float *x, int64_t n, float most);
     void (*rotate)(float *x, const float *turns, int64_t pairs, float factor);
+    void (*halve)(const float *x, int64_t n, uint16_t *out);
     void (*attend)(const struct attention *a, int64_t row, int rows); /* 1..ROWS_AT_ONCE rows */
     void (*shrink)(const float *x, int64_t x_stride, int64_t rows, const float *a, int64_t n_in, int64_t ranks, float *out, int64_t out_stride);
     void (*expand)(const float *x, int64_t x_stride, int64_t rows, const float *b, int64_t b_stride, int64_t ranks, float *y, int64_t y_stride,
@@ -246,6 +248,10 @@ int fedtune_draft_run(const struct fedtune_decoder *decoder, const struct fedtun
 void fedtune_product(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, const float *x, int64_t x_stride,
                      float *y, void *space);
 int64_t fedtune_space_for(const struct fedtune_weights *w, int64_t rows); /* or -1: too many */
+
+/* The same in two steps: rounds one of `rows` rows into the space, and the product of all of them once they are there. */
+void fedtune_round(const struct fedtune_weights *w, const struct kernels *kernels, int64_t rows, int64_t row, const float *x, void *space);
+void fedtune_product_of_rounded(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, float *y, void *space);
 int fedtune_weights_fit(const struct fedtune_weights *w);
 int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d); /* whether bytes = a b c d, without overflow */
 const struct kernels *fedtune_kernels_of(int set); /* or null: this CPU does not have it */

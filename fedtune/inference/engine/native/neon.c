@@ -9,6 +9,10 @@
 
 INLINE float32x4_t fused(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
 
+INLINE float32x4_t larger_of(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+
+INLINE float32x4_t smaller_of(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+
 INLINE float sum_of_lanes(float32x4_t v) { return vpadds_f32(vadd_f32(vget_low_f32(v), vget_high_f32(v))); }
 
 INLINE int32x4_t ints_of_bytes(const uint8_t *p) {
@@ -32,7 +36,7 @@ INLINE float32x4_t sums_of_lanes(const four *v) { return vpaddq_f32(vpaddq_f32(v
 #include "rows.h"
 #include "plain.h"
 
-enum { AT_ONCE = 4 }; /* rows of x, limited by the 32 registers */
+enum { AT_ONCE = 4, TOGETHER = 1 }; /* rows of x and blocks, limited by the 32 registers */
 
 DOT_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *groups) {
     int8_t *out = codes;
@@ -130,7 +134,7 @@ INLINE void int8_dots_by_dot(const uint8_t *p, const int8_t *x, int64_t width, c
 #undef COLUMNS_OF
 }
 
-INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows, float *out) {
+INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, const int rows, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const int vectors = rows > 2 ? 2 : 4;
     const uint32x4_t high = vdupq_n_u32(0xffff0000);
@@ -160,18 +164,14 @@ INLINE void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t 
         }
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++)
-                vst1q_f32(out + r * BLOCK + 4 * (first + v), vaddq_f32(even[r][v], odd[r][v]));
+                vst1q_f32(out + r * stride + 4 * (first + v), vaddq_f32(even[r][v], odd[r][v]));
     }
 }
 
 #include "forms.h"
 
-#define BF16_OF(n) bf16(w, block, x, n, out)
-FORMS(bf16_tile, DOT_CODE, uint16_t, BF16_OF)
-
-DOT_CODE static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    fedtune_portable.to_bf16(x, n_in, codes, groups);
-}
+#define BF16_OF(n, together, own) bf16(w, own, x, n, out, stride)
+FORMS(bf16_tile, DOT_CODE, uint16_t, AT_ONCE, BF16_OF)
 
 #define NAMED(name) name##_by_dot
 #define PRODUCT INLINE

@@ -1,6 +1,6 @@
 /* The products of int4 and int8. neon.c includes this once for dotprod and once for i8mm: only NAMED(int4_dots) and NAMED(int8_dots) differ. */
 
-PRODUCT void NAMED(int4)(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, const int wide) {
+PRODUCT void NAMED(int4)(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, int64_t stride, const int wide) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const int vectors = rows > 2 ? 2 : 4; /* of 4 outputs at a time: sums that fit the registers */
     for (int first = 0; first < 4; first += vectors) {
@@ -28,12 +28,12 @@ PRODUCT void NAMED(int4)(const struct fedtune_weights *w, int64_t block, const i
         const float *base = w->base + 2 * block;
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++)
-                vst1q_f32(out + r * BLOCK + 4 * (first + v), wide ? vaddq_f32(product[r][v], shift[r][v])
+                vst1q_f32(out + r * stride + 4 * (first + v), wide ? vaddq_f32(product[r][v], shift[r][v])
                                                                   : vfmaq_n_f32(vmulq_n_f32(product[r][v], base[0]), shift[r][v], base[1]));
     }
 }
 
-PRODUCT void NAMED(int8)(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out) {
+PRODUCT void NAMED(int8)(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, int64_t stride) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
     const int vectors = rows > 2 ? 2 : 4;
     for (int first = 0; first < 4; first += vectors) {
@@ -54,16 +54,16 @@ PRODUCT void NAMED(int8)(const struct fedtune_weights *w, int64_t block, const i
         }
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++)
-                vst1q_f32(out + r * BLOCK + 4 * (first + v), vmulq_f32(product[r][v], vld1q_f32(w->base + BLOCK * block + 4 * (first + v))));
+                vst1q_f32(out + r * stride + 4 * (first + v), vmulq_f32(product[r][v], vld1q_f32(w->base + BLOCK * block + 4 * (first + v))));
     }
 }
 
-#define INT4_OF(n) NAMED(int4)(w, block, x, xg, n, out, 0)
-#define WIDE_OF(n) NAMED(int4)(w, block, x, xg, n, out, 1)
-#define INT8_OF(n) NAMED(int8)(w, block, x, xg, n, out)
-FORMS(NAMED(int4_tile), PRODUCT_CODE, int8_t, INT4_OF)
-FORMS(NAMED(wide_tile), PRODUCT_CODE, int8_t, WIDE_OF)
-FORMS(NAMED(int8_tile), PRODUCT_CODE, int8_t, INT8_OF)
+#define INT4_OF(n, together, own) NAMED(int4)(w, own, x, xg, n, out, stride, 0)
+#define WIDE_OF(n, together, own) NAMED(int4)(w, own, x, xg, n, out, stride, 1)
+#define INT8_OF(n, together, own) NAMED(int8)(w, own, x, xg, n, out, stride)
+FORMS(NAMED(int4_tile), PRODUCT_CODE, int8_t, AT_ONCE, INT4_OF)
+FORMS(NAMED(wide_tile), PRODUCT_CODE, int8_t, AT_ONCE, WIDE_OF)
+FORMS(NAMED(int8_tile), PRODUCT_CODE, int8_t, AT_ONCE, INT8_OF)
 #undef INT4_OF
 #undef WIDE_OF
 #undef INT8_OF

@@ -13,6 +13,22 @@
 enum { FEW = 4, PIECE = 8 };
 enum { SOME_RANKS = 8, SOME_COLUMNS = 256 }; /* of an adapter, done at once */
 
+#ifdef FEDTUNE_STEPS /* CPU seconds of this thread in a pass's steps: simulations/benchmarks/inference/steps.py builds and reads them */
+#include <time.h>
+EXPORTED double fedtune_steps[10];
+
+static void end_step(int step) {
+    static double before;
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    const double now = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    fedtune_steps[step] += now - before, before = now;
+}
+#else
+#define end_step(step)
+#endif
+enum { REST = 0, ROWS = 1, QKV_STEP = 2, ROPE = 3, ATTENTION = 4, O_STEP = 5, GATE_UP_STEP = 6, ACTIVATION = 7, DOWN_STEP = 8, HEAD = 9 };
+
 struct work {
     const struct fedtune_decoder *d;
     const struct fedtune_pass *p;
@@ -38,20 +54,30 @@ static void for_rows(struct work *w, int64_t rows, void (*run)(void *, int64_t, 
     fedtune_pool_run(rows > FEW ? w->threads : 1, rows, rows > FEW * PIECE ? PIECE : FEW, run, w);
 }
 
-static void write_entries(void *to, int64_t at, const float *from, int64_t n, int halves) {
-    if (!halves) {
+static void write_entries(const struct work *w, void *to, int64_t at, const float *from, int64_t n, int64_t halves) {
+    if (halves)
+        w->op->halve(from, n, (uint16_t *)to + at);
+    else
         memcpy((float *)to + at, from, (size_t)n * sizeof *from);
-        return;
-    }
-    uint16_t *out = (uint16_t *)to + at;
-    for (int64_t i = 0; i < n; i++)
-        out[i] = bf16_of(from[i]);
 }
 
-static void norm_before_attention(void *argument, int64_t first, int64_t end) {
+/* Rounds a row of a linear's input while the cache holds it. */
+static void round_input(const struct work *w, const struct fedtune_layer *layer, int64_t linear, int64_t row, const float *x) {
+    fedtune_round(linear_of(layer, linear), w->kernels, w->p->rows, row, x, w->space);
+}
+
+/* The input of a layer's first linear. */
+static void begin_row(const struct work *w, const struct fedtune_layer *layer, int64_t row) {
+    const int64_t n = w->d->hidden;
+    if (layer->norm)
+        w->op->norm(w->p->hidden + row * n, layer->norm, w->x + row * n, n, w->d->eps);
+    round_input(w, layer, QKV, row, (layer->norm ? w->x : w->p->hidden) + row * n);
+}
+
+static void begin(void *argument, int64_t first, int64_t end) {
     const struct work *w = argument;
     for (int64_t i = first; i < end; i++)
-        w->op->norm(w->p->hidden + i * w->d->hidden, w->layer->norm, w->x + i * w->d->hidden, w->d->hidden, w->d->eps);
+        begin_row(w, w->layer, i);
 }
 
 static void norm_heads(const struct work *w, float *x, const float *weight, int64_t heads) {
@@ -84,8 +110,8 @@ static void prepare(void *argument, int64_t first, int64_t end) {
         for (int64_t h = 0; h < d->kv_heads; h++) {
             if (!s->ring)
                 w->op->rotate(k + h * width, turns, width / 2, 1);
-            write_entries(s->keys[w->index], slot * s->token_stride + h * s->head_stride, k + h * width, width, (int)s->halves);
-            write_entries(s->values[w->index], slot * s->token_stride + h * s->head_stride, v + h * width, width, (int)s->halves);
+            write_entries(w, s->keys[w->index], slot * s->token_stride + h * s->head_stride, k + h * width, width, s->halves);
+            write_entries(w, s->values[w->index], slot * s->token_stride + h * s->head_stride, v + h * width, width, s->halves);
         }
     }
 }
@@ -101,13 +127,18 @@ static struct codes codes_of(const struct fedtune_decoder *d, const struct fedtu
     };
 }
 
-/* An item is a head of keys and a piece of PIECE rows. */
+/* Rows of an item of attention: many where few queries share a key, which is unpacked once for all of them. */
+static int64_t attended_together(const struct work *w) {
+    return w->p->rows >= 4 * ROWS_AT_ONCE && w->d->heads < 4 * w->d->kv_heads ? ROWS_AT_ONCE : PIECE;
+}
+
+/* Items: for each head of keys, pieces of rows; first the last ones, which take longest. */
 static void attend(void *argument, int64_t first, int64_t end) {
     const struct work *w = argument;
     const struct fedtune_decoder *d = w->d;
-    const int64_t pieces = (w->p->rows + PIECE - 1) / PIECE, shared = d->heads / d->kv_heads;
+    const int64_t step = attended_together(w), pieces = (w->p->rows + step - 1) / step, shared = d->heads / d->kv_heads;
     for (int64_t item = first; item < end; item++) {
-        int64_t head = item / pieces, row = item % pieces * PIECE, stop = row + PIECE < w->p->rows ? row + PIECE : w->p->rows;
+        int64_t head = item / pieces, row = (pieces - 1 - item % pieces) * step, stop = smaller(row + step, w->p->rows);
         while (row < stop) {
             int64_t owner = w->owners[row], start = w->starts[owner];
             const struct fedtune_span *s = w->p->spans + owner;
@@ -133,6 +164,12 @@ static void attend(void *argument, int64_t first, int64_t end) {
     }
 }
 
+static void round_attended(void *argument, int64_t first, int64_t end) {
+    const struct work *w = argument;
+    for (int64_t i = first; i < end; i++)
+        round_input(w, w->layer, O, i, w->attended + i * w->d->heads * w->d->head_dim);
+}
+
 static void finish_attention(void *argument, int64_t first, int64_t end) {
     const struct work *w = argument;
     const int64_t n = w->d->hidden;
@@ -143,6 +180,7 @@ static void finish_attention(void *argument, int64_t first, int64_t end) {
         w->op->add(hidden, y, n);
         if (w->layer->mlp_norm)
             w->op->norm(hidden, w->layer->mlp_norm, w->x + i * n, n, w->d->eps);
+        round_input(w, w->layer, GATE_UP, i, w->layer->mlp_norm ? w->x + i * n : hidden);
     }
 }
 
@@ -152,6 +190,7 @@ static void activate(void *argument, int64_t first, int64_t end) {
     for (int64_t i = first; i < end; i++) {
         float *gate = w->wide + 2 * i * n;
         w->op->activate(gate, gate + n, gate, n, (int)w->d->gelu);
+        round_input(w, w->layer, DOWN, i, gate);
     }
 }
 
@@ -163,6 +202,8 @@ static void finish_mlp(void *argument, int64_t first, int64_t end) {
         if (w->layer->down_norm)
             w->op->norm(y, w->layer->down_norm, y, n, w->d->eps);
         w->op->add(w->p->hidden + i * n, y, n);
+        if (w->index + 1 < w->p->last)
+            begin_row(w, w->layer + 1, i);
     }
 }
 
@@ -210,11 +251,11 @@ static void expand(void *argument, int64_t first, int64_t end) {
     adapt_tiles(w, first, end, w->output_width, SOME_COLUMNS, 1);
 }
 
-/* A linear, and the adapters of the rows that have one. */
+/* A linear, whose input is rounded, and the adapters of the rows that have one. */
 static void product(struct work *w, int64_t linear, const float *x, int64_t stride, float *y) {
     const struct fedtune_weights *weights = linear_of(w->layer, linear);
     const int64_t pieces = (w->p->rows + PIECE - 1) / PIECE;
-    fedtune_product(weights, w->kernels, w->threads, w->p->rows, x, stride, y, w->space);
+    fedtune_product_of_rounded(weights, w->kernels, w->threads, w->p->rows, y, w->space);
     w->ranks = 0;
     for (int64_t i = 0; i < w->p->span_count; i++)
         if (w->p->spans[i].lora)
@@ -231,17 +272,29 @@ static void product(struct work *w, int64_t linear, const float *x, int64_t stri
 static void run_layer(struct work *w) {
     const struct fedtune_layer *l = w->layer;
     const int64_t n = w->d->hidden, rows = w->p->rows;
-    if (l->norm)
-        for_rows(w, rows, norm_before_attention);
+    if (w->index == w->p->first)
+        for_rows(w, rows, begin);
+    end_step(ROWS);
     product(w, QKV, l->norm ? w->x : w->p->hidden, n, w->qkv);
+    end_step(QKV_STEP);
     for_rows(w, rows, prepare);
-    fedtune_pool_run(w->threads, w->d->kv_heads * ((rows + PIECE - 1) / PIECE), 1, attend, w);
+    end_step(ROPE);
+    const int64_t together = attended_together(w);
+    fedtune_pool_run(w->threads, w->d->kv_heads * ((rows + together - 1) / together), 1, attend, w);
+    for_rows(w, rows, round_attended);
+    end_step(ATTENTION);
     product(w, O, w->attended, w->d->heads * w->d->head_dim, w->y);
+    end_step(O_STEP);
     for_rows(w, rows, finish_attention);
+    end_step(ROWS);
     product(w, GATE_UP, l->mlp_norm ? w->x : w->p->hidden, n, w->wide);
+    end_step(GATE_UP_STEP);
     for_rows(w, rows, activate);
+    end_step(ACTIVATION);
     product(w, DOWN, w->wide, 2 * w->d->intermediate, w->y);
+    end_step(DOWN_STEP);
     for_rows(w, rows, finish_mlp);
+    end_step(ROWS);
 }
 
 static void cap_logits(void *argument, int64_t first, int64_t end) {
@@ -317,12 +370,14 @@ int fedtune_pass_run(const struct fedtune_decoder *decoder, const struct fedtune
             w.owners[row] = i;
         }
     }
+    end_step(REST);
     for (w.index = pass->first; w.index < pass->last; w.index++) {
         w.layer = decoder->layer + w.index;
         run_layer(&w);
     }
     if (pass->logits)
         make_logits(&w);
+    end_step(HEAD);
     free(memory);
     return FINE;
 }

@@ -8,9 +8,13 @@ typedef float four __attribute__((vector_size(16)));
 
 static inline four fused(four a, four b, four c) { return a * b + c; }
 
-static inline float sum_of_lanes(four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-
 typedef int32_t four_ints __attribute__((vector_size(16)));
+
+static inline four larger_of(four a, four b) { return (four)(((four_ints)a & (a > b)) | ((four_ints)b & ~(a > b))); }
+
+static inline four smaller_of(four a, four b) { return (four)(((four_ints)a & (a < b)) | ((four_ints)b & ~(a < b))); }
+
+static inline float sum_of_lanes(four v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 static inline four_ints ints_of_bytes(const uint8_t *p) { return (four_ints){p[0], p[1], p[2], p[3]}; }
 
@@ -73,86 +77,71 @@ static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *g
     }
 }
 
-static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
-    uint16_t *out = codes;
-    int64_t end = groups_of(n_in) * GROUP;
-    (void)groups;
-    for (int64_t i = 0; i < n_in; i++)
-        out[i] = bf16_of(x[i]);
-    memset(out + n_in, 0, (size_t)(end - n_in) * sizeof *out);
-}
-
-static void int4(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out, int wide) {
-    int64_t groups = groups_of(w->n_in);
-    for (int row = 0; row < rows; row++, out += BLOCK, xg += groups) {
-        const uint8_t *p = w->codes + block * groups * 256, *s = w->scales + block * groups * (wide ? 64 : 32);
-        const int8_t *x = (const int8_t *)codes + row * groups * GROUP;
-        float product[BLOCK] = {0}, shift[BLOCK] = {0};
-        for (int64_t g = 0; g < groups; g++, p += 256, x += GROUP, s += wide ? 64 : 32) {
-            int32_t dot[BLOCK];
+static void int4(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, float *out, int wide) {
+    const int64_t groups = groups_of(w->n_in);
+    const uint8_t *p = w->codes + block * groups * 256, *s = w->scales + block * groups * (wide ? 64 : 32);
+    float product[BLOCK] = {0}, shift[BLOCK] = {0};
+    for (int64_t g = 0; g < groups; g++, p += 256, x += GROUP, s += wide ? 64 : 32) {
+        int32_t dot[BLOCK];
+        for (int r = 0; r < BLOCK; r++)
+            dot[r] = xg[g].minus_8;
+        for (int j = 0; j < 4; j++)
             for (int r = 0; r < BLOCK; r++)
-                dot[r] = xg[g].minus_8;
-            for (int j = 0; j < 4; j++)
-                for (int r = 0; r < BLOCK; r++)
-                    for (int b = 0; b < 4; b++) {
-                        uint8_t both = p[64 * j + 4 * r + b];
-                        dot[r] += (both & 15) * x[4 * j + b] + (both >> 4) * x[16 + 4 * j + b];
-                    }
-            for (int r = 0; r < BLOCK; r++) {
-                product[r] += (wide ? from_bf16(read_u16(s + 2 * r)) : (float)s[r]) * xg[g].scale * (float)dot[r];
-                shift[r] += (wide ? from_bf16(read_u16(s + 32 + 2 * r)) : (float)(int8_t)s[16 + r]) * xg[g].sum;
-            }
+                for (int b = 0; b < 4; b++) {
+                    uint8_t both = p[64 * j + 4 * r + b];
+                    dot[r] += (both & 15) * x[4 * j + b] + (both >> 4) * x[16 + 4 * j + b];
+                }
+        for (int r = 0; r < BLOCK; r++) {
+            product[r] += (wide ? from_bf16(read_u16(s + 2 * r)) : (float)s[r]) * xg[g].scale * (float)dot[r];
+            shift[r] += (wide ? from_bf16(read_u16(s + 32 + 2 * r)) : (float)(int8_t)s[16 + r]) * xg[g].sum;
         }
-        for (int r = 0; r < BLOCK; r++)
-            out[r] = wide ? product[r] + shift[r] : product[r] * w->base[2 * block] + shift[r] * w->base[2 * block + 1];
     }
+    for (int r = 0; r < BLOCK; r++)
+        out[r] = wide ? product[r] + shift[r] : product[r] * w->base[2 * block] + shift[r] * w->base[2 * block + 1];
 }
 
-static void int4_narrow(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out) {
-    int4(w, block, codes, xg, rows, out, 0);
-}
-
-static void int4_wide(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out) {
-    int4(w, block, codes, xg, rows, out, 1);
-}
-
-static void int8(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out) {
-    int64_t groups = groups_of(w->n_in);
-    for (int row = 0; row < rows; row++, out += BLOCK, xg += groups) {
-        const uint8_t *p = w->codes + block * groups * 512;
-        const int8_t *x = (const int8_t *)codes + row * groups * GROUP;
-        float product[BLOCK] = {0};
-        for (int64_t g = 0; g < groups; g++, p += 512, x += GROUP) {
-            int32_t dot[BLOCK];
+static void int8(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, float *out) {
+    const int64_t groups = groups_of(w->n_in);
+    const uint8_t *p = w->codes + block * groups * 512;
+    float product[BLOCK] = {0};
+    for (int64_t g = 0; g < groups; g++, p += 512, x += GROUP) {
+        int32_t dot[BLOCK];
+        for (int r = 0; r < BLOCK; r++)
+            dot[r] = xg[g].minus_128;
+        for (int j = 0; j < 8; j++)
             for (int r = 0; r < BLOCK; r++)
-                dot[r] = xg[g].minus_128;
-            for (int j = 0; j < 8; j++)
-                for (int r = 0; r < BLOCK; r++)
-                    for (int b = 0; b < 4; b++)
-                        dot[r] += p[64 * j + 4 * r + b] * x[4 * j + b];
-            for (int r = 0; r < BLOCK; r++)
-                product[r] += xg[g].scale * (float)dot[r];
+                for (int b = 0; b < 4; b++)
+                    dot[r] += p[64 * j + 4 * r + b] * x[4 * j + b];
+        for (int r = 0; r < BLOCK; r++)
+            product[r] += xg[g].scale * (float)dot[r];
+    }
+    for (int r = 0; r < BLOCK; r++)
+        out[r] = product[r] * w->base[BLOCK * block + r];
+}
+
+static void bf16(const struct fedtune_weights *w, int64_t block, const uint16_t *x, float *out) {
+    const int64_t groups = groups_of(w->n_in);
+    const uint8_t *p = w->codes + block * groups * 1024;
+    float even[BLOCK] = {0}, odd[BLOCK] = {0};
+    for (int64_t j = 0; j < groups * GROUP / 2; j++, p += 64)
+        for (int r = 0; r < BLOCK; r++) {
+            even[r] += from_bf16(read_u16(p + 4 * r)) * from_bf16(x[2 * j]);
+            odd[r] += from_bf16(read_u16(p + 4 * r + 2)) * from_bf16(x[2 * j + 1]);
         }
-        for (int r = 0; r < BLOCK; r++)
-            out[r] = product[r] * w->base[BLOCK * block + r];
-    }
+    for (int r = 0; r < BLOCK; r++)
+        out[r] = even[r] + odd[r];
 }
 
-static void bf16(const struct fedtune_weights *w, int64_t block, const void *codes, const struct columns *xg, int rows, float *out) {
-    int64_t groups = groups_of(w->n_in);
-    (void)xg;
-    for (int row = 0; row < rows; row++, out += BLOCK) {
-        const uint8_t *p = w->codes + block * groups * 1024;
-        const uint16_t *x = (const uint16_t *)codes + row * groups * GROUP;
-        float even[BLOCK] = {0}, odd[BLOCK] = {0};
-        for (int64_t j = 0; j < groups * GROUP / 2; j++, p += 64)
-            for (int r = 0; r < BLOCK; r++) {
-                even[r] += from_bf16(read_u16(p + 4 * r)) * from_bf16(x[2 * j]);
-                odd[r] += from_bf16(read_u16(p + 4 * r + 2)) * from_bf16(x[2 * j + 1]);
-            }
-        for (int r = 0; r < BLOCK; r++)
-            out[r] = even[r] + odd[r];
-    }
-}
+enum { AT_ONCE = 1, TOGETHER = 1 };
+#include "forms.h"
 
-const struct kernels fedtune_portable = {to_int8, to_bf16, copy_row, {int4_narrow, int4_wide, int8, bf16, plain_tile}, &operations};
+#define INT4_OF(n, together, own) int4(w, own, x, xg, out, 0)
+#define WIDE_OF(n, together, own) int4(w, own, x, xg, out, 1)
+#define INT8_OF(n, together, own) int8(w, own, x, xg, out)
+#define BF16_OF(n, together, own) bf16(w, own, x, out)
+FORMS(int4_tile, , int8_t, AT_ONCE, INT4_OF)
+FORMS(wide_tile, , int8_t, AT_ONCE, WIDE_OF)
+FORMS(int8_tile, , int8_t, AT_ONCE, INT8_OF)
+FORMS(bf16_tile, , uint16_t, AT_ONCE, BF16_OF)
+
+const struct kernels fedtune_portable = {to_int8, to_bf16, copy_row, {int4_tile, wide_tile, int8_tile, bf16_tile, plain_tile}, &operations};

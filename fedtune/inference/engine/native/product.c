@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-enum { FEW = 4, MOST_COLUMNS = 1 << 24, CACHED_ROWS = 128 };
+enum { FEW = 4, MOST_COLUMNS = 1 << 24 };
 
 /* Whether `bytes` are exactly a * b * c * d, without overflow. */
 int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d) {
@@ -24,46 +24,6 @@ int fedtune_weights_fit(const struct fedtune_weights *w) {
            (w->bias ? fedtune_is_product(w->bias_bytes, w->n_out, sizeof(float), 1, 1) : !w->bias_bytes);
 }
 
-struct job {
-    const struct fedtune_weights *w;
-    const struct kernels *kernels;
-    const float *x;
-    float *y;
-    uint8_t *codes;
-    struct columns *groups;
-    int64_t rows, x_stride, groups_a_row, bytes_a_row; /* bytes of the rounded activations */
-};
-
-static void round_rows(void *argument, int64_t first, int64_t end) {
-    const struct job *job = argument;
-    const struct kernels *own = job->kernels;
-    round_row *run = job->w->kind == FP32 ? own->copy : job->w->kind == BF16 ? own->to_bf16 : own->to_int8;
-    for (int64_t i = first; i < end; i++)
-        run(job->x + i * job->x_stride, job->w->n_in, job->codes + i * job->bytes_a_row, job->groups ? job->groups + i * job->groups_a_row : NULL);
-}
-
-static void multiply_blocks(void *argument, int64_t first, int64_t end) {
-    const struct job *job = argument;
-    const struct fedtune_weights *w = job->w;
-    float out[TILE * BLOCK];
-    for (int64_t from = 0; from < job->rows; from += CACHED_ROWS) { /* few enough rows of x to stay in the cache while blocks pass */
-        int64_t to = job->rows - from < CACHED_ROWS ? job->rows : from + CACHED_ROWS;
-        for (int64_t block = first; block < end; block++) {
-            int64_t n = w->n_out - block * BLOCK < BLOCK ? w->n_out - block * BLOCK : BLOCK;
-            for (int64_t row = from; row < to; row += TILE) {
-                int rows = to - row < TILE ? (int)(to - row) : TILE;
-                job->kernels->tiles[w->kind](w, block, job->codes + row * job->bytes_a_row,
-                                             job->groups ? job->groups + row * job->groups_a_row : NULL, rows, out);
-                for (int i = 0; i < rows; i++) {
-                    float *y = job->y + (row + i) * w->n_out + block * BLOCK;
-                    for (int64_t r = 0; r < n; r++)
-                        y[r] = w->bias ? out[i * BLOCK + r] + w->bias[block * BLOCK + r] : out[i * BLOCK + r];
-                }
-            }
-        }
-    }
-}
-
 /* Bytes of a rounded activation, and whether groups of them have a struct columns. */
 static int64_t bytes_of(int64_t kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 
@@ -75,14 +35,67 @@ int64_t fedtune_space_for(const struct fedtune_weights *w, int64_t rows) {
     return __builtin_mul_overflow(rows, a_row, &bytes) || bytes > INT64_MAX - 64 ? -1 : bytes;
 }
 
+/* Where rounded rows lie in a product's space: codes, then columns. */
+static uint8_t *codes_at(const struct fedtune_weights *w, int64_t row, void *space) {
+    return (uint8_t *)space + row * groups_of(w->n_in) * GROUP * bytes_of(w->kind);
+}
+
+static struct columns *columns_at(const struct fedtune_weights *w, int64_t rows, int64_t row, void *space) {
+    return has_columns(w->kind) ? (struct columns *)codes_at(w, rows, space) + row * groups_of(w->n_in) : NULL; /* after whole multiples of 32 bytes */
+}
+
+void fedtune_round(const struct fedtune_weights *w, const struct kernels *kernels, int64_t rows, int64_t row, const float *x, void *space) {
+    round_row *run = w->kind == FP32 ? kernels->copy : w->kind == BF16 ? kernels->to_bf16 : kernels->to_int8;
+    run(x, w->n_in, codes_at(w, row, space), columns_at(w, rows, row, space));
+}
+
+struct job {
+    const struct fedtune_weights *w;
+    const struct kernels *kernels;
+    const float *x;
+    float *y;
+    void *space;
+    int64_t rows, x_stride;
+    int64_t steps, count, piece, threads; /* of TILE_BLOCKS blocks; of items, all and together */
+};
+
+static void round_rows(void *argument, int64_t first, int64_t end) {
+    const struct job *job = argument;
+    for (int64_t i = first; i < end; i++)
+        fedtune_round(job->w, job->kernels, job->rows, i, job->x + i * job->x_stride, job->space);
+}
+
+/* Items: TILE_BLOCKS blocks for each TILE rows. */
+static void multiply_blocks(void *argument, int64_t first, int64_t end) {
+    const struct job *job = argument;
+    const struct fedtune_weights *w = job->w;
+    float ends[TILE * TILE_BLOCKS * BLOCK]; /* of blocks that are not whole */
+    for (int64_t item = first; item < end; item++) {
+        const int64_t block = item % job->steps * TILE_BLOCKS, row = item / job->steps * TILE, rows = smaller(TILE, job->rows - row);
+        const int64_t n = smaller(TILE_BLOCKS * BLOCK, w->n_out - block * BLOCK), whole = n % BLOCK == 0;
+        const int64_t after = item + 1 < end ? item + 1 : first + job->threads * job->piece; /* most likely */
+        float *y = job->y + row * w->n_out + block * BLOCK;
+        job->kernels->tiles[w->kind](w, block, (int)((n + BLOCK - 1) / BLOCK), after < job->count ? after % job->steps * TILE_BLOCKS : 0,
+                                     codes_at(w, row, job->space), columns_at(w, job->rows, row, job->space), (int)rows, whole ? y : ends,
+                                     whole ? w->n_out : TILE_BLOCKS * BLOCK);
+        for (int64_t i = 0; i < rows && !whole; i++)
+            memcpy(y + i * w->n_out, ends + i * TILE_BLOCKS * BLOCK, (size_t)n * sizeof *y);
+        for (int64_t i = 0; i < rows && w->bias; i++)
+            for (int64_t r = 0; r < n; r++)
+                y[i * w->n_out + r] += w->bias[block * BLOCK + r];
+    }
+}
+
+void fedtune_product_of_rounded(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, float *y, void *space) {
+    const int64_t steps = (w->n_out + TILE_BLOCKS * BLOCK - 1) / (TILE_BLOCKS * BLOCK), count = steps * ((rows + TILE - 1) / TILE);
+    struct job job = {.w = w, .kernels = kernels, .y = y, .space = space, .rows = rows, .steps = steps, .count = count, .threads = threads,
+                      .piece = rows < TILE / 2 ? larger(count / (8 * (int64_t)threads), 1) : 1}; /* many rows: a piece takes long enough */
+    fedtune_pool_run(threads, count, job.piece, multiply_blocks, &job);
+}
+
 void fedtune_product(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, const float *x, int64_t x_stride,
                      float *y, void *space) {
-    int64_t groups = groups_of(w->n_in), blocks = (w->n_out + BLOCK - 1) / BLOCK;
-    struct job job = {.w = w, .kernels = kernels, .x = x, .y = y, .codes = space, .rows = rows, .x_stride = x_stride, .groups_a_row = groups,
-                      .bytes_a_row = groups * GROUP * bytes_of(w->kind)};
-    if (has_columns(w->kind))
-        job.groups = (struct columns *)(job.codes + rows * job.bytes_a_row); /* whole multiples of 32 bytes come before */
+    struct job job = {.w = w, .kernels = kernels, .x = x, .space = space, .rows = rows, .x_stride = x_stride};
     fedtune_pool_run(rows > FEW ? threads : 1, rows, rows > 8 * FEW ? 8 : FEW, round_rows, &job);
-    int64_t step = blocks / (8 * (int64_t)threads);
-    fedtune_pool_run(threads, blocks, step < 1 ? 1 : step, multiply_blocks, &job);
+    fedtune_product_of_rounded(w, kernels, threads, rows, y, space);
 }

@@ -3,6 +3,7 @@
  *   CODE    attributes of every function
  *   LANES   floats of a vector
  *   fused(a, b, c)   a * b + c of vectors, rounded once if the CPU can
+ *   larger_of(a, b), smaller_of(a, b)  of two vectors; b where either is NaN
  *   sum_of_lanes(v)  the sum of a vector's floats, in a fixed order
  *   ints_of_bytes(p), ints_of_halves(p)  LANES numbers of 8 or 16 bits, without a sign, as a vector of 32-bit integers
  *   most_of_lanes(v)  the largest of a vector's floats
@@ -17,6 +18,7 @@
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t ints __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint16_t shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
 
 #define SMALL static inline __attribute__((always_inline)) CODE
 
@@ -45,13 +47,21 @@ SMALL void store_upto(float *p, vec v, int64_t n) {
         store(p, v);
 }
 
+SMALL vec all(float x) { return x - (vec){0}; } /* x in all lanes; adding zeros would change -0 */
+
 SMALL vec choose(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) | ((ints)no & ~mask)); }
+
+SMALL ints lanes(void) { /* their numbers */
+    ints v;
+    for (int k = 0; k < LANES; k++)
+        v[k] = k;
+    return v;
+}
 
 /* exp(x) to 2 units in the last place; x is limited to -87 .. 88, and NaN stays. Cephes' polynomial. */
 SMALL vec exp_of(vec x) {
     const vec zero = {0};
-    x = choose(x < -87.0f, zero - 87.0f, x);
-    x = choose(x > 88.0f, zero + 88.0f, x);
+    x = smaller_of(zero + 88.0f, larger_of(zero - 87.0f, x));
     vec shifted = fused(x, zero + 1.44269504f, zero + 12582912.0f); /* rounds to the nearest */
     vec n = shifted - 12582912.0f;
     vec r = fused(n, zero - 0.693359375f, x);
@@ -133,6 +143,26 @@ CODE static void rotate(float *x, const float *turns, int64_t pairs, float facto
         x[2 * i + 1] = (a * s + b * c) * factor;
     }
 }
+
+/* Floats' nearest bfloat16s, as bf16_of rounds them. */
+CODE static void halve(const float *x, int64_t n, uint16_t *out) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        ints bits = (ints)load(x + i), is_nan = (bits & 0x7fffffff) > 0x7f800000;
+        ints rounded = bits + 0x7fff + (bits >> 16 & 1); /* only a NaN could overflow */
+        shorts half = __builtin_convertvector(((rounded & ~is_nan) | (is_nan & 0x7fc00000)) >> 16, shorts);
+        memcpy(out + i, &half, sizeof half);
+    }
+    for (; i < n; i++)
+        out[i] = bf16_of(x[i]);
+}
+
+static void to_bf16(const float *x, int64_t n_in, void *codes, struct columns *groups) {
+    (void)groups;
+    halve(x, n_in, codes);
+    memset((uint16_t *)codes + n_in, 0, (size_t)(groups_of(n_in) * GROUP - n_in) * sizeof(uint16_t));
+}
+
 #include "attend.h"
 
 enum { X_ROWS = 2, RANKS = 4 }; /* of a tile of an adapter's products, whose sums fit in 16 registers */
@@ -225,7 +255,7 @@ SMALL int64_t most_likely(const float *x, int64_t n, int64_t but, float *value) 
         vec v = load(x + i);
         if (but >= i && but < i + LANES)
             v[but - i] = -INFINITY;
-        top = choose(v > top, v, top);
+        top = larger_of(v, top);
     }
     for (int k = 0; k < LANES; k++)
         *value = top[k] > *value ? top[k] : *value;
@@ -252,4 +282,4 @@ CODE static void two_best(const float *x, int64_t n, float sharpness, int64_t *t
     chances[1] = exp_of((vec){0} + (second - best) * sharpness)[0] / total;
 }
 
-static const struct operations operations = {norm, add, activate, cap, rotate, attend, shrink, expand, two_best};
+static const struct operations operations = {norm, add, activate, cap, rotate, halve, attend, shrink, expand, two_best};
