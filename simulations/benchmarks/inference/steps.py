@@ -1,10 +1,10 @@
-"""Where the time of a prefill goes: each step of a pass, its share, and its share of the most that the CPU could do.
+"""Where the time of a prefill goes: for each step, its milliseconds, its share of the pass, and its share of the CPU's peak speed.
 
     python -m fedtune.simulations.benchmarks.inference.steps --models FOLDER
 
-It builds the kernels with FEDTUNE_STEPS in a temporary folder. A figure is the median of the passes' CPU time, with one thread. The most
-is that of AVX-512: 8-bit dot products of 64 numbers for the linears, 16 fused multiply-adds for attention, both as fast as this script
-measures them in registers.
+It builds the kernels with FEDTUNE_STEPS in a temporary folder. A figure is the median of the passes' CPU time, with one thread. The peak
+is that of AVX-512 instructions that only use registers, measured at the start: 8-bit dot products of 64 numbers for the linear layers,
+fused multiply-adds of 16 numbers for attention.
 """
 
 import argparse
@@ -26,7 +26,10 @@ from fedtune.simulations.benchmarks.inference.models import SIZES, VOCABULARY, p
 from fedtune.simulations.benchmarks.inference.models import build as model
 from fedtune.simulations.studies.real import hardware
 
-STEPS = ("the rest", "norms", "qkv", "rotary embedding, cache", "attention", "o", "gate and up", "activation", "down", "head")  # of pass.c
+STEPS = (  # numbered as in pass.c
+    "around the steps, in Python and C", "norms", "qkv", "rotary embedding, cache", "attention", "o", "gate and up", "activation", "down",
+    "head, of the last row",
+)  # fmt: skip
 PEAK = """
 #include <time.h>
 static double now(void) { struct timespec t; clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); return t.tv_sec + 1e-9 * t.tv_nsec; }
@@ -49,20 +52,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["125m", "0.4b"], help="models (default: 125m 0.4b)")
     parser.add_argument("--kinds", nargs="+", choices=("int4", "int8"), default=["int4", "int8"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[128, 512], help="tokens of a prefill (default: 128 512)")
-    parser.add_argument("--passes", type=int, default=9, help="passes of each (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", type=int, default=[128, 512], help="tokens in a prefill (default: 128 512)")
+    parser.add_argument("--passes", type=int, default=9, help="timed passes per model, kind and length (default: %(default)s)")
     parser.add_argument("--models", type=Path, default=Path("outputs/bench-inference"), help="folder for the models (default: %(default)s)")
     args = parser.parse_args()
     print(f"{hardware()}; one thread, {args.passes} passes")
-    set_threads(1)  # torch's, too, which the line before has loaded
+    set_threads(1)  # of the kernels and of torch
     with tempfile.TemporaryDirectory() as folder:
         build.LIBRARY = Path(folder) / "kernels.so"
         build.build(build.LIBRARY, ["-DFEDTUNE_STEPS"])
         if (found := kernels()) is None or found.instructions != "avx512":
-            raise SystemExit("this CPU, or FEDTUNE_NATIVE, has no AVX-512, and the peaks are those of AVX-512")
+            raise SystemExit("needs the AVX-512 kernels, but this CPU lacks them or FEDTUNE_NATIVE chooses others")
         seconds = (ctypes.c_double * len(STEPS)).in_dll(ctypes.CDLL(str(build.LIBRARY)), "fedtune_steps")
         dots, sums = rates(Path(folder))
-        print(f"{dots / 1e9:.1f} billion dot products and {sums / 1e9:.1f} billion multiply-adds a second")
+        print(f"{dots / 1e9:.1f} billion 512-bit dot products and {sums / 1e9:.1f} billion multiply-adds a second")
         for size in args.sizes:
             head, rows = [size], [[step] for step in (*STEPS, "all")]
             for kind in args.kinds:
@@ -88,7 +91,7 @@ def rates(folder: Path) -> tuple[float, float]:
 
 
 def work(shape: Shape, rows: int) -> dict[str, float]:
-    """Multiplications of the steps that consist of them."""
+    """Multiplications of the linear layers and of attention, for a prefill of `rows` tokens."""
     width, each = shape.heads * shape.head_dim, shape.layers * rows * shape.hidden
     return {
         "qkv": each * (width + 2 * shape.kv_heads * shape.head_dim), "o": each * width, "gate and up": each * 2 * shape.intermediate,
@@ -97,7 +100,7 @@ def work(shape: Shape, rows: int) -> dict[str, float]:
 
 
 def measure(engine: Engine, rows: int, passes: int, seconds: "ctypes.Array[ctypes.c_double]") -> dict[str, float]:
-    """Median seconds of each step of a prefill; "the rest" is what runs around the steps."""
+    """Median CPU seconds of each step of a prefill, and of the whole pass, "all"."""
     took: dict[str, list[float]] = {step: [] for step in (*STEPS, "all")}
     for i in range(passes + 1):
         ids = [random.Random(i).randrange(1, VOCABULARY) for _ in range(rows)]

@@ -10,23 +10,27 @@ SMALL void floats_of_halves(const uint16_t *from, float *to, int64_t n) {
     }
 }
 
-enum { QUERIES = 16, SIDE_BY_SIDE = LANES == 8 ? 2 : 4, SCORES = TOKENS + LANES }; /* at once; whose sums fit the registers; room in whole vectors */
+enum {
+    QUERIES = 16,                       /* most queries of attend_tile */
+    SIDE_BY_SIDE = LANES == 8 ? 2 : 4,  /* queries whose sums of values fit in the registers together */
+    SCORES = TOKENS + LANES,            /* scores of a query in a tile; the last vector may reach beyond the tokens */
+};
 
-/* A row's query of one head, over tokens first .. end - 1 of a tile. The rest holds the softmax over the tiles before: the largest score, the sum
- * of the exponentials, and out [width]. */
+/* A row's query of one head, over tokens first .. end - 1 of a tile. The softmax over the earlier tiles: the largest score
+ * `most`, the sum of the exponentials `total`, and `out` [width], the sum of the values times their exponentials. */
 struct query {
     const float *q;
     float *most, *total, *out;
     int first, end;
 };
 
-/* Scores of the tokens. Returns the largest, or that of the tiles before. */
+/* Writes the scores of the query's tokens. Returns the largest score of these and the earlier tiles' tokens. */
 SMALL float score(const struct attention *a, const struct query *own, const float *const *keys, const int64_t width, float *scores) {
     const int64_t whole = width / LANES * LANES;
     vec q[MOST_WIDTH / LANES], top = all(*own->most);
     for (int64_t i = 0; i < width; i += LANES)
         q[i / LANES] = load_upto(own->q + i, width - i);
-    for (int t = own->first; t < own->end; t += LANES) { /* sums of LANES tokens at a time, of which the last ones may be beyond the end */
+    for (int t = own->first; t < own->end; t += LANES) { /* LANES tokens at a time; the last ones may be beyond the end */
         const int left = own->end - t;
         vec products[LANES];
         for (int k = 0; k < LANES; k++) {
@@ -52,7 +56,7 @@ SMALL float score(const struct attention *a, const struct query *own, const floa
     return most_of_lanes(top);
 }
 
-/* Scores to exponentials above the largest. Returns their sum. */
+/* Replaces each score by exp(score - highest). Returns the sum. */
 SMALL float weigh(const struct query *own, float highest, float *scores) {
     vec sum = {0};
     for (int t = own->first; t < own->end; t += LANES) {
@@ -63,14 +67,15 @@ SMALL float weigh(const struct query *own, float highest, float *scores) {
     return sum_of_lanes(sum);
 }
 
-/* Adds values of tokens t .. end - 1 to `vectors` vectors of channels; both are constants. */
+/* Adds the values of tokens t .. end - 1, times their exponentials, to `vectors` vectors of channels from `channel`; `vectors` is a constant. */
 SMALL void add_values(vec *sums, const float *const *values, const float *scores, int t, int end, int64_t channel, const int vectors) {
     for (; t < end; t++)
         for (int k = 0; k < vectors; k++)
             sums[k] = fused(all(scores[t]), load(values[t] + channel + k * LANES), sums[k]);
 }
 
-/* The same for n queries, of which most have the same tokens, and for all channels; n and vectors are constants. */
+/* Multiplies each query's `out` by `old` and adds its values, for all channels and n queries; n is a constant. Most queries have the same tokens,
+ * whose values, low .. high - 1, are added to all n queries together. */
 SMALL void add_all(const struct query *own, const int n, const float *const *values, const int64_t width, float (*scores)[SCORES], const float *old) {
     const int64_t whole = width / LANES * LANES;
     int low = 0, high = TOKENS;
@@ -110,16 +115,16 @@ SMALL void add_all(const struct query *own, const int n, const float *const *val
     }
 }
 
-/* The softmax of queries over a tile. Each step is done for all of them, so that none waits for another's result. */
+/* Adds a tile to the softmax of n queries. Each step runs for all queries before the next step, so that the processor need not wait for a result. */
 SMALL void attend_tile(const struct attention *a, const struct query *own, int n, const float *const *keys, const float *const *values,
                        const int64_t width) {
     float scores[QUERIES][SCORES] __attribute__((aligned(64))), highest[QUERIES] = {0}, old[QUERIES] = {0};
     int j;
     for (j = 0; j < n; j++)
         old[j] = *own[j].most, highest[j] = score(a, own + j, keys, width, scores[j]);
-    for (j = 0; j < n; j += LANES) { /* what the sums before are multiplied with */
+    for (j = 0; j < n; j += LANES) { /* the factors of the earlier sums */
         vec before = load(old + j), now = load(highest + j);
-        store(old + j, choose(before == now, all(1), exp_of(before - now))); /* they may be infinite */
+        store(old + j, choose(before == now, all(1), exp_of(before - now))); /* both may be -infinity */
     }
     for (j = 0; j < n; j++) {
         *own[j].most = highest[j];
@@ -131,7 +136,7 @@ SMALL void attend_tile(const struct attention *a, const struct query *own, int n
         add_all(own + j, 1, values, width, scores + j, old + j);
 }
 
-/* The same with a constant number of channels where it is common, so that the query stays in registers. */
+/* Calls attend_tile with the two common widths as constants, so that the query stays in registers. */
 CODE static void attend_tile_of(const struct attention *a, const struct query *own, int n, const float *const *keys, const float *const *values) {
     if (a->width == 64)
         attend_tile(a, own, n, keys, values, 64);
@@ -198,7 +203,7 @@ SMALL void decode(const struct codes *c, int values, int64_t token, int count, i
 SMALL void find_tokens(const struct attention *a, int values, int64_t from, int count, int64_t coded, int64_t moved, float *space,
                        const float **found) {
     const void *entries = values ? a->values : a->keys;
-    if (a->halves && !a->codes && !a->blocks && !a->ring) { /* side by side */
+    if (a->halves && !a->codes && !a->blocks && !a->ring) { /* the tokens are in consecutive slots */
         const uint16_t *own = (const uint16_t *)entries + (from - a->first) * a->token_stride;
         for (int t = 0; t < count; t++, own += a->token_stride)
             found[t] = space + t * a->width, floats_of_halves(own, space + t * a->width, a->width);
@@ -208,7 +213,7 @@ SMALL void find_tokens(const struct attention *a, int values, int64_t from, int 
         const int64_t at = from + t;
         float *own = space + t * a->width;
         found[t] = own;
-        if (at < coded) { /* up to the end of the group */
+        if (at < coded) { /* as many tokens as are in the same group */
             const int64_t last = smaller(smaller(coded, from + count), (at / a->codes->group + 1) * a->codes->group);
             decode(a->codes, values, at, (int)(last - at), a->width, own);
             for (; from + t < last - 1; t++)
@@ -229,20 +234,20 @@ SMALL void find_tokens(const struct attention *a, int values, int64_t from, int 
     }
 }
 
-/* The position of a row in the text. */
+/* The position of a row in its sequence. */
 SMALL int64_t position_of(const struct attention *a, int64_t row) { return a->length + (row < a->chain ? row : a->forks[row - a->chain] + 1); }
 
 /* Attention of rows row .. row + rows - 1 to tokens low .. end - 1, tile by tile. In a tile each row attends to the tokens that it sees. */
 SMALL void attend_range(const struct attention *a, int64_t row, int rows, int64_t low, int64_t end, int is_sinks, float *space, float *most,
                         float *total) {
-    const float *keys[TOKENS + LANES], *values[TOKENS]; /* beyond the tokens, keys are that of the last one */
+    const float *keys[TOKENS + LANES], *values[TOKENS]; /* score() reads up to LANES keys beyond the tokens: copies of the last one */
     struct query queries[QUERIES];
     const int copies = a->halves || a->codes || a->ring, shared = a->shared;
     float *own = space + (copies ? 2 * TOKENS * a->width : 0); /* a fork's key and value */
     for (int64_t tile = low / TOKENS * TOKENS; tile < end; tile += TOKENS) { /* tiles begin at fixed positions */
         const int64_t start = larger(tile, low);
         const int count = (int)(smaller(tile + TOKENS, end) - start);
-        int64_t coded = -1, moved = -1; /* those of the tokens found last */
+        int64_t coded = -1, moved = -1; /* find_tokens' arguments for the tokens in `keys` and `values` */
         int n = 0;
         for (int r = 0; r < rows; r++) {
             const int64_t at = position_of(a, row + r), oldest = is_sinks || !a->window ? 0 : at - a->window + 1;

@@ -31,7 +31,7 @@ INLINE float most_of_lanes(__m256 v) {
 
 INLINE __m256 sums_of_lanes(const __m256 *v) {
     __m256 half[2];
-    for (int i = 0; i < 2; i++) { /* of 4 vectors, in each half */
+    for (int i = 0; i < 2; i++) { /* the sums of 4 vectors, in each 128 bits */
         __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(v[4 * i], v[4 * i + 1]), _mm256_unpackhi_ps(v[4 * i], v[4 * i + 1]));
         __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]), _mm256_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
         half[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
@@ -44,7 +44,7 @@ INLINE __m256 sums_of_lanes(const __m256 *v) {
 #include "rows.h"
 #include "plain.h"
 
-enum { AT_ONCE = 4, TOGETHER = 1 }; /* rows of x and blocks, limited by the 16 registers */
+enum { AT_ONCE = 4, TOGETHER = 1 }; /* rows of x, and blocks, of a call: more do not fit in the 16 registers */
 
 INLINE int32_t sum_of(__m256i v) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -99,7 +99,7 @@ AVX2_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct 
     }
 }
 
-INLINE __m256i four_of(const void *x) { /* 4 bytes of x for every row */
+INLINE __m256i four_of(const void *x) { /* 4 bytes of x, repeated for each row of a block */
     int32_t four;
     memcpy(&four, x, sizeof four);
     return _mm256_set1_epi32(four);

@@ -26,7 +26,7 @@ INLINE float most_of_lanes(__m512 v) { return _mm512_reduce_max_ps(v); }
 
 INLINE __m512 sums_of_lanes(const __m512 *v) {
     __m512 quarter[4];
-    for (int i = 0; i < 4; i++) { /* of 4 vectors, in each quarter */
+    for (int i = 0; i < 4; i++) { /* the sums of 4 vectors, in each 128 bits */
         __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i], v[4 * i + 1]), _mm512_unpackhi_ps(v[4 * i], v[4 * i + 1]));
         __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]), _mm512_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
         quarter[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
@@ -44,7 +44,7 @@ INLINE __m512 sums_of_lanes(const __m512 *v) {
 #define BF16_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
 #define AHEAD 2048 /* bytes to prefetch ahead: the processor's own prefetcher stops at the end of a page */
 
-INLINE __m512i four_of(const void *x) { /* 4 bytes of x for every row */
+INLINE __m512i four_of(const void *x) { /* 4 bytes of x, repeated for each row of a block */
     int32_t four;
     memcpy(&four, x, sizeof four);
     return _mm512_set1_epi32(four);
@@ -59,15 +59,17 @@ INLINE __m512 from_bf16(const uint8_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
 
-enum { AT_ONCE = 4, TOGETHER = 2 }; /* rows of x and blocks: sums of 8 vectors hide a product's latency, and with the rest fit the 32 registers */
+enum { AT_ONCE = 4, TOGETHER = 2 }; /* rows of x, and blocks, of a call: 8 sums hide a product's latency and leave registers for the rest */
 
-/* Of group g in tile `at` of `tiles`, each of AT_ONCE rows: fetches a share of the bytes that the next blocks have for `lines` lines a group. */
+/* Prefetches the next blocks, which have `lines` cache lines for each group. The `tiles` tiles of AT_ONCE rows share this work: tile number `at`
+ * fetches lines at, at + tiles, ... for its group g. */
 INLINE void fetch_share(const uint8_t *next, int64_t groups, int64_t g, int at, int tiles, const int lines) {
     for (int i = at; i < lines && next; i += tiles)
         _mm_prefetch((const char *)((uintptr_t)next + 64 * (uintptr_t)(i * groups + g)), _MM_HINT_T0);
 }
 
-/* Fetches what the next tile reads of a group: its rows are too short for the processor's own prefetch. A line holds two groups, or four. */
+/* Prefetches group g of the next AT_ONCE rows, which are too short for the processor's own prefetcher. Odd groups fetch the columns instead: a
+ * cache line holds the codes of two groups and the columns of four. */
 INLINE void fetch_rows(const int8_t *x, int64_t groups, const struct columns *xg, int64_t g) {
     for (int r = AT_ONCE; r < 2 * AT_ONCE; r++)
         _mm_prefetch((const char *)((g % 2 ? (uintptr_t)xg : (uintptr_t)x) + (g % 2 ? sizeof *xg : GROUP) * (uintptr_t)(r * groups + g)), _MM_HINT_T0);
@@ -204,7 +206,7 @@ FORMS(bf16_tile, BF16_CODE, uint16_t, 2 * AT_ONCE, BF16_OF)
 
 INLINE __mmask16 mask_of(int64_t n) { return n >= 16 ? 0xffff : n > 0 ? (__mmask16)((1 << n) - 1) : 0; } /* the first n of 16 lanes */
 
-/* 16 groups at a time, whose scales are vectors. */
+/* Rounds 16 groups at a time, so that their scales are computed as vectors. */
 VNNI_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *groups) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     int8_t *out = codes;
@@ -225,7 +227,7 @@ VNNI_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct 
         _mm512_storeu_ps(inverse, _mm512_maskz_div_ps(good, steps, greatest));
         for (int g = 0; g < count; g++) {
             const int64_t from = at + g * GROUP;
-            const int64_t n = inverse[g] != 0 ? n_in - from : 0; /* all zeros where a number is not finite */
+            const int64_t n = inverse[g] != 0 ? n_in - from : 0; /* all zeros if a number is not finite or all are smaller than TINY */
             const __mmask16 one = mask_of(n), two = mask_of(n - 16);
             const __m512 factor = _mm512_set1_ps(inverse[g]);
             __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(one, x + from), factor));
@@ -237,7 +239,7 @@ VNNI_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct 
         const __m512i total = _mm512_maskz_loadu_epi32(good, totals);
         const __m512 scale = _mm512_mask_blend_ps(finite, _mm512_set1_ps(__builtin_nanf("")), _mm512_maskz_div_ps(good, greatest, steps));
         const __m512 sum = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(total));
-        struct { /* the columns of struct columns */
+        struct { /* 16 times struct columns, member by member */
             float scale[16], sum[16];
             int32_t minus_8[16], minus_128[16];
         } all;

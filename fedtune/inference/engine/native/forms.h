@@ -1,11 +1,12 @@
-/* A form for each number of rows, so that the sums stay in registers; of TOGETHER blocks at once for each AT_ONCE rows, if there are FEWEST: with fewer
- * the memory is the limit, and is read faster block by block. */
+/* Defines a `tile` function. The last argument is a macro (rows, blocks, first block) that computes up to AT_ONCE rows. Rows and blocks are
+ * constants, so that the sums stay in registers. From FEWEST rows on it computes TOGETHER blocks at once. With fewer rows the memory is the limit,
+ * and is read faster one block at a time. */
 #define FORMS(NAME, TARGET, TYPE, FEWEST, ...)                                                                                             \
     TARGET static void NAME(const struct fedtune_weights *w, int64_t block, int blocks, int64_t next, const void *codes,                   \
                             const struct columns *columns, int all_rows, float *y, int64_t stride) {                                       \
         const int64_t groups = groups_of(w->n_in);                                                                                         \
         const int wholes = all_rows / AT_ONCE;                                                                                             \
-        (void)next, (void)wholes; /* not every set fetches */                                                                              \
+        (void)next, (void)wholes; /* only some instruction sets prefetch */                                                                \
         for (; blocks > 0; blocks -= TOGETHER, block += TOGETHER, y += TOGETHER * BLOCK) {                                                 \
             const TYPE *x = codes;                                                                                                         \
             const struct columns *xg = columns;                                                                                            \

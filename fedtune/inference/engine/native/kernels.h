@@ -24,7 +24,7 @@
 
 enum { BLOCK = 16, GROUP = 32, TILE = 64, TILE_BLOCKS = 2 };
 enum { INT4 = 0, INT4_WIDE = 1, INT8 = 2, BF16 = 3, FP32 = 4, KINDS = 5 };
-/* Of attention: tokens of a tile; rows of a call; and limits of a model: query heads for each key head, and channels of a head. */
+/* Attention: tokens in a tile, rows in a call, and the most query heads for a key head and channels of a head. */
 enum { TOKENS = 32, ROWS_AT_ONCE = 32, MOST_SHARED = 128, MOST_WIDTH = 512 };
 enum { QKV = 0, O = 1, GATE_UP = 2, DOWN = 3, LINEARS = 4 }; /* the linears of a layer */
 enum { FINE = 0, BAD_SIZE = 1, NO_MEMORY = 2, NO_SUCH_SET = 3 };
@@ -190,7 +190,7 @@ struct fedtune_lora {
 /* One sequence of a pass, and where its keys and values are in each layer. A buffer holds `entries` numbers; those of slot i and head h
  * begin at i * token_stride + h * head_stride. struct attention says which slot a token is in. */
 struct fedtune_span {
-    int64_t rows, length; /* tokens of this pass, and before */
+    int64_t rows, length; /* tokens of this pass, and tokens before it */
     void *const *keys, *const *values; /* [layers] */
     int64_t entries, token_stride, head_stride;
     int64_t halves; /* they are bfloat16 instead of float32 */
@@ -249,7 +249,7 @@ void fedtune_product(const struct fedtune_weights *w, const struct kernels *kern
                      float *y, void *space);
 int64_t fedtune_space_for(const struct fedtune_weights *w, int64_t rows); /* or -1: too many */
 
-/* The same in two steps: rounds one of `rows` rows into the space, and the product of all of them once they are there. */
+/* The same in two steps: round each of the `rows` rows into the space, then multiply them. */
 void fedtune_round(const struct fedtune_weights *w, const struct kernels *kernels, int64_t rows, int64_t row, const float *x, void *space);
 void fedtune_product_of_rounded(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, float *y, void *space);
 int fedtune_weights_fit(const struct fedtune_weights *w);

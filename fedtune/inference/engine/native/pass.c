@@ -10,10 +10,10 @@
 
 #include "fits.h"
 
-enum { FEW = 4, PIECE = 8 };
-enum { SOME_RANKS = 8, SOME_COLUMNS = 256 }; /* of an adapter, done at once */
+enum { FEW = 4, PIECE = 8 }; /* rows that one thread computes alone; rows of an item of work */
+enum { SOME_RANKS = 8, SOME_COLUMNS = 256 }; /* ranks, and outputs, of an adapter in an item of work */
 
-#ifdef FEDTUNE_STEPS /* CPU seconds of this thread in a pass's steps: simulations/benchmarks/inference/steps.py builds and reads them */
+#ifdef FEDTUNE_STEPS /* CPU seconds of this thread in each step of a pass, for simulations/benchmarks/inference/steps.py */
 #include <time.h>
 EXPORTED double fedtune_steps[10];
 
@@ -61,7 +61,7 @@ static void write_entries(const struct work *w, void *to, int64_t at, const floa
         memcpy((float *)to + at, from, (size_t)n * sizeof *from);
 }
 
-/* Rounds a row of a linear's input while the cache holds it. */
+/* Rounds a row of a linear's input while it is in the processor's cache. */
 static void round_input(const struct work *w, const struct fedtune_layer *layer, int64_t linear, int64_t row, const float *x) {
     fedtune_round(linear_of(layer, linear), w->kernels, w->p->rows, row, x, w->space);
 }
@@ -86,7 +86,7 @@ static void norm_heads(const struct work *w, float *x, const float *weight, int6
         w->op->norm(x + at, weight, x + at, width, w->d->eps);
 }
 
-/* Norms, scales and rotates queries and keys, and stores keys and values. */
+/* Applies norms and rotations to queries and keys, scales the queries, and stores keys and values. */
 static void prepare(void *argument, int64_t first, int64_t end) {
     const struct work *w = argument;
     const struct fedtune_decoder *d = w->d;
@@ -127,12 +127,12 @@ static struct codes codes_of(const struct fedtune_decoder *d, const struct fedtu
     };
 }
 
-/* Rows of an item of attention: many where few queries share a key, which is unpacked once for all of them. */
+/* Rows of an item of attention. If few query heads share a key head, more rows do, because an item decodes each key only once. */
 static int64_t attended_together(const struct work *w) {
     return w->p->rows >= 4 * ROWS_AT_ONCE && w->d->heads < 4 * w->d->kv_heads ? ROWS_AT_ONCE : PIECE;
 }
 
-/* Items: for each head of keys, pieces of rows; first the last ones, which take longest. */
+/* Items: for each key head, pieces of rows. The last rows come first, because they take longest. */
 static void attend(void *argument, int64_t first, int64_t end) {
     const struct work *w = argument;
     const struct fedtune_decoder *d = w->d;

@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-enum { FEW = 4, MOST_COLUMNS = 1 << 24 };
+enum { FEW = 4, MOST_COLUMNS = 1 << 24 }; /* rows that one thread rounds alone; of W */
 
 /* Whether `bytes` are exactly a * b * c * d, without overflow. */
 int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d) {
@@ -41,7 +41,7 @@ static uint8_t *codes_at(const struct fedtune_weights *w, int64_t row, void *spa
 }
 
 static struct columns *columns_at(const struct fedtune_weights *w, int64_t rows, int64_t row, void *space) {
-    return has_columns(w->kind) ? (struct columns *)codes_at(w, rows, space) + row * groups_of(w->n_in) : NULL; /* after whole multiples of 32 bytes */
+    return has_columns(w->kind) ? (struct columns *)codes_at(w, rows, space) + row * groups_of(w->n_in) : NULL; /* codes end at a multiple of 32 */
 }
 
 void fedtune_round(const struct fedtune_weights *w, const struct kernels *kernels, int64_t rows, int64_t row, const float *x, void *space) {
@@ -56,7 +56,8 @@ struct job {
     float *y;
     void *space;
     int64_t rows, x_stride;
-    int64_t steps, count, piece, threads; /* of TILE_BLOCKS blocks; of items, all and together */
+    int64_t steps, count; /* items for each TILE rows, and all items */
+    int64_t piece, threads; /* items that a thread takes at once */
 };
 
 static void round_rows(void *argument, int64_t first, int64_t end) {
@@ -69,11 +70,11 @@ static void round_rows(void *argument, int64_t first, int64_t end) {
 static void multiply_blocks(void *argument, int64_t first, int64_t end) {
     const struct job *job = argument;
     const struct fedtune_weights *w = job->w;
-    float ends[TILE * TILE_BLOCKS * BLOCK]; /* of blocks that are not whole */
+    float ends[TILE * TILE_BLOCKS * BLOCK]; /* outputs of blocks whose last rows are padding */
     for (int64_t item = first; item < end; item++) {
         const int64_t block = item % job->steps * TILE_BLOCKS, row = item / job->steps * TILE, rows = smaller(TILE, job->rows - row);
         const int64_t n = smaller(TILE_BLOCKS * BLOCK, w->n_out - block * BLOCK), whole = n % BLOCK == 0;
-        const int64_t after = item + 1 < end ? item + 1 : first + job->threads * job->piece; /* most likely */
+        const int64_t after = item + 1 < end ? item + 1 : first + job->threads * job->piece; /* the item that this thread most likely takes next */
         float *y = job->y + row * w->n_out + block * BLOCK;
         job->kernels->tiles[w->kind](w, block, (int)((n + BLOCK - 1) / BLOCK), after < job->count ? after % job->steps * TILE_BLOCKS : 0,
                                      codes_at(w, row, job->space), columns_at(w, job->rows, row, job->space), (int)rows, whole ? y : ends,
@@ -89,7 +90,7 @@ static void multiply_blocks(void *argument, int64_t first, int64_t end) {
 void fedtune_product_of_rounded(const struct fedtune_weights *w, const struct kernels *kernels, int threads, int64_t rows, float *y, void *space) {
     const int64_t steps = (w->n_out + TILE_BLOCKS * BLOCK - 1) / (TILE_BLOCKS * BLOCK), count = steps * ((rows + TILE - 1) / TILE);
     struct job job = {.w = w, .kernels = kernels, .y = y, .space = space, .rows = rows, .steps = steps, .count = count, .threads = threads,
-                      .piece = rows < TILE / 2 ? larger(count / (8 * (int64_t)threads), 1) : 1}; /* many rows: a piece takes long enough */
+                      .piece = rows < TILE / 2 ? larger(count / (8 * (int64_t)threads), 1) : 1}; /* with many rows one item takes long enough */
     fedtune_pool_run(threads, count, job.piece, multiply_blocks, &job);
 }
 
