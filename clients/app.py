@@ -78,7 +78,7 @@ class PreparedTurn:
 
     @property
     def limits(self) -> tuple[int | None, int | None]:
-        """Rows per micro-batch and kept layers, as arguments of `train`; None for a simulated device, for which they are only counted."""
+        """Rows per micro-batch and kept layers, as arguments of `train`; None for a simulated device, which only reports them."""
         return (None, None) if self.fit is None or self.fit.simulated else (self.fit.micro, self.fit.kept_layers)
 
 

@@ -209,8 +209,10 @@ def _in_pieces(
     device: torch.device,
     keep_none: Callable[[], bool],
 ) -> tuple[float, int, int, int, bool]:
-    """`_backward` over micro-batches of at most `size` rows. On an out-of-memory error, it starts over with half the size, or at last with
-    `keep_none`, and the same random numbers. Also returns the final size, the number of errors, and whether `keep_none` was needed.
+    """`_backward` over micro-batches of at most `size` rows.
+
+    Also returns the final size, the number of errors, and whether it called `keep_none`. On an out-of-memory error, it starts over with
+    half the size and the same random numbers. If a single row runs out of memory, it calls `keep_none` and starts over once more.
 
     Raises:
         Decline: Not even a single row fits into memory.

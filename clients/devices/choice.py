@@ -54,7 +54,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """Ratios measured / estimated, of the memory excluding the weights and of the time."""
+    """Measured divided by estimated: the memory excluding the weights, and the time."""
 
     memory: float = 1.0
     time: float = 1.0

@@ -1,8 +1,8 @@
 """The devices of a host's clients: their fixed choices, made at the hello, and their choices for each turn.
 
 Precision and rank are chosen once, for the longest row that the task allows. Batch, micro-batch, length and steps are chosen for each turn,
-for the client's own rows and with corrections learned from its earlier turns. A simulated device's memory is measured by the probe. Its
-micro-batches are only counted, because splitting a batch does not change its gradient.
+for the client's own rows and with corrections learned from its earlier turns. A simulated device's memory is measured by the probe. It
+reports its micro-batch but trains whole batches, because splitting a batch does not change its gradient.
 
 In a private turn, the server sees the choice, and ε depends on batch and steps. The choice then depends only on public values: every row
 counts as `task.max_length` tokens, the row count is public, and measurements on rows are neither reported nor used for corrections.
@@ -137,8 +137,8 @@ class Devices:
         fixed, examples = self.fixed_choice(client), self._space.examples(client, "train")
         entries = self.shapes.adapter(fixed.rank)
         work = _work(plan, examples, config.task, entries, 2 * 4 * entries)
-        kept = {"rank": fixed.rank or 0, "precisions": [fixed.precision], "deadline_s": self.deadline_s}
-        return choose(device, self.shapes, work, **kept)  # pyright: ignore[reportArgumentType]
+        limits = {"rank": fixed.rank or 0, "precisions": [fixed.precision], "deadline_s": self.deadline_s}
+        return choose(device, self.shapes, work, **limits)  # pyright: ignore[reportArgumentType]
 
     def _chosen(self, client: str) -> FixedChoice:
         config, device = self._config, self.of(client)
@@ -167,8 +167,8 @@ class Devices:
         entries = sum(start[n].numel() for n in matching(start.tensors, plan.train))
         work = _work(plan, examples, task, entries, nbytes)
         rank = max(start.spec.ranks.values(), default=0)
-        kept = {"rank": rank, "precisions": [fixed.precision], "correction": used, "deadline_s": self.deadline_s}
-        choice = choose(device, self.shapes, work, **kept)  # pyright: ignore[reportArgumentType]
+        limits = {"rank": rank, "precisions": [fixed.precision], "correction": used, "deadline_s": self.deadline_s}
+        choice = choose(device, self.shapes, work, **limits)  # pyright: ignore[reportArgumentType]
         if choice.length < work.longest:
             examples = space.examples(client, "train", choice.length)
         plan = dataclasses.replace(plan, batch_size=choice.batch, steps=choice.steps, epochs=None)
@@ -203,6 +203,7 @@ class Devices:
             micro //= 2
 
     def _kept(self, plan: Plan, start: AdapterState, fit: Fit, micro: int, kept_layers: int | None) -> int:
+        """Bytes that the probe measures for a micro-batch of this size; measured once for equal arguments."""
         width = self._width(fit)
         counted = max(1, min(fit.work.counted, width - 1))
         key = fit.choice.precision, start.spec.method, start.spec.mask, plan.train, micro, width, counted, kept_layers

@@ -1,4 +1,4 @@
-"""Rows as columns of Python values. The library `datasets`, which loads pandas and Arrow, would take 95 MB of a device that trains."""
+"""Rows as columns of Python values. With `datasets`, which loads pandas and Arrow, a training device would need 95 MB more memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ __all__ = ["RowSet"]
 
 @dataclass(frozen=True, eq=False)
 class RowSet:
-    """Rows of a source, or in fedtune's columns. `rows["text"]` is a column, `rows[3]` a row.
+    """Rows, with the columns of a source or with fedtune's. `rows["text"]` is a column, `rows[3]` a row.
 
     Args:
         columns: Column → one value a row; all columns have the same length.

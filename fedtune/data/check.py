@@ -1,6 +1,6 @@
 """Checks of the data before any library is loaded: do the files exist, and do they have the required columns?
 
-A check raises only errors that reading the rows would raise, in the same words. Everything else is left to the reader.
+A check raises only errors that reading the rows would raise, in the same words. Other faults are found when the rows are read.
 """
 
 import codecs

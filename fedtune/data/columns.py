@@ -21,7 +21,7 @@ DEMO_CHAT = ("{request}", "{action}")  # what the user and the assistant say
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """RowSet in fedtune's columns.
+    """Rows in fedtune's columns.
 
     Args:
         columns: Column → one value a row. `label` is a class id; the task defines the types of its own columns; the others are strings.
@@ -245,7 +245,7 @@ def _conversations(source: RowSet, maps: Mapping[str, str], templates: Mapping[s
 
 
 def _optional(source: RowSet, column: str) -> list[str]:
-    """A column as text; "" where it, or the column, is missing."""
+    """A column as text; "" for a missing value, and for all rows if the column is missing."""
     values = source[column][:] if column in source.column_names else [""] * len(source)
     return texts(["" if value is None else value for value in values], column, column)
 

@@ -21,7 +21,7 @@ def encode(
     as in generation.
 
     Args:
-        rows: RowSet with the task's columns.
+        rows: Rows with the task's columns.
         indices: (n,) indices of the rows, in order.
         tokenizer: The backbone's tokenizer.
         task: The task, with the maximum length.
@@ -99,7 +99,7 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["right", "le
 
 
 def pack(examples: Sequence[Example], pad_id: int, longest: int) -> dict[str, Tensor]:
-    """A batch of B ≤ len(examples) rows, in each of which several examples are joined, up to `longest` tokens if there are several.
+    """A batch of B ≤ len(examples) rows. Each joins one or more examples; a row of several has at most `longest` tokens.
 
     Returns:
         input_ids (B, T) int64; labels (B, T) int64, -100 on padding and at the first token of each example; position_ids (B, T) int64,

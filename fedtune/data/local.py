@@ -202,7 +202,7 @@ def read_file(file: Path, config: DataConfig, used: Collection[str] | None = Non
 
 
 def format_of(file: Path, config: DataConfig) -> str:
-    """The format of a file: `data.format`, or by its suffix.
+    """The format of a file: `data.format`, or that of its suffix if `data.format` is auto.
 
     Raises:
         ConfigError: `data.record_pattern` is set for a format other than text.

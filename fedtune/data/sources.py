@@ -1,4 +1,4 @@
-"""Sources of rows: the demo homes, the hub, or local files. RowSet keep the source's columns; `columns.py` maps them to fedtune's."""
+"""Sources of rows: the demo homes, the hub, or local files. The rows keep the source's columns; `columns.py` maps them to fedtune's."""
 
 import dataclasses
 

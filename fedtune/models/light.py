@@ -6,7 +6,7 @@
     torch._dynamo, torch._inductor  `torch.compile`; torch loads the first whenever it creates an optimizer
     sympy                           sizes that are not known yet; torch loads it when it creates a model on the meta device
 
-Only for processes of fedtune's own, such as a device's worker: the libraries remember what they did not find.
+Use it only in a process that fedtune starts, such as a device's worker, because the libraries remember which parts they did not find.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def import_models() -> None:
 
 
 class _Late(ModuleType):
-    """Stands for a module of which a process needs few names, which have the given values. Any other name loads the module itself."""
+    """A stand-in for a module of which a process needs few names: `values` has them. Access to any other name imports the module itself."""
 
     def __init__(self, name: str, values: Mapping[str, Any]) -> None:
         super().__init__(name)
@@ -73,7 +73,7 @@ class _Late(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         package = self.__spec__ is not None and self.__spec__.submodule_search_locations is not None
-        if name.startswith("__") and not (package and name == "__path__"):  # asked by `inspect`; the path by imports of a submodule
+        if name.startswith("__") and not (package and name == "__path__"):  # `inspect` asks for them; importing a submodule, for the path
             raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
@@ -88,7 +88,7 @@ def _unchanged(function: Any = None, *args: Any, **settings: Any) -> Any:
 
 
 def _of_known(name: str, value: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of torch's `symbolic_shapes` for numbers and conditions that are known; the module itself answers for symbolic ones."""
+    """A function of torch's `symbolic_shapes`: `value` if the numbers and conditions are known, the module's own for symbolic ones."""
 
     def function(*known: Any, **settings: Any) -> Any:
         if _is_known(known):

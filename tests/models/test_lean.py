@@ -59,7 +59,7 @@ def gradients(live: LiveAdapter, batch: Mapping[str, Tensor], task: TaskConfig =
     return out
 
 
-def compared(live: LiveAdapter, batches: Sequence[Mapping[str, Tensor]], within: float = 1e-5, task: TaskConfig = LM) -> None:
+def check_gradients(live: LiveAdapter, batches: Sequence[Mapping[str, Tensor]], within: float = 1e-5, task: TaskConfig = LM) -> None:
     """Assert that the lean step has PEFT's gradients, relative to each tensor's norm."""
     want = [gradients(live, b, task) for b in batches]
     assert lean.enable(live) == "" and step_of(live.model) is not None
@@ -73,7 +73,7 @@ def compared(live: LiveAdapter, batches: Sequence[Mapping[str, Tensor]], within:
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_gradients_of_every_architecture(architecture: str, tmp_path: Path) -> None:
     live = live_model(tmp_path, architecture)
-    compared(live, [collate(rows(), 0), pack(rows(), 0, 16), collate(rows()[:1], 0)])
+    check_gradients(live, [collate(rows(), 0), pack(rows(), 0, 16), collate(rows()[:1], 0)])
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -96,12 +96,12 @@ def test_gradients_of_every_adapter(setting: str, again: bool, tmp_path: Path) -
     live = live_model(tmp_path, model={"checkpointing": again}, **SETTINGS[setting])
     state = live.read(version=0)
     live.load(state.replace(scaling={m: s / 3 for m, s in state.spec.scaling.items()}))
-    compared(live, [collate(rows(), 0)])
+    check_gradients(live, [collate(rows(), 0)])
 
 
 @pytest.mark.parametrize("architecture", quick(["Gemma 2", "Gemma 3", "Phi-3", "OLMo 2", "Qwen3"], "Gemma 2"))
 def test_gradients_with_activation_checkpointing(architecture: str, tmp_path: Path) -> None:
-    compared(live_model(tmp_path, architecture, model={"checkpointing": True}, dropout=0.2), [pack(rows(), 0, 16)])
+    check_gradients(live_model(tmp_path, architecture, model={"checkpointing": True}, dropout=0.2), [pack(rows(), 0, 16)])
 
 
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
@@ -109,12 +109,12 @@ def test_frozen_factors_have_no_gradient(frozen: str, tmp_path: Path) -> None:
     live = live_model(tmp_path)
     for name, p in live.parameters.items():
         p.requires_grad_(not name.endswith(frozen))
-    compared(live, [collate(rows(), 0)])
+    check_gradients(live, [collate(rows(), 0)])
 
 
 def test_attention_by_the_kernel_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "_fused", lambda q, k, cap: cap is None)
-    compared(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16), collate(rows()[:1], 0)])
+    check_gradients(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16), collate(rows()[:1], 0)])
 
 
 PRECISIONS = [("bf16", "bf16", 0.05), ("nf4", "fp32", 1e-5), ("nf4", "bf16", 0.05), ("int8", "fp32", 1e-5), ("int8", "bf16", 0.05)]
@@ -129,7 +129,7 @@ def test_gradients_of_every_precision(
     wide = dataclasses.replace(ROWS["Qwen2, 2.5"], config=lambda: wide_config())
     monkeypatch.setitem(ROWS, "wide", wide)
     live = live_model(tmp_path, "wide", model={"precision": precision, "compute": compute, "checkpointing": again})
-    compared(live, [collate(rows(), 0)], within)
+    check_gradients(live, [collate(rows(), 0)], within)
 
 
 def wide_config() -> Any:
@@ -149,14 +149,14 @@ def test_a_tied_output_layer(tied: bool, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(ROWS, "tied", dataclasses.replace(ROWS["Llama 2"], config=config))
     live = live_model(tmp_path, "tied")
     assert (live.backbone.model.get_output_embeddings().weight is live.backbone.model.get_input_embeddings().weight) is tied  # pyright: ignore
-    compared(live, [collate(rows(), 0)])
+    check_gradients(live, [collate(rows(), 0)])
 
 
 def test_a_classifier_on_a_decoder(tmp_path: Path) -> None:
     task = TaskConfig(kind="classification", max_length=16)
     live = live_model(tmp_path, "Qwen2, 2.5", task=task)
     batch = {**collate(rows(), 0), "labels": torch.tensor([0, 2, 1, 0])}
-    compared(live, [batch], task=task)
+    check_gradients(live, [batch], task=task)
 
 
 def test_a_step_keeps_little_and_no_logits(tmp_path: Path) -> None:
@@ -320,4 +320,4 @@ def test_code_of_a_checkpoint_and_other_attention_have_no_lean_form(tmp_path: Pa
 
 def test_long_rows_take_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "SCORES", 10)
-    compared(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16)])
+    check_gradients(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16)])

@@ -15,7 +15,7 @@ from fedtune.data.examples import Example
 from fedtune.models import LiveAdapter, lean, load_backbone
 from fedtune.models.lean import functions
 from tests.models.build import bert_config, checkpoint, hub
-from tests.models.test_lean import compared, gradients, rows
+from tests.models.test_lean import check_gradients, gradients, rows
 from tests.quick import quick
 
 TASK = TaskConfig(kind="classification", max_length=32)
@@ -56,7 +56,7 @@ def batches() -> list[Any]:
 @pytest.mark.parametrize("kind", quick([*CLASSES, "distilbert"], "bert", "distilbert"))
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
 def test_gradients_of_every_encoder(kind: str, again: bool, tmp_path: Path) -> None:
-    compared(encoder(tmp_path, kind, model={"checkpointing": again}), batches(), task=TASK)
+    check_gradients(encoder(tmp_path, kind, model={"checkpointing": again}), batches(), task=TASK)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("setting", list(SETTINGS))
 def test_gradients_of_every_adapter(setting: str, tmp_path: Path) -> None:
-    compared(encoder(tmp_path, **SETTINGS[setting]), batches(), task=TASK)
+    check_gradients(encoder(tmp_path, **SETTINGS[setting]), batches(), task=TASK)
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
@@ -80,7 +80,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128}
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_gradients_of_quantized_backbones(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    compared(encoder(tmp_path, model={"precision": precision, "compute": "fp32"}, sizes=SIZES), batches(), task=TASK)
+    check_gradients(encoder(tmp_path, model={"precision": precision, "compute": "fp32"}, sizes=SIZES), batches(), task=TASK)
 
 
 def test_bf16_is_as_close_to_float32_as_with_pefts_modules(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_bf16_is_as_close_to_float32_as_with_pefts_modules(tmp_path: Path) -> No
 def test_long_rows_head_by_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "SCORES", 10)
     monkeypatch.setattr(functions, "_fused", lambda q, k, cap: False)
-    compared(encoder(tmp_path), batches(), task=TASK)
+    check_gradients(encoder(tmp_path), batches(), task=TASK)
 
 
 def test_an_encoder_that_has_no_lean_form(tmp_path: Path) -> None:

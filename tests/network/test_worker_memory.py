@@ -1,4 +1,4 @@
-"""What a device's worker imports before it loads a model, and until it has trained."""
+"""What a device's worker imports before it loads a model, and during a turn."""
 
 import json
 import subprocess
@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 UNUSED = {
     "datasets", "pandas", "pyarrow", "opacus", "scipy", "sklearn", "matplotlib", "tensorboard", "hydra", "omegaconf", "ray", "fastapi",
     "pydantic", "requests", "PIL", "networkx", "torch._inductor", "torch.distributed.tensor",
-    "torch._dynamo.utils", "sympy.core",  # of `torch._dynamo` and sympy there are stand-ins
+    "torch._dynamo.utils", "sympy.core",  # `torch._dynamo` and sympy are stand-ins
 }  # fmt: skip
-MARGIN = 110  # MB above torch alone; 91 were measured: transformers, PEFT, bitsandbytes, Flower and fedtune
+MARGIN = 110  # MB above torch alone; measured: 91 for transformers, PEFT, bitsandbytes, Flower and fedtune
 
 RESIDENT = """
 import json, sys
@@ -66,7 +66,7 @@ def run(code: str, *args: str) -> list[str]:
 
 
 def worker(folder: Path, code: str) -> list[tuple[set[str], float]]:
-    """(modules, resident MB) where the worker is ready, and at the end of `code`."""
+    """(modules, resident MB) when the worker is ready, and at the end of `code`."""
     write_rows(folder / "rows.jsonl", texts(16))
     settings = json.dumps({"client": "a", "state": str(folder), "data": str(folder / "rows.jsonl"), "device": "auto"})
     return [(set(modules), mb) for modules, mb in map(json.loads, run(READY + code, settings))]

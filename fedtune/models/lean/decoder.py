@@ -113,7 +113,7 @@ class _Mlp:
         self.act, self.act_backward = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor, factors: Factors, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
-        """y and what `backward` needs; without `last`, y is x."""
+        """y and the tensors that `backward` needs. With last=False, the last product is skipped if possible, and y is x."""
         given = self.inputs.forward(_forward(self.norm, x), factors[:-1], call.states)
         gate, up = given if len(given) == 2 else given[0].chunk(2, dim=1)
         if not last and self.post is None:

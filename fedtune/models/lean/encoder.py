@@ -1,4 +1,4 @@
-"""An encoder layer as one step of the backward pass.
+"""An encoder layer as one autograd function.
 
     x2 = norm(x + o(attention(q, k, v)))          q, k, v = linear(x)
     y = norm(x2 + down(act(up)))                  up = linear(x2)

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer, each with its backward pass by hand.
+"""The parts of decoder and encoder layers, each with a hand-written backward pass.
 
 A part's `backward` takes the gradient of its output and what `forward` read or kept, and recomputes everything else. Frozen weights get no
 gradient. Tensors are flat: x (N, width), with N = rows · tokens.
@@ -19,7 +19,7 @@ from fedtune.models.methods import SLOT
 Factors = Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]]  # A, B and m of each linear layer; None if it has none
 Needed = Sequence[tuple[bool, bool, bool]]  # whether A, B and m of each layer need a gradient
 Gradients = list[Tensor | None]
-# the generator's state before a group of layers drew its dropout; the norms of DoRA's rows
+# Linears → the generator's state before they drew dropout; Linear → the norms of the rows of DoRA's weight
 States = dict["Linears | Linear", Tensor]
 
 SCORES = 1 << 22  # attention scores to compute at once
@@ -28,13 +28,15 @@ _ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.m
 
 
 def rows_of(x: Tensor, like: Tensor) -> Tensor:
-    """x (N, width) as (C, N / C, width) if `like` is stacked, that is, of C clients: (C, …). Otherwise x."""
+    """x (N, width) as (C, N / C, width) if `like` holds a matrix for each of C clients, (C, …); otherwise x."""
     return x if like.ndim == 2 else x.reshape(len(like), -1, x.shape[-1])
 
 
 def times(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias with w (out, in), or (C, out, in) and no bias. torch multiplies float32 with MKL, which reaches half of oneDNN's speed on
-    AMD's processors."""
+    """x Wᵀ + bias with w (out, in), or (C, out, in) and no bias.
+
+    oneDNN multiplies float32 on a CPU, because MKL, which torch would use, reaches half of its speed on AMD's processors.
+    """
     if w.ndim == 3:
         return torch.bmm(rows_of(x, w), w.mT).flatten(0, 1)
     if _ONEDNN and x.dtype is torch.float32 and x.device.type == "cpu":
@@ -191,7 +193,7 @@ class Linears:
         return max((layer.dropout for layer, (a, *_) in zip(self.layers, factors, strict=True) if a is not None), default=0.0)
 
     def _groups(self, x: Tensor, factors: Factors) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-        """(layers whose adapters have the same input, their A's below each other, the dropout's factors or None)."""
+        """(layers whose adapters have the same input, their A's concatenated by rows, the dropout's factors or None)."""
         adapted, rate = [i for i, (a, *_) in enumerate(factors) if a is not None], self._rate(factors)
         for group in [[i] for i in adapted] if rate else [adapted] if adapted else []:
             parts = [cast(Tensor, factors[i][0]).to(x.dtype) for i in group]

@@ -1,4 +1,4 @@
-"""A layer of a model as one step of the backward pass, and what the layers of a forward pass share."""
+"""A layer of a model as one autograd function, and what the layers of a forward pass share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -19,7 +19,6 @@ _ALIGNMENT = 64  # bytes
 
 class Pass:
     """What the layers of one forward pass share.
-
 
     Args:
         layers: Number of layers that keep intermediate tensors.
@@ -57,7 +56,7 @@ class Pass:
         self._left -= 1
         out, memory = Kept(), self._block.untyped_storage()
         for tensor, size in zip((y, *kept), sizes, strict=True):
-            if tensor is not None:  # not as views of the block: a change of one would count as a change of all
+            if tensor is not None:  # not a view: autograd counts a change of one view as a change of all
                 own = cast(Any, tensor.new_empty(0))
                 tensor = own.set_(memory, self._used // tensor.itemsize, tensor.shape).copy_(tensor)
             out.append(tensor)
@@ -109,11 +108,11 @@ class Layer(ABC):
         """
         call = Call(run, x, mask, rotation, keeps=keeps)
         flat = [f for linear in self.linears for f in linear.factors]
-        return cast(Tensor, _Step.apply(self, call, x.flatten(0, 1), *flat)).view_as(x)
+        return cast(Tensor, _Function.apply(self, call, x.flatten(0, 1), *flat)).view_as(x)
 
     @abstractmethod
     def forward(self, x: Tensor, factors: Factors, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
-        """y (N, hidden) and what `backward` needs; without `last`, y is not needed."""
+        """y (N, hidden) and the tensors that `backward` needs. With last=False, only these tensors are needed, and y may be wrong."""
 
     @abstractmethod
     def backward(
@@ -122,7 +121,7 @@ class Layer(ABC):
         """dx (N, hidden), or None if not wanted, and the gradients of the factors of all linear layers."""
 
 
-class _Step(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, call: Call, x: Tensor, *factors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, kept = layer.forward(x, _triples(factors), call)

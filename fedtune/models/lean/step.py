@@ -41,7 +41,7 @@ def disable(live: LiveAdapter) -> None:
 
 
 def step_of(model: nn.Module) -> "LeanStep | None":
-    """The lean step of this model if it can compute the next forward pass: training changes LoRA factors and a head at most."""
+    """The lean step of this model if it can compute the next forward pass: training changes only LoRA factors and a head."""
     step = _steps.get(model)
     return step if step is not None and torch.is_grad_enabled() and step.is_ready() else None
 
@@ -107,7 +107,7 @@ class LeanStep:
     def installed(self) -> Iterator[None]:
         """A context in which a forward pass of the model uses the lean layers."""
         again = [layer.module.gradient_checkpointing for layer in self._layers]
-        # the last layers: their tensors are freed before the first layers compute theirs again
+        # the last layers keep theirs, which are freed before the first layers compute theirs again
         kept = 0 if any(again) and self._stack.training else self.kept
         run, first = Pass(layers=kept), self.layers - kept
         try:

@@ -116,7 +116,7 @@ def test_fewer_kept_layers_or_smaller_micro_batches(memory_mb: float, micro: int
 
 
 def test_a_step_and_its_bytes_by_hand() -> None:
-    # 4 operations an entry and token; a fifth more each way where activations are computed twice
+    # 4 operations an entry and token; with checkpointing 2 more, for the second forward pass
     assert flops(SHAPES, 100) == 4e8 and flops(dataclasses.replace(SHAPES, checkpointing=True), 100) == 6e8
     assert seconds(DeviceClass(gflops_per_core=0.2, mbit_per_second=4.0), 4e8, 1e6) == pytest.approx(2.0 + 2.0)
 
@@ -148,7 +148,7 @@ def test_the_shortest_length_is_taken_and_none_below_it() -> None:
         pick(DeviceClass(memory_mb=0.96), work)  # 0.8769 > 0.864, which 8 tokens would fit
 
 
-def test_a_row_that_does_not_fit_is_declined_with_the_sentence() -> None:
+def test_a_row_that_does_not_fit_is_declined_with_a_reason() -> None:
     with pytest.raises(Decline, match=r"^one row of 25 tokens in nf4 takes 0.9 MB, but the device has 0.9 MB: it needs more memory") as bad:
         pick(DeviceClass(memory_mb=0.9))
     assert bad.value.kind == "memory"
@@ -177,7 +177,7 @@ def test_rows_of_half_the_length_take_half_the_time() -> None:
     assert (choice.length, choice.seconds) == (100, pytest.approx(0.2 * 16 * 12))
 
 
-def test_a_step_beyond_the_deadline_is_declined_with_the_sentence() -> None:
+def test_a_step_beyond_the_deadline_is_declined_with_a_reason() -> None:
     with pytest.raises(
         Decline, match=r"^one step of 1 row takes 0.4 s with the network, but the deadline is 0.2 s: it needs a faster dev"
     ) as bad:
