@@ -197,7 +197,7 @@ def _most_kept(
     while True:
         memory = estimated_mb(shapes, work, precision, micro, width, correction, kept)
         fits = device.memory_mb is None or memory <= MEMORY_MARGIN * device.memory_mb
-        if fits or not kept or not shapes.lean or shapes.checkpointing:
+        if fits or not kept or precision not in shapes.lean or shapes.checkpointing:
             return micro, kept, memory
         kept -= 1
 

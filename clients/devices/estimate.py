@@ -58,7 +58,7 @@ class Shapes:
         inputs: Sum of the input widths of the modules with LoRA factors.
         modules: Number of modules with LoRA factors.
         checkpointing: Whether the forward pass stores only each layer's input (activation checkpointing).
-        lean: Whether the lean step trains the model.
+        lean: Precisions in which the lean step trains the model.
         compute: Precision → compute dtype.
     """
 
@@ -82,7 +82,7 @@ class Shapes:
     inputs: int = 0
     modules: int = 0
     checkpointing: bool = False
-    lean: bool = False
+    lean: frozenset[str] = frozenset()
     compute: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def adapter(self, rank: int | None) -> int:
@@ -131,7 +131,7 @@ def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: i
         counted: Target tokens of each row.
         kept_layers: Layers that keep intermediate tensors in a lean step; None: all.
     """
-    if shapes.lean:
+    if precision in shapes.lean:
         kept = 0 if shapes.checkpointing else shapes.layers if kept_layers is None else kept_layers
         return _lean_bytes(shapes, precision, rows, width, counted, kept)
     s, size = shapes, shapes.width_of(precision)
@@ -223,8 +223,10 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
     whole = frozenset(_whole(bare))
     bare.requires_grad_(False)
     attached = attach(bare, config.peft, config.task)
-    allowed = config.client.lean == "auto" and config.privacy.kind != "record"  # PEFT's modules compute the gradients of single rows
-    is_lean = allowed and not lean.why_not(bare, config.peft.method, attached.parameters)
+    lean_in = frozenset[str]()  # PEFT's modules compute the gradients of single rows
+    if config.client.lean == "auto" and config.privacy.kind != "record":
+        device, found = pick_device(config.model.device), (bare, config.peft.method, attached.parameters)
+        lean_in = frozenset(p for p in ("fp32", "bf16", *QUANTIZED) if not lean.why_not(*found, precision=p, device=device))
     sizes = {n: p.numel() for n, p in attached.parameters.items()}
     factors = {m: sum(sizes.get(f"{m}.lora_{x}", 0) for x in "AB") for m in attached.ranks}
     top = max(attached.ranks.values(), default=0)
@@ -253,7 +255,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         inputs=sum(linear[m][1] for m in attached.keeps_inputs if m in linear),
         modules=len(attached.ranks),
         checkpointing=config.model.checkpointing,
-        lean=is_lean,
+        lean=lean_in,
         compute=_dtypes(config),
     )
 

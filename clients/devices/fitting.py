@@ -52,6 +52,7 @@ class Fit:
 
     Args:
         device: The profile.
+        shapes: The shapes of the model, without a lean step if this turn takes none.
         choice: The device's choice.
         work: The plan's work.
         used: The correction that the choice used.
@@ -64,6 +65,7 @@ class Fit:
     """
 
     device: DeviceClass
+    shapes: Shapes
     choice: Choice
     work: Workload
     used: Correction
@@ -168,13 +170,21 @@ class Devices:
         work = _work(plan, examples, task, entries, nbytes)
         rank = max(start.spec.ranks.values(), default=0)
         limits = {"rank": rank, "precisions": [fixed.precision], "correction": used, "deadline_s": self.deadline_s}
-        choice = choose(device, self.shapes, work, **limits)  # pyright: ignore[reportArgumentType]
+        shapes = self._shapes_in(start, fixed.precision)
+        choice = choose(device, shapes, work, **limits)  # pyright: ignore[reportArgumentType]
         if choice.length < work.longest:
             examples = space.examples(client, "train", choice.length)
         plan = dataclasses.replace(plan, batch_size=choice.batch, steps=choice.steps, epochs=None)
-        simulated, kept_layers = self._device is None, choice.kept_layers
-        fit = Fit(device=device, choice=choice, work=work, used=used, simulated=simulated, micro=choice.micro, kept_layers=kept_layers)
+        fit = Fit(
+            device=device, shapes=shapes, choice=choice, work=work, used=used, simulated=self._device is None, micro=choice.micro,
+            kept_layers=choice.kept_layers,
+        )  # fmt: skip
         return plan, examples, self._measured(plan, start, fit) if fit.simulated else fit
+
+    def _shapes_in(self, start: AdapterState, precision: str) -> Shapes:
+        """The shapes for a turn from this start. A sparse turn, and quantized weights with shifts, have no lean step."""
+        is_lean = lean.step_of(self._space.loaded_model(precision).slot(start).model) is not None
+        return self.shapes if is_lean else dataclasses.replace(self.shapes, lean=frozenset())
 
     def _measured(self, plan: Plan, start: AdapterState, fit: Fit) -> Fit:
         """The fit with the memory that the probe measured. Until it fits the simulated device, the micro-batch is halved. If a single row
@@ -193,7 +203,7 @@ class Devices:
             if most is None or weights + rest <= most * 1e6:
                 return fit
             out += 1
-            if micro == 1 and self.shapes.lean and kept != 0:
+            if micro == 1 and kept != 0 and fit.choice.precision in fit.shapes.lean and not fit.shapes.checkpointing:
                 kept = 0
                 continue
             if micro == 1:
@@ -238,7 +248,7 @@ class Devices:
             "rank": choice.rank,
             "batch": choice.batch,
             "micro_batch": micro,
-            "kept_layers": self.shapes.layers if kept is None else kept,
+            "kept_layers": fit.shapes.layers if kept is None else kept,
             "length": choice.length,
             "out_of_memory": out,
             "estimated_mb": choice.memory_mb,
@@ -265,7 +275,7 @@ class Devices:
     def _write(self, plan: Plan, fit: Fit, rest: int, took: float | None) -> None:
         """Store this round's ratios measured / estimated. A turn's time is noisy, so the geometric mean of old and new ratio is stored."""
         work, precision, width = fit.work, fit.choice.precision, self._width(fit)
-        _, expected = memory_bytes(self.shapes, precision, work.entries, fit.micro, width, min(work.counted, width), fit.kept_layers)
+        _, expected = memory_bytes(fit.shapes, precision, work.entries, fit.micro, width, min(work.counted, width), fit.kept_layers)
         memory, time = rest / expected if rest > 0 else fit.used.memory, fit.used.time
         if took is not None and plan.steps:
             tokens = plan.steps * plan.batch_size * plan.accumulate * width

@@ -36,7 +36,7 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 
 
 def kept_bytes(slot: Slot, task: TaskConfig, names: Iterable[str], rows: int, width: int, counted: int) -> int:
-    """Bytes that a micro-batch saves for its backward pass; the largest storage counts twice, to include its gradient.
+    """Bytes that a micro-batch saves for its backward pass; the largest tensor counts twice, to include its gradient.
 
     The model's parameters do not count. The model and torch's generators are left unchanged.
 
@@ -57,7 +57,7 @@ def kept_bytes(slot: Slot, task: TaskConfig, names: Iterable[str], rows: int, wi
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in sizes:
+        if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
             held.append(tensor)
         return tensor
@@ -75,7 +75,7 @@ def kept_bytes(slot: Slot, task: TaskConfig, names: Iterable[str], rows: int, wi
         if not all(training):
             model.train(training[0])
             slot.backbone.model.train(training[1])
-    return sum(sizes.values()) + max(sizes.values(), default=0)
+    return sum(sizes.values()) + max((t.nbytes for t in held), default=0)
 
 
 def _batch(slot: Slot, task: TaskConfig, rows: int, width: int, counted: int, device: torch.device) -> dict[str, Tensor]:

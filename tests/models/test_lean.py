@@ -1,6 +1,7 @@
 """The lean training step has the gradients of PEFT's modules."""
 
 import dataclasses
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from fedtune.data.examples import pack
 from fedtune.experiment import simulate
 from fedtune.models import LiveAdapter, lean, load_backbone, loss_sum
 from fedtune.models.lean import functions
+from fedtune.models.lean.decoder import DecoderLayer
 from fedtune.models.lean.layer import Pass
 from fedtune.models.lean.step import LeanStep, step_of
 from fedtune.models.shift import FrozenWeights
@@ -211,6 +213,10 @@ def test_the_layers_that_compute_tensors_again_are_the_first_and_the_gradients_s
     lean.disable(live)
     with lean.keeping(live.model, 1) as keep_none:
         assert not keep_none()
+    live = live_model(tmp_path / "again", model={"checkpointing": True})
+    lean.enable(live)
+    with lean.keeping(live.model, None) as keep_none:
+        assert not keep_none()
 
 
 def test_the_layers_share_a_block_of_memory_which_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +224,8 @@ def test_the_layers_share_a_block_of_memory_which_changes_no_bit(tmp_path: Path,
     lean.enable(live)
     stored = list[list[Tensor]]()
 
-    def store(run: Pass, y: Tensor, kept: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
-        y, kept = original(run, y, kept)
+    def store(run: Pass, y: Tensor, kept: list[Tensor | None], left: int) -> tuple[Tensor, list[Tensor | None]]:
+        y, kept = original(run, y, kept, left)
         stored.append([t for t in (y, *kept) if t is not None])
         return y, kept
 
@@ -232,9 +238,36 @@ def test_the_layers_share_a_block_of_memory_which_changes_no_bit(tmp_path: Path,
     with lean.keeping(live.model, 1):
         gradients(live, batch)
     assert [len(layer) for layer in stored] == [8]  # the last layer alone
-    monkeypatch.setattr(Pass, "store", lambda run, y, kept: (y, kept))
+    monkeypatch.setattr(Pass, "store", lambda run, y, kept, left: (y, kept))
     outside = gradients(live, batch)
     assert inside.keys() == outside.keys() and all(torch.equal(inside[n], outside[n]) for n in inside)
+
+
+@pytest.mark.parametrize("kept", [None, 1])
+def test_the_block_is_freed_before_layers_compute_again_and_layers_without_gradient_have_none(
+    kept: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets: dict[str, Any] = {"targets": ["layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"]} if kept is None else {}
+    live = live_model(tmp_path, **targets)
+    lean.enable(live)
+    blocks, alive = list[Any](), list[bool]()
+
+    def store(run: Pass, y: Tensor, kept: list[Tensor | None], left: int) -> tuple[Tensor, list[Tensor | None]]:
+        y, kept = store_(run, y, kept, left)
+        blocks.append(weakref.ref(y.untyped_storage()))
+        return y, kept
+
+    def forward(layer: Any, *given: Any, last: bool = True) -> Any:
+        if not last:
+            alive.append(blocks[0]() is not None)
+        return forward_(layer, *given, last=last)
+
+    store_, forward_ = Pass.store, DecoderLayer.forward
+    monkeypatch.setattr(Pass, "store", store)
+    monkeypatch.setattr(DecoderLayer, "forward", forward)
+    with lean.keeping(live.model, kept):
+        gradients(live, collate(rows(), 0))
+    assert len(blocks) == 1 and alive == ([] if kept is None else [False])
 
 
 def test_an_evaluation_and_a_trained_weight_use_the_models_own_modules(tmp_path: Path) -> None:

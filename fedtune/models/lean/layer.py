@@ -18,14 +18,9 @@ _ALIGNMENT = 64  # bytes
 
 
 class Pass:
-    """What the layers of one forward pass share.
+    """What the layers of one forward pass share."""
 
-    Args:
-        layers: Number of layers that keep intermediate tensors.
-    """
-
-    def __init__(self, *, layers: int) -> None:
-        self._left = layers
+    def __init__(self) -> None:
         self._shared: dict[int, tuple[Any, Any]] = {}
         self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
@@ -42,8 +37,9 @@ class Pass:
         """cos and sin, (B or 1, T, R)."""
         return self._once(given[0], lambda: (given[0].to(dtype), given[1].to(dtype)))
 
-    def store(self, y: Tensor, kept: Kept) -> tuple[Tensor, Kept]:
-        """A layer's output and what it keeps, copied to one block of memory for all layers; unchanged on a GPU.
+    def store(self, y: Tensor, kept: Kept, left: int) -> tuple[Tensor, Kept]:
+        """A layer's output and what it keeps, copied to one block of memory for this layer and those after it, `left` in all; on a GPU,
+        unchanged.
 
         In the heap, a layer's temporary tensors would leave holes between the tensors that stay, too small for those of the next layer. A
         large block also returns to the system as soon as it is free.
@@ -52,8 +48,7 @@ class Pass:
             return y, kept
         sizes = [0 if t is None else -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in (y, *kept)]
         if self._used + sum(sizes) > len(self._block):  # the first layer, or one of another size
-            self._block, self._used = torch.empty(sum(sizes) * self._left, dtype=torch.uint8), 0
-        self._left -= 1
+            self._block, self._used = torch.empty(sum(sizes) * left, dtype=torch.uint8), 0
         out, memory = Kept(), self._block.untyped_storage()
         for tensor, size in zip((y, *kept), sizes, strict=True):
             if tensor is not None:  # not a view: autograd counts a change of one view as a change of all
@@ -61,6 +56,8 @@ class Pass:
                 tensor = own.set_(memory, self._used // tensor.itemsize, tensor.shape).copy_(tensor)
             out.append(tensor)
             self._used += size
+        if left == 1:  # the tensors alone hold the block now, which is free after the backward pass of these layers
+            self._block = torch.empty(0, dtype=torch.uint8)
         return cast(Tensor, out[0]), out[1:]
 
     def _once(self, source: Any, make: Callable[[], Any]) -> Any:
@@ -72,7 +69,7 @@ class Pass:
 class Call:
     """One call of a layer: its mask, its rotary embedding, the generator's states before dropout, and whether it keeps tensors."""
 
-    def __init__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None, *, keeps: bool) -> None:
+    def __init__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None, *, keeps: int) -> None:
         self.run, self.keeps, self.size = run, keeps, x.shape[:2]
         self.mask = run.mask(mask, x.dtype)
         self.rotation: tuple[Tensor, ...] = run.rotation(rotation, x.dtype) if rotation else ()
@@ -97,14 +94,15 @@ class Layer(ABC):
         factors = {id(f) for linear in linears for f in linear.factors}
         self.frozen = [p for p in module.parameters() if id(p) not in factors]
 
-    def __call__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None, *, keeps: bool) -> Tensor:
+    def __call__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None, *, keeps: int) -> Tensor:
         """The layer's output, (B, T, hidden).
 
         Args:
             run: The forward pass.
             x: (B, T, hidden).
             mask, rotation: As in `Pass`; None without rotary embedding.
-            keeps: Whether to keep intermediate tensors; otherwise the backward pass computes them again.
+            keeps: 0: keep no intermediate tensors, the backward pass computes them again; otherwise the number of layers that keep theirs,
+                from this one to the last.
         """
         call = Call(run, x, mask, rotation, keeps=keeps)
         flat = [f for linear in self.linears for f in linear.factors]
@@ -125,9 +123,10 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, call: Call, x: Tensor, *factors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, kept = layer.forward(x, _triples(factors), call)
-        y, kept = call.run.store(y, kept) if call.keeps else (y, [])
+        if call.keeps and any(ctx.needs_input_grad[2:]):  # otherwise autograd keeps nothing
+            y, kept = call.run.store(y, kept, call.keeps)
         ctx.layer, ctx.call = layer, call
-        ctx.save_for_backward(x, *factors, *kept)
+        ctx.save_for_backward(x, *factors, *(kept if call.keeps else ()))
         return y
 
     @staticmethod

@@ -50,7 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scales: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         if gradient is not None:  # in float32, because 1 / count rounded to bf16 would scale every gradient
-            gradient = gradient.float().mul_(scales[:, None]).to(gradient.dtype)
+            gradient = gradient.float().mul(scales[:, None]).to(gradient.dtype)
         return gradient, None, None, None, None
 
 

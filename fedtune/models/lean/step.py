@@ -27,9 +27,8 @@ _steps: WeakKeyDictionary[nn.Module, "LeanStep"] = WeakKeyDictionary()
 def enable(live: LiveAdapter) -> str:
     """Let `loss_sum` of the live adapter's model use the lean step. Returns why it cannot; "" if it can."""
     model: Any = live.backbone.model
-    why = why_not(model, live.spec.method, live.parameters)
-    if not why and live.backbone.device.type != "cpu" and any("Linear8bitLt" in type(m).__name__ for m in model.modules()):
-        why = "on this device, bitsandbytes rounds the inputs of model.precision=int8 to 8 bits too"
+    precision = "int8" if any("Linear8bitLt" in type(m).__name__ for m in model.modules()) else ""
+    why = why_not(model, live.spec.method, live.parameters, precision=precision, device=live.backbone.device)
     if not why:
         _steps[live.model] = LeanStep(live)
     return why
@@ -55,10 +54,7 @@ def keeping(model: nn.Module, layers: int | None) -> Iterator[Callable[[], bool]
     step = _steps.get(model)
 
     def keep_none() -> bool:
-        if step is None or not step.is_ready() or not step.kept:
-            return False
-        step.kept = 0
-        return True
+        return step is not None and step.keep_none()
 
     if step is not None and layers is not None:
         step.kept = layers
@@ -103,17 +99,26 @@ class LeanStep:
             return False
         return not any(m.disable_adapters or m.merged_adapters for m in self._adapted)
 
+    def keep_none(self) -> bool:
+        """Let no layer keep intermediate tensors. Returns whether that saves memory."""
+        saves = self.is_ready() and self.kept > 0 and not self._checkpoints()
+        self.kept = 0
+        return saves
+
+    def _checkpoints(self) -> bool:
+        """Whether activation checkpointing is on."""
+        return self._stack.training and any(layer.module.gradient_checkpointing for layer in self._layers)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """A context in which a forward pass of the model uses the lean layers."""
         again = [layer.module.gradient_checkpointing for layer in self._layers]
         # the last layers keep theirs, which are freed before the first layers compute theirs again
-        kept = 0 if any(again) and self._stack.training else self.kept
-        run, first = Pass(layers=kept), self.layers - kept
+        run, first = Pass(), self.layers - (0 if self._checkpoints() else self.kept)
         try:
             for i, layer in enumerate(self._layers):
                 layer.module.gradient_checkpointing = False  # the lean layer recomputes by itself
-                layer.module.forward = partial(_forward, layer, run, i >= first)
+                layer.module.forward = partial(_forward, layer, run, self.layers - i if i >= first else 0)
             yield
         finally:
             for layer, flag in zip(self._layers, again, strict=True):
@@ -153,7 +158,7 @@ class LeanStep:
         return cross_entropy(hidden, self._head.weight, self._head.bias, targets, self._cap)
 
 
-def _forward(layer: Layer, run: Pass, keeps: bool, x: Tensor, attention_mask: Any = None, *_: Any, **more: Any) -> Tensor:
+def _forward(layer: Layer, run: Pass, keeps: int, x: Tensor, attention_mask: Any = None, *_: Any, **more: Any) -> Tensor:
     return layer(run, x, attention_mask, more.get("position_embeddings"), keeps=keeps)
 
 
@@ -183,14 +188,17 @@ def _activation(text: Any) -> str:
     return str(next(a for n in ("hidden_activation", "hidden_act", "activation") if (a := getattr(text, n, None))))
 
 
-def why_not(model: Any, method: str, parameters: Mapping[str, Tensor]) -> str:
+def why_not(model: Any, method: str, parameters: Mapping[str, Tensor], *, precision: str, device: torch.device) -> str:
     """Why a model with this adapter trains with PEFT's modules; "" if it can use the lean step.
 
     Args:
         model: The backbone with the adapter's layers, also on the meta device.
         method: The adapter's method.
         parameters: Canonical name → trainable parameter.
+        precision, device: Of the backbone.
     """
+    if precision == "int8" and device.type != "cpu":
+        return "on this device, bitsandbytes rounds the inputs of model.precision=int8 to 8 bits too"
     text, layers = model.config.get_text_config(), _modules(model)
     if method not in factored(exactly=False):
         return f"peft.method={method} has no lean form"

@@ -68,7 +68,16 @@ def test_the_activations_of_a_layer_by_hand() -> None:
 
 def test_a_lean_step_by_hand() -> None:
     one = dataclasses.replace(
-        SHAPES, layers=2, hidden=8, inner=24, attention_heads=2, query=8, keys=4, logits=100, linear={"q": (8, 8), "up": (24, 8)}, lean=True
+        SHAPES,
+        layers=2,
+        hidden=8,
+        inner=24,
+        attention_heads=2,
+        query=8,
+        keys=4,
+        logits=100,
+        linear={"q": (8, 8), "up": (24, 8)},
+        lean=frozenset(LADDER),
     )
 
     def rest(precision: str, kept: int | None, **changes: Any) -> int:
@@ -92,7 +101,7 @@ def test_a_lean_step_by_hand() -> None:
     assert rest("fp32", 1, logits=2, inner=2, linear={}) == 4 * (10 * 3 * 8 + 10 * 8 + 10 * (8 + 16 + 8 + 4) + wide)
 
 
-LEAN = dataclasses.replace(SHAPES, layers=4, hidden=50, inner=200, query=50, keys=50, lean=True)
+LEAN = dataclasses.replace(SHAPES, layers=4, hidden=50, inner=200, query=50, keys=50, lean=frozenset(LADDER))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ static void *filled(int64_t bytes, int floats) {
 }
 
 int main(void) {
-    static const int64_t sizes[][2] = {{1, 1}, {1, 33}, {15, 31}, {16, 32}, {17, 64}, {37, 45}, {129, 290}, {700, 65}};
+    static const int64_t sizes[][2] = {{1, 1}, {1, 33}, {15, 31}, {16, 32}, {17, 64}, {37, 45}, {129, 290}, {700, 65}, {33, 1056}};
     static const int64_t codes[] = {256, 256, 512, 1024, 0}, scales[] = {32, 64, 0, 0, 0}, base[] = {2, 2, 16, 0, 0};
     int ran = 0;
     for (int set = 0; set < SETS; set++)

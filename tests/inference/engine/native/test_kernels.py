@@ -17,8 +17,8 @@ from fedtune.inference.engine.native.library import SETS, Kernels, why_not
 from fedtune.inference.engine.native.pack import PACKED, pack, weights_of
 from fedtune.inference.engine.reference.tensors import as_array, as_tensor
 
-SHAPES = [(1, 1), (1, 33), (5, 63), (16, 32), (17, 64), (37, 45), (33, 96), (50, 160), (129, 290)]
-MANY = 137  # rows: more than a tile of 8, more than the 128 that pass together, and no multiple
+SHAPES = [(1, 1), (1, 33), (5, 63), (16, 32), (17, 64), (37, 45), (33, 96), (50, 160), (129, 290), (17, 513), (5, 1056)]
+MANY = 137  # rows: two tiles of 64 and some
 pytestmark = pytest.mark.skipif(isinstance(library._opened(), str), reason=f"run `{build.COMMAND}`: {why_not()}")
 
 
