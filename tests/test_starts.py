@@ -50,7 +50,7 @@ class Disk:
         sys.addaudithook(self)  # added late, because Python cannot remove an audit hook and calls it in all later tests
 
     def stops(self, make: Make, folder: Path, operations: int, stop: type[BaseException]) -> bool:
-        """Whether `make` was stopped before this operation; False if it has fewer. A full disk must be a sentence."""
+        """Whether `make` was stopped before this operation; False if it has fewer. On a full disk it must raise a FedtuneError."""
         self.listen()
         self.folder, self.left, self.stop = str(folder), operations, stop
         try:

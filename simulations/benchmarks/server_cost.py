@@ -230,9 +230,9 @@ def affordable(stream: Stream, clients: int, max_mb: float, max_s: float) -> tup
         following = min(_STEP * n, clients)
         grown = following / n
         if mb * grown > max_mb:
-            return n, f"{clients:,} clients would take about {mb * clients / n / 1e3:.2g} GB, shown are {n:,}"
+            return n, f"{clients:,} clients would take about {mb * clients / n / 1e3:.2g} GB; the table shows {n:,}"
         if seconds * grown > max_s:
-            return n, f"{clients:,} clients would take {seconds * clients / n:.0f} s or more, shown are {n:,}"
+            return n, f"{clients:,} clients would take {seconds * clients / n:.0f} s or more; the table shows {n:,}"
         n = following
     return n, ""
 

@@ -1,4 +1,4 @@
-"""The advice about conversations, their templates, and packed rows."""
+"""The advice in errors about conversations, their templates, and packed rows."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def _(place: Place) -> Iterator[str]:
     yield raised(lambda: simulate(dataclasses.replace(config, task=dataclasses.replace(task, packing=False))))
 
 
-def chatting(place: Place, rows: list[list[dict[str, Any]]], template: str | None = None, **task: Any) -> str:
+def error_of_run(place: Place, rows: list[list[dict[str, Any]]], template: str | None = None, **task: Any) -> str:
     """The error of a run on these conversations; "" if there is none."""
     folder = place.folder / str(len(list(place.folder.iterdir())))
     config = tiny_config(folder, [{"messages": messages, "client": "abcd"[i % 4]} for i, messages in enumerate(rows)])
@@ -111,34 +111,34 @@ def chatting(place: Place, rows: list[list[dict[str, Any]]], template: str | Non
 
 @follows("none of {} conversations fits into task.max_length={}; the shortest needs {} tokens: raise task.max_length", slow=True)
 def _(place: Place) -> Iterator[str]:
-    error = chatting(place, [TURNS] * 4, max_length=8)
+    error = error_of_run(place, [TURNS] * 4, max_length=8)
     yield error
-    yield chatting(place, [TURNS] * 4, max_length=int(re.findall(r"needs (\d+) tokens", error)[0]))
+    yield error_of_run(place, [TURNS] * 4, max_length=int(re.findall(r"needs (\d+) tokens", error)[0]))
 
 
 @follows("does not show the tool calls of {} conversations: give rows without tool calls, or a model whose template shows them", slow=True)
 def _(place: Place) -> Iterator[str]:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "capital", "arguments": {"of": "Italy"}}}]}
     rows = [[TURNS[0], call]] * 4
-    yield chatting(place, rows)
-    yield chatting(place, [TURNS] * 4)
+    yield error_of_run(place, rows)
+    yield error_of_run(place, [TURNS] * 4)
     shown = "{{ m.role + m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>"
-    yield chatting(place, rows, f"{{% for m in messages %}}{shown}{{% endfor %}}")
+    yield error_of_run(place, rows, f"{{% for m in messages %}}{shown}{{% endfor %}}")
 
 
 @follows("the model's chat template refuses a conversation ({}): correct or remove it", slow=True)
 def _(place: Place) -> Iterator[str]:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template += "{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
-    yield chatting(place, [[{"role": "system", "content": "Hm."}, *TURNS]] * 4, template)
-    yield chatting(place, [TURNS] * 4, template)
+    yield error_of_run(place, [[{"role": "system", "content": "Hm."}, *TURNS]] * 4, template)
+    yield error_of_run(place, [TURNS] * 4, template)
 
 
 @follows("the model's chat template fails on a conversation ({}): correct or remove it", slow=True)
 def _(place: Place) -> Iterator[str]:
     template = "{% for m in messages %}{{ m.role + m.content }}{{ 1 / (m.content | length) }}<|im_end|>{% endfor %}"
-    yield chatting(place, [[{"role": "user", "content": ""}, TURNS[1]]] * 4, template)
-    yield chatting(place, [TURNS] * 4, template)
+    yield error_of_run(place, [[{"role": "user", "content": ""}, TURNS[1]]] * 4, template)
+    yield error_of_run(place, [TURNS] * 4, template)
 
 
 @follows("task.date={} is not a date: write YYYY-MM-DD, such as 2026-01-01")

@@ -88,7 +88,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 def _tokens(says: str, damage: Callable[[Path], Any]) -> None:
-    """A tokenizer that llama.cpp does not express; the folder goes to Hugging Face's format."""
+    """Add a row for a tokenizer that llama.cpp cannot express; its advice is an export in Hugging Face's format."""
 
     def follow(place: Place) -> Iterator[str]:
         damage(tokens := place.folder / "tokens")

@@ -1,4 +1,4 @@
-"""The advice of quantization."""
+"""The advice in errors of quantization."""
 
 import os
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ WEIGHT, HESSIAN = layer(4, 40)
 
 
 def rounded(how: QuantizeSettings, hessian: torch.Tensor | None = HESSIAN, weight: torch.Tensor = WEIGHT) -> str:
+    """The error of quantizing a weight; "" if there is none."""
     stats = None if hessian is None else Stats(hessian=hessian, mean=torch.ones(40), greatest=torch.ones(40))
     return raised(lambda: quantize_linear(weight, how, stats))
 

@@ -1,4 +1,4 @@
-"""The advice of the server's rounds: strategies, members, plans and messages."""
+"""The advice in errors of the server's rounds: strategies, members, plans and messages."""
 
 import errno
 import importlib
@@ -199,6 +199,8 @@ PLAN = Plan(round=1, client="a", base_version=0)
 
 
 def _read(says: str, wrong: Plan, *right: Plan) -> None:
+    """Add a row: the error of reading the wrong plan, and of reading each plan that follows the advice."""
+
     def follow(place: Place) -> Iterator[str]:
         for plan in (wrong, *right):
             yield raised(lambda plan=plan: Plan.from_json(plan.to_json()))
@@ -328,7 +330,7 @@ def _full(*_: Any) -> None:
 
 
 def error_of(call: Callable[[], Any]) -> str:
-    """A command's sentence about an error of the machine or of Python; "" if there is none."""
+    """The error that a command prints for an OSError or ImportError of this call; "" if there is none."""
     try:
         call()
     except (OSError, ImportError) as bad:

@@ -26,7 +26,7 @@ _CHOICES = re.compile(r"(?: [a-z][a-z0-9_-]*(?:,? or [a-z][a-z0-9_-]*)*)?")
 
 @dataclass
 class Place:
-    """What a row works with.
+    """The folders and fixtures of one row's test.
 
     Args:
         folder: An empty folder.
@@ -62,7 +62,7 @@ class Place:
                 signal.signal(number, handler)
         out, err = self.output.readouterr()
         self.printed, self.warned = out, err
-        assert (code == 0) or err, f"{argv} ends with {code} and says nothing"
+        assert (code == 0) or err, f"{argv} exits with {code} and prints no error"
         return err if code else ""
 
 
@@ -135,7 +135,7 @@ def command(says: str, line: str, *, ready: Callable[[Place], Any] | None = None
 
 
 def _insist(place: Place, argv: list[str], given: Mapping[str, str], first: str, more: int = 3) -> str:
-    """The last error, after the advice of further errors is followed too; "" if there is none."""
+    """Run the command, and follow the advice of any other errors too. Returns the last error; "" if there is none."""
     shutil.rmtree(place.folder / "out", ignore_errors=True)  # remove the output of the previous way
     output = place.run(*argv)
     if output and output != first and more:
@@ -148,7 +148,7 @@ def _insist(place: Place, argv: list[str], given: Mapping[str, str], first: str,
 def ways(error: str, argv: list[str], given: Mapping[str, str]) -> list[list[str]]:
     """The command lines that an error advises.
 
-    `leave out --a and --b, or --c` are two, `use --to edge or hf` are two; a flag without a value takes that of `given`.
+    `leave out --a and --b, or --c` gives two command lines, and so does `use --to edge or hf`. A flag without a value gets that of `given`.
     """
     if clash := re.search(r"argument (--\S+): not allowed with argument (--\S+)", error):
         return [_without(argv, clash[2])]

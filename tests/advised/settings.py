@@ -1,4 +1,4 @@
-"""The advice about settings: of the command line, of scenario files, and of strategies that they do not fit."""
+"""The advice in errors about settings: of the command line, of scenario files, and of strategies that they do not fit."""
 
 import importlib.metadata
 import importlib.util
@@ -332,7 +332,7 @@ def _(place: Place) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Scored:
-    """A task of the user's own, as far as metrics go."""
+    """A stand-in for a user-defined task, with its metrics only."""
 
     metrics: dict[str, bool]
 

@@ -1,4 +1,4 @@
-"""The advice of simulations: training at once, Ray, and benchmarks."""
+"""The advice in errors of simulations: clients that train in one batch, Ray, and benchmarks."""
 
 import dataclasses
 import importlib.metadata

@@ -34,7 +34,7 @@ def measure(live: LiveAdapter, rows: list[Example] = ROWS) -> AdapterState:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_it_is_the_gradient_of_one_batch_in_the_orientation_of_lora(tmp_path: Path, kind: str) -> None:
+def test_the_score_is_the_gradient_of_one_batch_in_the_orientation_of_lora(tmp_path: Path, kind: str) -> None:
     live = make(tmp_path / "m", kind)
     before = {n: (p.clone(), p.requires_grad) for n, p in live.model.named_parameters()}
     live.model.train()

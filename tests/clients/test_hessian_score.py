@@ -29,7 +29,7 @@ def signs(size: int, seed: int = 0) -> Tensor:
 
 
 def toy() -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Cross-entropy of a two-layer net with tanh, 50 parameters: (4 → 6) and (6 → 4) with 2 biases; its point."""
+    """Cross-entropy of a two-layer net with tanh, 50 parameters: (4 → 6) and (6 → 4) with 2 biases; and a random point (50,)."""
     gen = torch.Generator().manual_seed(0)
     x, y = torch.randn(20, 4, generator=gen, dtype=torch.float64), torch.randint(0, 4, (20,), generator=gen)
 
@@ -40,7 +40,7 @@ def toy() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return loss, 0.7 * torch.randn(50, generator=gen, dtype=torch.float64)
 
 
-def products_are_dense(times: Callable[[Tensor], Tensor], dense: Tensor) -> None:
+def assert_products_match(times: Callable[[Tensor], Tensor], dense: Tensor) -> None:
     v = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert torch.allclose(times(v), dense @ v, atol=1e-10)
 
@@ -51,9 +51,9 @@ def test_products_are_those_of_the_dense_hessian_over_several_tensors() -> None:
     assert isinstance(dense, Tensor)
     parts = [t.clone().requires_grad_() for t in (w[:24].view(6, 4), w[24:48], w[48:])]
     times = hessian_product(loss(torch.cat([p.flatten() for p in parts])), parts)
-    products_are_dense(times, dense)
+    assert_products_match(times, dense)
     with pytest.raises(AssertionError):  # the check detects parts in another order
-        products_are_dense(lambda v: times(v.flip(0)), dense)
+        assert_products_match(lambda v: times(v.flip(0)), dense)
 
 
 def test_lanczos_finds_the_dense_spectrum() -> None:
@@ -117,9 +117,9 @@ def settled(values: list[float], weights: list[float]) -> float:
 
 def test_the_settled_share_by_hand() -> None:
     assert settled([-1.0, 5.0], [0.7, 0.3]) == pytest.approx(0.3)  # ρ(0) = .3, and so at .1, .2, .3
-    # ρ = .9 at 0, .1 and .2; .8 at .3 and on: settles at .6, well above .45
+    # ρ = .9 at 0, .1 and .2; .8 at .3 and on: settles at .6, above half of ρ(0)
     assert settled([-1.0, 0.25, 5.0], [0.1, 0.1, 0.8]) == pytest.approx(0.8)
-    # ρ(0) = 1 and ρ(.1) = .3 is below its half: halved until three steps fit below the node at .05
+    # ρ(.1) = .3 is less than half of ρ(0) = 1, so the step is halved until three steps fit below the node at .05
     assert settled([0.05, 5.0], [0.7, 0.3]) == pytest.approx(1.0, abs=1e-4)
     # ρ falls by .007 a step up to .5, which is not settled, and by .004, which is: three steps from 0
     nodes = [0.05, 0.15, 0.25, 0.35, 0.45, 5.0]

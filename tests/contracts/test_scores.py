@@ -1,4 +1,4 @@
-"""The one definition of the worst decile."""
+"""The mean score of the worst decile."""
 
 import pytest
 

@@ -16,7 +16,7 @@ from fedtune.data.values import typed
 from fedtune.errors import DataError
 
 ROWS = [{"text": "one, two", "label": "x"}, {"text": 'say "hi"\tnow', "label": "y"}]
-AS = {
+CONTENTS = {
     "rows.jsonl": "\n".join(json.dumps(row) for row in ROWS) + "\n\n",
     "rows.json": json.dumps(ROWS, indent=1),
     "rows.csv": 'text,label\r\n"one, two",x\r\n"say ""hi""\tnow",y\r\n',
@@ -29,9 +29,9 @@ def read(path: Path | str, **settings: object) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("name", AS)
+@pytest.mark.parametrize("name", CONTENTS)
 def test_formats_agree(tmp_path: Path, name: str, zipped: bool) -> None:
-    raw = AS[name].encode()
+    raw = CONTENTS[name].encode()
     file = tmp_path / (name + ".gz" if zipped else name)
     file.write_bytes(gzip.compress(raw) if zipped else raw)
     assert read(file) == ROWS

@@ -1,4 +1,4 @@
-"""A tokenizer whose ids can be read off."""
+"""A tokenizer with one token for each word, whose id is the word's index in `WORDS`."""
 
 from functools import cache
 
@@ -10,7 +10,7 @@ WORDS = ["<s>", "</s>", "<pad>", "a", "b", "c", "d", "e", "f", "g", "h"]  # a is
 
 @cache
 def word_tokenizer(bos: bool = True, eos: bool = True, pad: bool = False) -> PreTrainedTokenizerFast:
-    """One token a word, <s> in front where the tokenizer knows one, as Llama does it."""
+    """The tokenizer. With `bos` it starts a text with <s>, as Llama's does; unknown words become h."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="h"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:

@@ -1,8 +1,7 @@
-"""Peak memory of every form of `fedtune export`, each in a separate process, forked from one that has imported everything.
+"""Peak memory of every form of `fedtune export`. Each runs in its own process, forked from one that has imported the exports.
 
-The process has exported something small before, so that everything is loaded. The bound: an export adds at most 1.3 × the largest shard +
-the size of the output. Forms that read tensor by tensor add at most 1.3 × the largest shard. Calibrated and measured forms also open their
-output, to measure it.
+The process first exports a small model, so that modules that load late are not counted. Forms that read tensor by tensor add at most 1.3 ×
+the largest shard. Calibrated forms also open their output to measure it: they add at most 1.3 × the largest shard + the size of the output.
 """
 
 import json
@@ -79,7 +78,7 @@ for line in sys.stdin:
 
 
 def big_run(folder: Path, small: Path, sizes: dict[str, Any], shard: int) -> int:
-    """A run over a bfloat16 checkpoint of such a size, with arbitrary weights, in shards. Returns the bytes of the largest shard."""
+    """A run over a random bfloat16 checkpoint of these sizes, in shards of at most `shard` bytes. Returns the largest one's bytes."""
     model, run, shape = folder / "m", folder / "run", read_shape(llama_config(**sizes).to_dict())
     checkpoint(model, config=llama_config())
     os.remove(model / "model.safetensors")

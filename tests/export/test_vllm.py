@@ -1,4 +1,4 @@
-"""Folders for vLLM against its rules, which `admit` states as its source does; the weights against PEFT and transformers."""
+"""Folders for vLLM pass its checks, which `admit` copies from its source. Their weights give the logits of PEFT and transformers."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_a_lora_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(model(token_ids()).logits, live.model(token_ids()).logits, rtol=0, atol=1e-5)
 
 
-def test_ranks_and_scalings_of_several_kinds_become_one(tmp_path: Path) -> None:
+def test_modules_with_different_ranks_and_scalings_get_one_of_each(tmp_path: Path) -> None:
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(0)  # PEFT draws the factors
         base = AutoModelForCausalLM.from_pretrained(checkpoint(tmp_path / "m"))

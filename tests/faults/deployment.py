@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def write_rows(folder: Path, clients: Sequence[str], lines: int = 40, growth: int = 10) -> None:
-    """Write a file for each client with its own lines of the plays; each next file is `growth` lines longer."""
+    """Write a file for each client with its own lines of the plays; each file is `growth` lines longer than the one before."""
     folder.mkdir(parents=True, exist_ok=True)
     text = [line for line in SPEAKERS.read_text(encoding="utf-8").splitlines() if line and not line.endswith(":")]
     for i, name in enumerate(clients):
@@ -131,7 +131,7 @@ class Deployment:
             if path.exists() and path.read_text(encoding="utf-8").count(event) >= count:
                 return
             time.sleep(0.05)
-        raise AssertionError(f"'{event}' did not come {count} times in {path} within {timeout:g} s: {self.output('server')[-2000:]}")
+        raise AssertionError(f"'{event}' did not appear {count} times in {path} within {timeout:g} s: {self.output('server')[-2000:]}")
 
     def output(self, who: str) -> str:
         return (self.folder / f"{who}.txt").read_text(encoding="utf-8", errors="replace")

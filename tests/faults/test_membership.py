@@ -19,7 +19,7 @@ HELLO = {"base": "b", "device_class": "", "examples": 3, "held_out": 1, "shifts"
 
 
 class Nodes:
-    """A grid whose nodes connect after given seconds and give scripted answers; None is no answer."""
+    """A grid whose nodes connect after given seconds and give the answers of a function; None is no answer."""
 
     def __init__(self, answers: Answers, connect_s: dict[int, float]) -> None:
         flower.identify_process(1)
@@ -52,6 +52,8 @@ class Nodes:
 
 
 class Notes:
+    """A run observer that keeps its notes."""
+
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.known: list[str] = []

@@ -40,7 +40,7 @@ def test_all_tensors_are_clipped_together() -> None:
     assert clipped({"a": torch.tensor([0.5])}, 1.0)["a"].item() == 0.5
 
 
-def test_without_noise_and_clip_it_is_the_uniform_mean() -> None:
+def test_without_noise_and_clip_the_result_is_the_uniform_mean() -> None:
     sent = [plus(tensors(k)) for k in (1, 2, 3)]
     out, _ = mean(sent).close()
     for n in SHAPES:

@@ -12,7 +12,7 @@ from fedtune.errors import ConfigError
 from fedtune.strategies import _flower
 from fedtune.strategies import bulyan as module
 from fedtune.strategies.bulyan import Bulyan
-from tests.strategies.updates import close, flower_result, plain, random_adapter, regauged, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, update, with_other_factors
 
 LINE = (0.0, 1.0, 2.5, 4.5, 7.0, 10.0, 1000.0)
 
@@ -52,7 +52,7 @@ def test_the_selection_depends_only_on_the_products(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "krum", lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1])
     adapters = [random_adapter(i + 1, 0.3) for i in range(8)]
     for seed in range(4):
-        turned = [regauged(a, 10 * seed + i) if seed else a for i, a in enumerate(adapters)]
+        turned = [with_other_factors(a, 10 * seed + i) if seed else a for i, a in enumerate(adapters)]
         Bulyan().aggregate(1, ServerState(adapter=random_adapter(0)), [update(f"c{i}", a) for i, a in enumerate(turned)])
     assert all(s == seen[0] for s in seen) and len(seen) == 4 and len(seen[0]) == 6
 

@@ -13,7 +13,7 @@ from fedtune.errors import ConfigError
 from fedtune.strategies import _flower, _mean
 from fedtune.strategies import fedadagrad as module
 from fedtune.strategies.fedadagrad import FedAdagrad
-from tests.strategies.updates import close, flower_result, plain, random_adapter, saved_and_read, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, reload, update
 
 METHOD = FedAdagrad(lr=0.1, tau=1e-3)
 
@@ -62,7 +62,7 @@ def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
     one = METHOD.aggregate(
         1, ServerState(adapter=random_adapter(0)), [update("a", random_adapter(1), 3), update("b", random_adapter(2), 4)]
     )
-    again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
+    again = ServerState(adapter=one.adapter, memory=reload(one.memory, tmp_path))
     outs = [METHOD.aggregate(2, s, [update("a", random_adapter(3))]).adapter for s in (one, again)]
     assert close(outs[0], outs[1], atol=0)
     assert not close(outs[0], METHOD.aggregate(2, ServerState(adapter=one.adapter), [update("a", random_adapter(3))]).adapter, atol=1e-2)

@@ -11,7 +11,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import _flower
 from fedtune.strategies.fedadam import FedAdam
-from tests.strategies.updates import close, flower_result, plain, random_adapter, saved_and_read, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, reload, update
 
 METHOD = FedAdam(lr=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
 
@@ -49,7 +49,7 @@ def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
     one = METHOD.aggregate(
         1, ServerState(adapter=random_adapter(0)), [update("a", random_adapter(1), 3), update("b", random_adapter(2), 4)]
     )
-    again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
+    again = ServerState(adapter=one.adapter, memory=reload(one.memory, tmp_path))
     outs = [METHOD.aggregate(2, s, [update("a", random_adapter(3))]) for s in (one, again)]
     assert close(outs[0].adapter, outs[1].adapter, atol=0)
     assert all(torch.equal(outs[0].memory[n], outs[1].memory[n]) for n in outs[0].memory) and outs[0].memory["t"].item() == 2

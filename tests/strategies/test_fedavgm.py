@@ -13,7 +13,7 @@ from fedtune.errors import ConfigError
 from fedtune.strategies import _flower, _mean
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedavgm import FedAvgM
-from tests.strategies.updates import close, flower_result, plain, random_adapter, saved_and_read, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, reload, update
 
 
 def check_by_hand() -> None:
@@ -75,7 +75,7 @@ def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
     one = method.aggregate(
         1, ServerState(adapter=random_adapter(0)), [update("a", random_adapter(1), 3), update("b", random_adapter(2), 4)]
     )
-    again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
+    again = ServerState(adapter=one.adapter, memory=reload(one.memory, tmp_path))
     outs = [method.aggregate(2, s, [update("a", random_adapter(3))]) for s in (one, again)]
     assert close(outs[0].adapter, outs[1].adapter, atol=0)
     # the memory has an effect: without it the second round differs

@@ -12,7 +12,7 @@ from fedtune.errors import ConfigError
 from fedtune.strategies import _flower
 from fedtune.strategies.fedadam import FedAdam
 from fedtune.strategies.fedyogi import FedYogi
-from tests.strategies.updates import close, flower_result, plain, random_adapter, saved_and_read, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, reload, update
 
 METHOD = FedYogi(lr=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
 
@@ -52,7 +52,7 @@ def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
     one = METHOD.aggregate(
         1, ServerState(adapter=random_adapter(0)), [update("a", random_adapter(1), 3), update("b", random_adapter(2), 4)]
     )
-    again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
+    again = ServerState(adapter=one.adapter, memory=reload(one.memory, tmp_path))
     outs = [METHOD.aggregate(2, s, [update("a", random_adapter(3))]).adapter for s in (one, again)]
     assert close(outs[0], outs[1], atol=0)
     assert not close(outs[0], METHOD.aggregate(2, ServerState(adapter=one.adapter), [update("a", random_adapter(3))]).adapter, atol=1e-2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.strategies import _flower
 from fedtune.strategies._gram import distances, krum, products
-from tests.strategies.updates import SHAPES, plain, random_adapter, regauged
+from tests.strategies.updates import SHAPES, plain, random_adapter, with_other_factors
 
 
 def dense(adapter: AdapterState) -> Tensor:
@@ -61,7 +61,7 @@ def test_plain_tensors_are_selected_as_flower_does(seed: int, malicious: int, se
 @given(seed=st.integers(0, 10_000))
 def test_other_factors_of_the_same_products_select_the_same_clients(seed: int) -> None:
     clients = [random_adapter(1000 * seed + i) for i in range(8)]
-    others = [regauged(c, seed=i + seed) for i, c in enumerate(clients)]
+    others = [with_other_factors(c, seed=i + seed) for i, c in enumerate(clients)]
     picks = [krum(distances(c, random_adapter(0)), malicious=1, select=3) for c in (clients, others)]
     assert picks[0] == picks[1]
 
@@ -74,7 +74,7 @@ def test_distances_between_factors_are_detected() -> None:
         return krum(torch.from_numpy(apart), malicious=1, select=3)
 
     seen = [
-        (flowers(c), flowers([regauged(x, seed=i) for i, x in enumerate(c)]))
+        (flowers(c), flowers([with_other_factors(x, seed=i) for i, x in enumerate(c)]))
         for c in ([random_adapter(9 * s + i) for i in range(8)] for s in range(5))
     ]
     assert any(a != b for a, b in seen)

@@ -9,7 +9,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError, UpdateMismatch
 from fedtune.strategies import krum as module
 from fedtune.strategies.krum import Krum
-from tests.strategies.updates import close, plain, random_adapter, regauged, update
+from tests.strategies.updates import close, plain, random_adapter, update, with_other_factors
 
 
 def test_by_hand() -> None:
@@ -31,7 +31,7 @@ def planted_updates() -> list:
     truth = random_adapter(0)
     honest = [truth.replace({n: t + 0.01 * random_adapter(i)[n] for n, t in truth.tensors.items()}) for i in range(1, 7)]
     far = truth.replace({n: t + (2.0 if n.endswith("lora_B") else 0.0) for n, t in truth.tensors.items()})
-    return [*(update(f"c{i}", regauged(h, seed=i, size=10.0)) for i, h in enumerate(honest)), update("liar", far)]
+    return [*(update(f"c{i}", with_other_factors(h, seed=i, size=10.0)) for i, h in enumerate(honest)), update("liar", far)]
 
 
 def test_a_malicious_client_is_not_chosen_with_any_factors() -> None:

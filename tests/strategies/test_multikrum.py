@@ -14,7 +14,7 @@ from fedtune.strategies import _flower
 from fedtune.strategies import multikrum as module
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.multikrum import MultiKrum
-from tests.strategies.updates import close, flower_result, plain, random_adapter, regauged, update
+from tests.strategies.updates import close, flower_result, plain, random_adapter, update, with_other_factors
 
 
 def line() -> list:
@@ -61,7 +61,7 @@ def test_the_selection_depends_only_on_the_products(monkeypatch: pytest.MonkeyPa
     adapters = [random_adapter(i + 1, 0.3) for i in range(7)]
     expected = chosen(adapters, monkeypatch)
     for seed in range(5):
-        assert chosen([regauged(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == expected
+        assert chosen([with_other_factors(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == expected
 
 
 def test_a_config_without_the_guarantee_is_refused() -> None:

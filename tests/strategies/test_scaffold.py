@@ -13,7 +13,7 @@ from fedtune.contracts.strategy import Assignment, ServerState, Strategy
 from fedtune.errors import ConfigError, UpdateError
 from fedtune.strategies import scaffold as module
 from fedtune.strategies.scaffold import SCAFFOLD
-from tests.strategies.updates import close, plain, random_adapter, saved_and_read, update
+from tests.strategies.updates import close, plain, random_adapter, reload, update
 
 
 def plans(*clients: str) -> list[Plan]:
@@ -121,7 +121,7 @@ def test_a_restart_continues_bit_for_bit(tmp_path: Path) -> None:
         ServerState(adapter=random_adapter(0)),
         [update("a/b", random_adapter(1), lr_sum=0.1), update("c", random_adapter(2), lr_sum=0.2)],
     )
-    again = ServerState(adapter=one.adapter, memory=saved_and_read(one.memory, tmp_path))
+    again = ServerState(adapter=one.adapter, memory=reload(one.memory, tmp_path))
     outs = [method.aggregate(2, s, [update("c", random_adapter(3), lr_sum=0.1)]) for s in (one, again)]
     assert close(outs[0].adapter, outs[1].adapter, atol=0)
     assert all(torch.equal(t, outs[1].memory[n]) for n, t in outs[0].memory.items())

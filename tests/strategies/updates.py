@@ -40,13 +40,13 @@ def close(a: AdapterState, b: AdapterState, atol: float = 1e-6) -> bool:
     return list(a.tensors) == list(b.tensors) and all(torch.allclose(a[n], b[n], rtol=0, atol=atol) for n in a.tensors)
 
 
-def saved_and_read(memory: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def reload(memory: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """A memory after it is written to and read from a checkpoint."""
     save_file({n: t.contiguous() for n, t in memory.items()}, folder / "memory.safetensors")
     return load_file(folder / "memory.safetensors")
 
 
-def regauged(adapter: AdapterState, seed: int, size: float = 3.0) -> AdapterState:
+def with_other_factors(adapter: AdapterState, seed: int, size: float = 3.0) -> AdapterState:
     """The same s·B·A with other factors: (B G, G⁻¹ A) with a random invertible G for each module."""
     gen, tensors = torch.Generator().manual_seed(seed), dict(adapter.tensors)
     for module, rank in adapter.spec.ranks.items():

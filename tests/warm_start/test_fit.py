@@ -34,17 +34,17 @@ def source(state: AdapterState, config: Config | None = None, **more: Any) -> So
 
 
 def change(start: WarmStart, module: str) -> Tensor:
-    """What version 0 adds to a weight."""
+    """What the start's adapter and shifts together add to a module's weight."""
     return sum((s.product(module) for s in (start.adapter, *start.shifts) if module in s.spec.ranks), torch.zeros(()))
 
 
-def begun(earlier: AdapterState, drawn: AdapterState, *, needs_zero: bool = False, **more: Any) -> WarmStart:
+def begin(earlier: AdapterState, drawn: AdapterState, *, needs_zero: bool = False, **more: Any) -> WarmStart:
     return fit(source(earlier, **more), drawn, Config(), (), needs_zero=needs_zero)
 
 
 def test_the_same_settings_continue_the_same_tensors() -> None:
     earlier, drawn = lora(2, 4.0, 1).replace(version=7), lora(2, 4.0, 2, zero=True)
-    start = begun(earlier, drawn)
+    start = begin(earlier, drawn)
     assert all(torch.equal(start.adapter[n], t) for n, t in earlier.tensors.items()) and not start.shifts
     assert start.adapter.spec == drawn.spec and start.about == {"from": "X", "sha256": "0" * 64, "round": 7, "merged": False}
 
@@ -52,7 +52,7 @@ def test_the_same_settings_continue_the_same_tensors() -> None:
 @pytest.mark.parametrize(("rank", "alpha", "method"), [(3, 4.0, "lora"), (2, 3.0, "lora"), (4, 8.0, "rslora")])
 def test_a_larger_rank_and_another_scaling_leave_the_product(rank: int, alpha: float, method: str) -> None:
     earlier, drawn = lora(2, 4.0, 1), lora(rank, alpha, 2, zero=True, method=method)
-    start = begun(earlier, drawn)
+    start = begin(earlier, drawn)
     for m in IN:
         torch.testing.assert_close(change(start, m), earlier.product(m), rtol=1e-6, atol=1e-6)
         # the new components can learn: A as drawn, and only B is zero
@@ -63,7 +63,7 @@ def test_a_larger_rank_and_another_scaling_leave_the_product(rank: int, alpha: f
 @pytest.mark.parametrize("rank", [1, 2, 4])  # a merged start may have any rank
 def test_a_strategy_that_assumes_a_zero_product_begins_with_it_merged(rank: int) -> None:
     earlier, drawn = lora(2, 4.0, 1), lora(rank, 4.0, 2, zero=True)
-    start = begun(earlier, drawn, needs_zero=True)
+    start = begin(earlier, drawn, needs_zero=True)
     (shift,) = start.shifts
     assert shift.spec.version == 0 and shift.spec.base == drawn.spec.base and start.about["merged"] is True
     for m in IN:
@@ -74,7 +74,7 @@ def test_a_strategy_that_assumes_a_zero_product_begins_with_it_merged(rank: int)
 
 def test_an_adapter_with_a_zero_product_is_continued_by_every_strategy() -> None:
     earlier, drawn = lora(2, 4.0, 1, zero=True), lora(2, 4.0, 2, zero=True)  # the state that fedsa leaves on the server
-    start = begun(earlier, drawn, needs_zero=True)
+    start = begin(earlier, drawn, needs_zero=True)
     assert torch.equal(start.adapter["q.lora_A"], earlier["q.lora_A"]) and not start.shifts
 
 
@@ -88,7 +88,7 @@ def test_the_shifts_of_the_earlier_run_become_one(needs_zero: bool) -> None:
         )
         for i in (1, 2)
     )
-    start = begun(earlier, drawn, shifts=shifts, needs_zero=needs_zero)
+    start = begin(earlier, drawn, shifts=shifts, needs_zero=needs_zero)
     expected = earlier.product("q") + shifts[0].product("q") + shifts[1].product("q")
     torch.testing.assert_close(change(start, "q"), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(change(start, "up"), earlier.product("up"), rtol=1e-5, atol=1e-5)
@@ -96,10 +96,10 @@ def test_the_shifts_of_the_earlier_run_become_one(needs_zero: bool) -> None:
     assert start.shifts[0].spec.ranks["q"] <= min(IN["q"], OUT["q"])  # not the sum of all ranks
 
 
-def test_a_peft_folder_s_head_is_taken_too() -> None:
+def test_the_head_of_a_peft_folder_is_used_too() -> None:
     whole, drawn = lora(2, 4.0, 1, base=""), lora(2, 4.0, 2, zero=True)
     factors = whole.subset([n for n in whole.tensors if "lora" in n])
-    start = begun(factors, drawn, heads={"head.weight": whole["head.weight"]})
+    start = begin(factors, drawn, heads={"head.weight": whole["head.weight"]})
     assert torch.equal(start.adapter["head.weight"], whole["head.weight"]) and start.adapter.spec.base == drawn.spec.base
 
 
@@ -134,7 +134,7 @@ BEFORE = Config(peft=PeftConfig(targets=["q", "up"]), model=ModelConfig(source="
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_what_does_not_fit_is_one_sentence(given: Source, sentence: str) -> None:
+def test_an_adapter_that_does_not_fit_is_refused_with_the_setting_to_change(given: Source, sentence: str) -> None:
     with pytest.raises(ConfigError, match=f"^peft.from=X .*{sentence}"):
         fit(given, DRAWN, Config(), ("d", "c", "b", "a") if given.labels else (), needs_zero=False)
 

@@ -28,7 +28,7 @@ def table(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, str
     return dict(zip(head, row, strict=True)), stdout
 
 
-def test_the_table_has_every_side(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_every_way_to_train(capsys: pytest.CaptureFixture[str]) -> None:
     row, output = table(capsys, "--spread")
     sides = ["one by one", "C=1", "C=2"]
     expected = ["model", "precision", "batch", "bare loop, turns/s", *(f"{s}, ×" for s in [*sides, "auto"])]

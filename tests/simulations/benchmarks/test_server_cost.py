@@ -37,7 +37,7 @@ def test_every_pass_sees_the_same_updates_and_no_two_clients_are_alike() -> None
     assert not torch.equal(first[0].adapter[names[0]], first[1].adapter[names[0]])
 
 
-def test_ten_megabytes_are_ten_megabytes() -> None:
+def test_an_adapter_has_the_requested_size() -> None:
     assert whole_adapter(10.0).nbytes == pytest.approx(10e6, rel=0.02)
 
 
@@ -55,7 +55,7 @@ def test_a_cohort_that_does_not_fit_shrinks_with_a_note() -> None:
     stream = Stream(FedAvg(), whole_adapter(0.3))
     assert affordable(stream, 20, max_mb=1e9, max_s=1e9) == (20, "")
     clients, why = affordable(stream, 1000, max_mb=1e9, max_s=0.0)
-    assert clients == 16 and why.startswith("1,000 clients would take") and why.endswith("shown are 16")
+    assert clients == 16 and why.startswith("1,000 clients would take") and why.endswith("the table shows 16")
 
 
 def test_a_strategy_that_needs_more_clients_is_refused_in_one_sentence() -> None:

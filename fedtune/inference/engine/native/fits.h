@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-/* Whether all parts of a decoder, or of a pass through it, are there and fit each other. */
+/* Whether all parts of a decoder, or of a pass through it, are present and fit each other. */
 int fedtune_decoder_fits(const struct fedtune_decoder *d);
 int fedtune_pass_fits(const struct fedtune_decoder *d, const struct fedtune_pass *p);
 

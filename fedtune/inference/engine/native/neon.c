@@ -36,7 +36,7 @@ INLINE float32x4_t sums_of_lanes(const four *v) { return vpaddq_f32(vpaddq_f32(v
 #include "rows.h"
 #include "plain.h"
 
-enum { AT_ONCE = 4, TOGETHER = 1 }; /* rows of x and blocks, limited by the 32 registers */
+enum { AT_ONCE = 4, TOGETHER = 1 }; /* rows of x, and blocks, of a call: more do not fit in the 32 registers */
 
 DOT_CODE static void to_int8(const float *x, int64_t n_in, void *codes, struct columns *groups) {
     int8_t *out = codes;

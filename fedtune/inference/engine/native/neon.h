@@ -2,7 +2,7 @@
 
 PRODUCT void NAMED(int4)(const struct fedtune_weights *w, int64_t block, const int8_t *x, const struct columns *xg, const int rows, float *out, int64_t stride, const int wide) {
     const int64_t groups = groups_of(w->n_in), width = groups * GROUP;
-    const int vectors = rows > 2 ? 2 : 4; /* of 4 outputs at a time: sums that fit the registers */
+    const int vectors = rows > 2 ? 2 : 4; /* of 4 outputs, whose sums fit in the registers */
     for (int first = 0; first < 4; first += vectors) {
         const uint8_t *p = w->codes + block * groups * 256 + 16 * first, *s = w->scales + block * groups * (wide ? 64 : 32);
         float32x4_t product[AT_ONCE][4], shift[AT_ONCE][4];

@@ -127,7 +127,7 @@ static struct codes codes_of(const struct fedtune_decoder *d, const struct fedtu
     };
 }
 
-/* Rows of an item of attention. If few query heads share a key head, more rows do, because an item decodes each key only once. */
+/* Rows of an item of attention: more in a long pass where few query heads share a key head, because an item decodes each key only once. */
 static int64_t attended_together(const struct work *w) {
     return w->p->rows >= 4 * ROWS_AT_ONCE && w->d->heads < 4 * w->d->kv_heads ? ROWS_AT_ONCE : PIECE;
 }

@@ -1,12 +1,12 @@
 /* The product with plain float weights; included after rows.h, with its definitions. An output's sum has one order: that of its columns. */
-enum { OUTPUTS = 4, ROWS_TOGETHER = LANES == 16 ? 4 : 2 }; /* sums that fit the registers */
+enum { OUTPUTS = 4, ROWS_TOGETHER = LANES == 16 ? 4 : 2 }; /* whose sums fit in the registers */
 
 static void copy_row(const float *x, int64_t n_in, void *codes, struct columns *groups) {
     (void)groups;
     memcpy(codes, x, (size_t)n_in * sizeof *x);
 }
 
-/* Adds n <= LANES columns; n is a constant but for the last ones. */
+/* Adds n <= LANES columns. n is a constant except for the last columns. */
 SMALL void plain_columns(vec sums[ROWS_TOGETHER][OUTPUTS], const float *w, int64_t n_in, const int outputs, const float *x, int64_t stride,
                          const int rows, int64_t n) {
     vec own[OUTPUTS];

@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-enum { FEW = 4, MOST_COLUMNS = 1 << 24 }; /* rows that one thread rounds alone; of W */
+enum { FEW = 4, MOST_COLUMNS = 1 << 24 }; /* rows that one thread rounds alone; most columns of W */
 
 /* Whether `bytes` are exactly a * b * c * d, without overflow. */
 int fedtune_is_product(int64_t bytes, int64_t a, int64_t b, int64_t c, int64_t d) {
@@ -57,7 +57,7 @@ struct job {
     void *space;
     int64_t rows, x_stride;
     int64_t steps, count; /* items for each TILE rows, and all items */
-    int64_t piece, threads; /* items that a thread takes at once */
+    int64_t piece, threads; /* items that a thread takes at once; threads */
 };
 
 static void round_rows(void *argument, int64_t first, int64_t end) {
