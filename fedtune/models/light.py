@@ -14,7 +14,11 @@ import importlib
 import importlib.util
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +32,7 @@ _COMPILER = "torch._dynamo"
 _SHAPES = "torch.fx.experimental.symbolic_shapes"
 _MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op"  # transformers' masks import a class from it
 _LOG = logging.getLogger(__name__)
+_lock = threading.Lock()
 
 
 def import_models() -> None:
@@ -38,6 +43,7 @@ def import_models() -> None:
     if _MODELS[0] in sys.modules:
         return
     before = set(sys.modules)
+    sys.meta_path.insert(0, _Imported())
     for name, values in _LATE.items():
         if name not in before:
             _Late(name, values)
@@ -54,32 +60,55 @@ def import_models() -> None:
 
 
 class _Late(ModuleType):
-    """A stand-in for a module of which a process needs few names: `values` has them. Access to any other name imports the module itself."""
+    """Stands for a module of which a process needs few names, which have the given values. Any other name imports the module itself, which
+    then takes this one's place and answers for all names."""
 
     def __init__(self, name: str, values: Mapping[str, Any]) -> None:
         super().__init__(name)
         self.__spec__ = spec = importlib.util.find_spec(name)
         self.__file__ = spec and spec.origin
+        self._values = list(values)
         vars(self).update(values)
         sys.modules[name] = self
-        if self._parent is not None:
-            setattr(*self._parent, self)
-
-    @property
-    def _parent(self) -> tuple[ModuleType, str] | None:
-        """The package that has this module as an attribute, and the attribute's name."""
-        parent, _, own = self.__name__.rpartition(".")
-        return (sys.modules[parent], own) if parent else None
+        if name.rpartition(".")[0]:
+            setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], self)
 
     def __getattr__(self, name: str) -> Any:
         package = self.__spec__ is not None and self.__spec__.submodule_search_locations is not None
-        if name.startswith("__") and not (package and name == "__path__"):  # `inspect` asks for them; importing a submodule, for the path
+        if name.startswith("__") and not (package and name == "__path__"):  # asked by `inspect`; the path by imports of a submodule
             raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-            if self._parent is not None:
-                delattr(*self._parent)
-        return getattr(importlib.import_module(self.__name__), name)
+        with _lock:  # not during the import: importlib has locks of its own, and modules that it imports come here too
+            if sys.modules.get(self.__name__) is self:
+                del sys.modules[self.__name__]
+        module = importlib.import_module(self.__name__)
+        for value in self._values:  # for modules that refer to this one
+            vars(self).pop(value, None)
+        return getattr(module, name)
+
+
+class _Imported(MetaPathFinder, Loader):
+    """Finds submodules that an import of their package has imported already.
+
+    importlib imports the package of `import package.module` first, and then looks whether that has imported the module. But it finds a
+    `_Late` package imported, whose `__path__` imports the package only afterward, and would execute the module a second time.
+    """
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        module = sys.modules.get(fullname) if fullname.startswith(tuple(f"{name}." for name in _LATE)) else None
+        if module is None or isinstance(module, _Late):
+            return None
+        spec = spec_from_loader(fullname, self)
+        if spec is not None:
+            spec.loader_state = module.__spec__
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        if spec is not None and spec.loader is self:  # importlib sets it, if the module lets it
+            module.__spec__ = spec.loader_state
 
 
 def _unchanged(function: Any = None, *args: Any, **settings: Any) -> Any:

@@ -108,6 +108,33 @@ assert torch.fx.experimental.symbolic_shapes.ShapeEnv()
 import sympy
 assert sympy.Symbol("x").is_symbol and sympy.Basic.__module__.startswith("sympy")
 """
+SUBMODULES = """
+from fedtune.models import light
+light.import_models()
+import torch._dynamo.config as config
+import sympy.core.numbers as numbers
+import sympy, torch
+assert config is torch._dynamo.config is torch._dynamo.eval_frame.config and config.__spec__.loader is not None
+assert numbers is sympy.core.numbers and sympy.Integer is numbers.Integer and type(numbers.__spec__.loader).__module__ != light.__name__
+from torch._dynamo.exc import Unsupported
+from torch._dynamo import convert_frame
+assert convert_frame.Unsupported is Unsupported
+assert torch.compile(lambda x: x + 1, backend="eager", dynamic=True)(torch.zeros(3)).sum() == 3
+"""
+THREADS = """
+import threading, torch
+from fedtune.models import light
+light.import_models()
+wrong = []
+def use():
+    try:
+        torch.fx.experimental.symbolic_shapes.ShapeEnv, torch._dynamo.utils
+    except Exception as bad:
+        wrong.append(bad)
+threads = [threading.Thread(target=use) for _ in range(16)]
+[t.start() for t in threads], [t.join() for t in threads]
+assert not wrong, wrong
+"""
 WHOLE = """
 from fedtune.models import light
 light._UNUSED += ("regex",)  # as if transformers needed one of the parts
@@ -119,7 +146,7 @@ assert "regex" in sys.modules
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [LATE, WHOLE])
+@pytest.mark.parametrize("code", [LATE, SUBMODULES, THREADS, WHOLE], ids=["late", "submodules", "threads", "whole"])
 def test_a_part_that_is_needed_is_loaded(code: str) -> None:
     run(code)
 

@@ -24,6 +24,7 @@ from fedtune.contracts.task import IGNORED
 from fedtune.data import Example
 from fedtune.errors import Decline
 from fedtune.experiment import simulate
+from fedtune.models import lean
 from tests.tiny import tiny_config
 from tests.working import host_for
 
@@ -55,6 +56,17 @@ def needs(host: ClientHost, precision: str, micro: int, plan: Plan = PLAN) -> fl
     rows = host.space.examples(plan.client, "train")
     width = max(len(e.input_ids) for e in rows)
     return sum(memory_bytes(host.devices.shapes, precision, host.devices.shapes.entries, micro, width, width - 1)) / 1e6
+
+
+def test_a_turn_without_a_lean_step_is_estimated_as_such(tmp_path: Path) -> None:
+    given = config(tmp_path, {"phone": DeviceClass()})
+    given.client.lean = "auto"
+    host = host_for(given)
+    fits = host.devices.fit(PLAN, host.space.initial, 0)
+    assert fits is not None and fits[2].shapes is host.devices.shapes and "fp32" in fits[2].shapes.lean
+    lean.disable(host.space.own.live)  # as in a sparse turn, or after a shift of quantized weights
+    fits = host.devices.fit(dataclasses.replace(PLAN, round=2), host.space.initial, 0)
+    assert fits is not None and not fits[2].shapes.lean and fits[2].rest > 0
 
 
 def test_without_devices_nothing_is_chosen(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fedtune.clients.devices.estimate import kept_bytes, shapes_of, weights_byte
 from fedtune.config import Config, ModelConfig, PeftConfig, TaskConfig
 from fedtune.contracts.task import IGNORED
 from fedtune.errors import ModelError
-from fedtune.models import LiveAdapter, load_backbone
+from fedtune.models import LiveAdapter, lean, load_backbone
 from tests.models.build import CONFIGS, ENCODERS, checkpoint, hub, llama_config
 
 WITHIN = 2.0
@@ -86,6 +86,20 @@ def test_kept_memory_grows_with_rows_and_trained_tensors(tmp_path: Path) -> None
     assert 3.3 * one < four < 4 * one
     last = [n for n in live.parameters if ".layers.1." in n]
     assert last and probe.kept_bytes(live, LM, last, 4, 16, 15) < 0.8 * four
+
+
+def test_a_lean_step_saves_less_and_its_block_counts_once(tmp_path: Path) -> None:
+    live = LiveAdapter(load_backbone(hub(checkpoint(tmp_path / "model", config=WIDE)), LM), PeftConfig(rank=3), LM)
+    by_peft = probe.kept_bytes(live, LM, live.parameters, 6, 20, 5)
+    assert lean.enable(live) == ""
+    sizes = []
+    for kept in (None, 1, 0):
+        with lean.keeping(live.model, kept):
+            sizes.append(probe.kept_bytes(live, LM, live.parameters, 6, 20, 5))
+    shapes = shapes_of(Config(model=hub(tmp_path / "model"), task=LM, peft=PeftConfig(rank=3)))
+    assert sizes[2] < sizes[1] < sizes[0] < 0.7 * by_peft and "fp32" in shapes.lean
+    layer = 6 * 20 * 4 * (64 + 2 * shapes.query + 2 * shapes.keys + 2 * 192)  # bytes of what a layer keeps, as the estimate counts them
+    assert sizes[0] - sizes[1] == pytest.approx(layer, rel=0.1)
 
 
 def test_layers_of_unsupported_row_length_are_not_quantized_in_estimate_and_model(tmp_path: Path) -> None:
