@@ -176,7 +176,7 @@ def _for_memory(
             tried = [
                 _most_kept(device, shapes, work, precision, work.batch >> i, width, correction) for i in range(work.batch.bit_length())
             ]
-            if fitting := [t for t in tried if device.memory_mb is None or t[-1] <= MEMORY_MARGIN * device.memory_mb]:
+            if fitting := [t for t in tried if _fits(device, t[-1])]:
                 return precision, length, *min(fitting, key=lambda t: _time(shapes, *t[:2], width))
             least = tried[-1][-1]
         if length // 2 < MIN_LENGTH:
@@ -189,6 +189,10 @@ def _for_memory(
     )
 
 
+def _fits(device: DeviceClass, memory_mb: float) -> bool:
+    return device.memory_mb is None or memory_mb <= MEMORY_MARGIN * device.memory_mb
+
+
 def _most_kept(
     device: DeviceClass, shapes: Shapes, work: Workload, precision: str, micro: int, width: int, correction: Correction
 ) -> tuple[int, int, float]:
@@ -196,8 +200,7 @@ def _most_kept(
     kept = shapes.layers
     while True:
         memory = estimated_mb(shapes, work, precision, micro, width, correction, kept)
-        fits = device.memory_mb is None or memory <= MEMORY_MARGIN * device.memory_mb
-        if fits or not kept or precision not in shapes.lean or shapes.checkpointing:
+        if _fits(device, memory) or not kept or precision not in shapes.lean or shapes.checkpointing:
             return micro, kept, memory
         kept -= 1
 

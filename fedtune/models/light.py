@@ -77,7 +77,7 @@ class _Late(ModuleType):
         package = self.__spec__ is not None and self.__spec__.submodule_search_locations is not None
         if name.startswith("__") and not (package and name == "__path__"):  # asked by `inspect`; the path by imports of a submodule
             raise AttributeError(name)
-        with _lock:  # not during the import: importlib has locks of its own, and modules that it imports come here too
+        with _lock:  # not during the import: importlib has its own locks, and the imported modules may ask this one for names
             if sys.modules.get(self.__name__) is self:
                 del sys.modules[self.__name__]
         module = importlib.import_module(self.__name__)

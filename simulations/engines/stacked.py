@@ -40,9 +40,11 @@ def why_not(live: LiveAdapter) -> str | None:
 def installed(live: LiveAdapter, clients: ClientBatch) -> Iterator[Forward]:
     """A context in which the model's LoRA layers, heads and dropouts work per client."""
     changed: dict[nn.Module, Callable[..., Tensor]] = {}
+    lora: dict[nn.Module, str] = {}
     for name, (module, own) in _owners(live).items():
         if isinstance(module, LoraLayer):
-            changed[module] = _lora(clients, name.rpartition(".")[0], module)
+            lora[module] = name.rpartition(".")[0]
+            changed[module] = _lora(clients, lora[module], module)
         elif isinstance(module, nn.Linear):
             changed[module] = _linear(clients, own)
         elif isinstance(module, nn.LayerNorm):
@@ -53,18 +55,19 @@ def installed(live: LiveAdapter, clients: ClientBatch) -> Iterator[Forward]:
     try:
         for module, stand_in in changed.items():
             module.forward = stand_in  # type: ignore[method-assign]
-        yield lambda batch, task: _losses(live, clients, batch, task)
+        yield lambda batch, task: _losses(live, clients, lora, batch, task)
     finally:
         for module in changed:
             del module.forward  # restores the class's method
 
 
-def _losses(live: LiveAdapter, clients: ClientBatch, batch: Mapping[str, Tensor], task: TaskConfig) -> Tensor:
+def _losses(
+    live: LiveAdapter, clients: ClientBatch, names: Mapping[nn.Module, str], batch: Mapping[str, Tensor], task: TaskConfig
+) -> Tensor:
     """The losses of `Forward`, by the lean step if it can compute them."""
     step = step_of(live.model)
     if step is None or step.draws_dropout():  # the lean layers draw dropout for all rows together
         return task_of(task).loss(*counted_logits(live.model, batch, task), "none")
-    names = {module: name.rpartition(".")[0] for name, (module, _) in _owners(live).items()}
 
     def factors(module: nn.Module) -> tuple[Tensor, Tensor]:
         name = names[module]

@@ -16,7 +16,7 @@ from fedtune.contracts.task import Example
 from fedtune.data import collate
 from fedtune.data.examples import pack
 from fedtune.experiment import simulate
-from fedtune.models import LiveAdapter, lean, load_backbone, loss_sum
+from fedtune.models import Backbone, LiveAdapter, lean, load_backbone, loss_sum
 from fedtune.models.lean import functions
 from fedtune.models.lean.decoder import DecoderLayer
 from fedtune.models.lean.layer import Pass
@@ -36,7 +36,12 @@ def live_model(
     made = checkpoint(folder / "model", ROWS[architecture])
     config = ModelConfig(source="hub", name=str(made), **(model or {}))
     labels = 0 if task is LM else 3
-    live = LiveAdapter(load_backbone(config, task, num_labels=labels), PeftConfig(**{"rank": 3, "alpha": 7.0, **peft}), task)
+    return with_adapter(load_backbone(config, task, num_labels=labels), task, **peft)
+
+
+def with_adapter(backbone: Backbone, task: TaskConfig, **peft: Any) -> LiveAdapter:
+    """The backbone with an adapter in which no tensor is zero, in training mode."""
+    live = LiveAdapter(backbone, PeftConfig(**{"rank": 3, "alpha": 7.0, **peft}), task)
     generator = torch.Generator().manual_seed(1)
     for p in live.parameters.values():
         p.data += 0.1 * torch.randn(p.shape, generator=generator)

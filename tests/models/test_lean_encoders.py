@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import BertConfig, CamembertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig
 
-from fedtune.config import PeftConfig, TaskConfig
+from fedtune.config import TaskConfig
 from fedtune.data import collate
 from fedtune.data.examples import Example
 from fedtune.models import LiveAdapter, lean, load_backbone
 from fedtune.models.lean import functions
 from tests.models.build import bert_config, checkpoint, hub
-from tests.models.test_lean import check_gradients, gradients, rows
+from tests.models.test_lean import check_gradients, gradients, rows, with_adapter
 from tests.quick import quick
 
 TASK = TaskConfig(kind="classification", max_length=32)
@@ -38,13 +37,7 @@ def two_layers(kind: type, **changes: Any) -> Any:
 def encoder(folder: Path, kind: str = "bert", *, model: dict[str, Any] | None = None, sizes: Any = None, **peft: Any) -> LiveAdapter:
     config = None if kind in ("distilbert", "albert") else two_layers(CLASSES[kind], **(sizes or {}))
     made = checkpoint(folder / "model", "roberta" if kind in CLASSES else kind, config=config)
-    backbone = load_backbone(hub(made, **(model or {})), TASK, num_labels=3)
-    live = LiveAdapter(backbone, PeftConfig(**{"rank": 3, "alpha": 7.0, **peft}), TASK)
-    generator = torch.Generator().manual_seed(1)
-    for p in live.parameters.values():
-        p.data += 0.1 * torch.randn(p.shape, generator=generator)
-    live.model.train()
-    return live
+    return with_adapter(load_backbone(hub(made, **(model or {})), TASK, num_labels=3), TASK, **peft)
 
 
 def batches() -> list[Any]:

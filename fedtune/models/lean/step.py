@@ -87,8 +87,8 @@ class LeanStep:
         self._frozen = [p for layer in self._layers for p in layer.frozen]
         if isinstance(self._head, nn.Linear):
             self._frozen += self._head.parameters()
-        self._bases = [linear.base for layer in self._layers for linear in layer.linears]
-        self._adapted = [linear.module for layer in self._layers for linear in layer.linears if linear.adapted]
+        linears = [linear for layer in self._layers for linear in layer.linears]
+        self._bases, self._adapted = [linear.base for linear in linears], [linear for linear in linears if linear.adapted]
 
     def is_ready(self) -> bool:
         """Whether the adapter is active and not merged, the frozen weights need no gradient, and no hook changes a layer's output.
@@ -97,7 +97,7 @@ class LeanStep:
         """
         if any(p.requires_grad for p in self._frozen) or any(b._forward_hooks or b._forward_pre_hooks for b in self._bases):
             return False
-        return not any(m.disable_adapters or m.merged_adapters for m in self._adapted)
+        return not any(linear.module.disable_adapters or linear.module.merged_adapters for linear in self._adapted)
 
     def keep_none(self) -> bool:
         """Let no layer keep intermediate tensors. Returns whether that saves memory."""
@@ -132,18 +132,17 @@ class LeanStep:
         Args:
             factors: PEFT's layer → its `Linear.stacked`.
         """
-        linears = [linear for layer in self._layers for linear in layer.linears if linear.adapted]
         try:
-            for linear in linears:
+            for linear in self._adapted:
                 linear.stacked = factors(linear.module)
             yield
         finally:
-            for linear in linears:
+            for linear in self._adapted:
                 linear.stacked = None
 
     def draws_dropout(self) -> bool:
         """Whether an adapter draws dropout in the current mode."""
-        return any(linear.dropout for layer in self._layers for linear in layer.linears)
+        return any(linear.dropout for linear in self._adapted)
 
     def token_losses(self, batch: Mapping[str, Tensor], task: TaskConfig) -> Tensor | None:
         """The losses of all targets, (N,), without all logits; None for a task with another loss or without an output layer."""

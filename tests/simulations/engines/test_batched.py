@@ -361,7 +361,7 @@ def test_clients_evaluated_in_a_batch_store_the_same_and_fail_alone(space: Works
 
     monkeypatch.setattr(module, "evaluate_together", score)
     replies = module.Together(host_for(space.config, loaded=space), "4")._score([(m, None) for m in messages])  # type: ignore[arg-type]
-    assert groups == [[1, 2, 4], [1], [2], [4]]  # node 3 has kept tensors of its own
+    assert groups == [[1, 2, 4], [1], [2], [4]]  # node 3 keeps its own lora_B
     assert ["declined" in r.content.config_records for r in replies] == [False, True, False]
 
 
