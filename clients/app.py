@@ -200,7 +200,7 @@ def evaluate_together(host: ClientHost, requests: Sequence[tuple[Message, Contex
     model.rebase(request.base, request.shifts, request.snapshot)
     rows = [host.space.examples(client, "held_out") for client in clients]
     turn = make(request.turn, request.params)
-    if request.keep or type(turn).personal is not Turn.personal:
+    if request.keep or turn.is_personal():
         store = host.storage.store.substore(f"turn-{request.turn}")  # an evaluation follows its round's turn, hence round + 1
         own = [turn.personal(host.complete(c, request), store.read(c, request.round + 1)) for c in clients]
         scores = [model.score(adapter, r)[0] for adapter, r in zip(own, rows, strict=True)]
@@ -293,7 +293,8 @@ def _fit_turn(
 def finish(host: ClientHost, todo: PreparedTurn, trained: AdapterState, result: TrainingResult) -> Message:
     """The reply to a train message: the tensors of `plan.send` and the turn's measurements. Stores the tensors of `plan.keep`."""
     plan = todo.plan
-    trained = todo.turn.finish(work_of(host, todo, todo.loaded_model.slot(todo.start)), trained)
+    work = work_of(host, todo, todo.loaded_model.slot(todo.start))
+    trained = todo.turn.finish(dataclasses.replace(work, memory=result.memory), trained)
     if kept := matching(trained.tensors, plan.keep):
         host.storage.store.write(plan.client, plan.round, trained.subset(kept))
     sent = trained.subset(matching(trained.tensors, plan.send))

@@ -2,7 +2,9 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from fedtune.contracts.plan import Plan
 
@@ -25,3 +27,11 @@ def batches(examples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 def lr_at(plan: Plan, step: int, steps: int) -> float:
     """Learning rate of a step; steps count from 0."""
     return plan.lr + (plan.lr_last - plan.lr) * step / steps
+
+
+def optimizer_of(plan: Plan, params: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The plan's optimizer for these parameters."""
+    if plan.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+    # without momentum, SGD's weight decay equals decoupled weight decay
+    return torch.optim.SGD(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)

@@ -4,18 +4,19 @@ A turn creates only the optimizer: turns share the model, the adapter slot and t
 """
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fedtune.clients.meter import peak_mb, reset_peak
-from fedtune.clients.steps import batches, lr_at, steps_of
-from fedtune.clients.turns import Turn, Work, turn_of
+from fedtune.clients.steps import batches, lr_at, optimizer_of, steps_of
+from fedtune.clients.turns import Loss, Turn, Work, turn_of
 from fedtune.config import TaskConfig
 from fedtune.contracts.plan import Plan, matching
 from fedtune.contracts.task import task_of
@@ -46,6 +47,7 @@ class TrainingResult:
         micro: Rows per micro-batch at the end of the turn.
         kept_layers: Layers that kept intermediate tensors at the end of the turn; None without a limit.
         out_of_memory: Number of out-of-memory errors.
+        memory: What the turn's `begin` returned.
     """
 
     loss: float | None
@@ -57,6 +59,7 @@ class TrainingResult:
     micro: int = 0
     kept_layers: int | None = None
     out_of_memory: int = 0
+    memory: Any = None
 
 
 def train(
@@ -94,15 +97,12 @@ def train(
     for name, p in live.parameters.items():
         p.requires_grad_(name in names)
     memory = turn.begin(work)
-    if plan.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-    else:  # without momentum, SGD's weight decay equals decoupled weight decay
-        optimizer = torch.optim.SGD(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+    optimizer = optimizer_of(plan, params)
     before = _mean_loss(live, examples, plan, task, pad_id) if "start_loss" in plan.measure else None
     torch.manual_seed(plan.seed)  # dropout draws from the global generator
     stream = batches(len(examples), plan.batch_size, plan.seed)
     steps, total, seen = steps_of(plan, len(examples)), 0.0, 0
-    size, out = min(micro or plan.batch_size, plan.batch_size), 0
+    size = min(micro or plan.batch_size, plan.batch_size)
     # train() visits hundreds of modules, which takes milliseconds, so the model stays in training mode between turns. PEFT's wrapper may be
     # in training mode while the model inside is not
     if not (live.model.training and live.backbone.model.training):
@@ -111,18 +111,19 @@ def train(
     try:
         keep_none = stack.enter_context(lean.keeping(live.model, kept_layers))
         noisy = stack.enter_context(_private(live, examples, plan, task, pad_id, private, secure_rng, size)) if private else None
+        rows = _Rows(work, lambda batch: turn.loss(work, memory, batch), size, kept_layers, keep_none)
+        if noisy is None:
+            work = dataclasses.replace(work, minibatch=rows)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(plan, step, steps)
             if noisy is None:
-                rows = [[examples[i] for i in next(stream)] for _ in range(plan.accumulate)]
-                loss, count, size, again, least = _in_pieces(live, rows, size, task, pad_id, device, keep_none)
-                out, kept_layers = out + again, 0 if least else kept_layers
+                rows.take([[examples[i] for i in next(stream)] for _ in range(plan.accumulate)])
+                loss, count = rows.gradient(), rows.targets
             else:
                 loss, count = 0.0, 0
                 for name, gradient in noisy.step().items():
                     live.parameters[name].grad = gradient
-                size, out = noisy.at_once, noisy.out_of_memory
             if not math.isfinite(loss):
                 raise UpdateError(f"the training loss became {loss} in step {step + 1} of {steps}: lower client.lr")
             turn.step(work, memory)
@@ -147,9 +148,10 @@ def train(
         peak_mb=peak_mb(device),
         start_loss=before,
         began_mb=began,
-        micro=size,
-        kept_layers=kept_layers,
-        out_of_memory=out,
+        micro=rows.size if noisy is None else noisy.at_once,
+        kept_layers=rows.kept_layers,
+        out_of_memory=rows.out_of_memory if noisy is None else noisy.out_of_memory,
+        memory=memory,
     )
 
 
@@ -200,57 +202,73 @@ def _mean_loss(live: LiveAdapter | SparseSlot, examples: Sequence[Example], plan
     return total / max(seen, 1)
 
 
-def _in_pieces(
-    live: LiveAdapter | SparseSlot,
-    batches: list[list[Example]],
-    size: int,
-    task: TaskConfig,
-    pad_id: int,
-    device: torch.device,
-    keep_none: Callable[[], bool],
-) -> tuple[float, int, int, int, bool]:
-    """`_backward` over micro-batches of at most `size` rows.
+class _Rows:
+    """The rows of each optimizer step, and their gradient, in micro-batches that fit into memory (`Minibatch`).
 
-    Also returns the final size, the number of errors, and whether it called `keep_none`. On an out-of-memory error, it starts over with
-    half the size and the same random numbers. If a single row runs out of memory, it calls `keep_none` and starts over once more.
-
-    Raises:
-        Decline: Not even a single row fits into memory.
+    Args:
+        work: The turn's arguments.
+        loss: The summed loss of a micro-batch, and its number of targets.
+        size: Largest micro-batch, in rows.
+        kept_layers: As for `train`.
+        keep_none: Stops layers from keeping intermediate tensors; returns whether any did.
     """
-    drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    out, least = 0, False
-    while True:
-        pieces = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
-        try:
-            loss, count = _backward(live, [_batch(piece, pad_id, task) for piece in pieces], task, device)
-            return loss, count, size, out, least
-        except Exception as bad:
-            if not is_out_of_memory(bad):
-                raise
-        # outside the except clause: there, the traceback keeps the tensors of the failed attempt alive
-        size, out = max(map(len, pieces)) // 2, out + 1
-        if not size:
-            size, least = 1, keep_none()
-            if not least:
-                width = max(len(e.input_ids) for batch in batches for e in batch)
-                raise Decline(
-                    "memory",
-                    f"out of memory with a single row of {width} tokens: lower task.max_length, or take a smaller backbone",
-                )
-        for p in live.parameters.values():
+
+    def __init__(self, work: Work, loss: Loss, size: int, kept_layers: int | None, keep_none: Callable[[], bool]) -> None:
+        self._live, self._task, self._pad_id = work.live, work.task, work.pad_id
+        self._loss, self._keep_none = loss, keep_none
+        self.size, self.kept_layers, self.out_of_memory, self.targets = size, kept_layers, 0, 0
+
+    def take(self, batches: list[list[Example]]) -> None:
+        """Set the rows of the next step: its batches."""
+        device = self._live.backbone.device
+        self._batches = batches
+        self._drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def gradient(self, loss: Loss | None = None) -> float:
+        """`Minibatch.gradient`. On an out-of-memory error, it starts over with half the micro-batch. If a single row runs out of memory, it
+        calls `keep_none` and starts over once more.
+
+        Raises:
+            Decline: Not even a single row fits into memory.
+        """
+        while True:
+            self._restart()
+            pieces = [batch[i : i + self.size] for batch in self._batches for i in range(0, len(batch), self.size)]
+            try:
+                micro = [_batch(piece, self._pad_id, self._task) for piece in pieces]
+                mean, self.targets = _backward(micro, loss or self._loss, self._task, self._live.backbone.device)
+                return mean
+            except Exception as bad:
+                if not is_out_of_memory(bad):
+                    raise
+            # outside the except clause: there, the traceback keeps the tensors of the failed attempt alive
+            self.size, self.out_of_memory = max(map(len, pieces)) // 2, self.out_of_memory + 1
+            if not self.size:
+                self.size, self.kept_layers = 1, 0
+                if not self._keep_none():
+                    width = max(len(e.input_ids) for batch in self._batches for e in batch)
+                    raise Decline(
+                        "memory",
+                        f"out of memory with a single row of {width} tokens: lower task.max_length, or take a smaller backbone",
+                    )
+            if self._live.backbone.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _restart(self) -> None:
+        cpu, cuda = self._drawn
+        for p in self._live.parameters.values():
             p.grad = None
-        torch.set_rng_state(drawn[0])
-        if drawn[1] is not None:
-            torch.cuda.set_rng_state(drawn[1], device)
-            torch.cuda.empty_cache()
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self._live.backbone.device)
 
 
-def _backward(live: LiveAdapter | SparseSlot, micro: list[dict[str, Tensor]], task: TaskConfig, device: torch.device) -> tuple[float, int]:
+def _backward(micro: list[dict[str, Tensor]], loss: Loss, task: TaskConfig, device: torch.device) -> tuple[float, int]:
     """Compute the gradients of the mean loss over all micro-batches, exact for unequal sizes. Returns this mean and its count."""
     counts = [int(task_of(task).counts(batch).sum()) for batch in micro]
     count, mean = max(sum(counts), 1), 0.0
     for batch in micro:
-        loss, _ = loss_sum(live.model, {k: v.to(device) for k, v in batch.items()}, task)
-        (loss / count).backward()
-        mean += loss.item() / count
+        summed, _ = loss({k: v.to(device) for k, v in batch.items()})
+        (summed / count).backward()
+        mean += summed.item() / count
     return mean, sum(counts)

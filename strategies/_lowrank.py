@@ -129,13 +129,17 @@ def norm(term: Term) -> float:
 
 
 def at_rank(state: AdapterState, rank: int | None) -> AdapterState:
-    """The adapter truncated to the first `rank` rows of each A and columns of each B; None leaves it unchanged.
+    """The adapter truncated to at most this rank; None leaves it unchanged."""
+    return at_ranks(state, {m: min(r, rank or r) for m, r in state.spec.ranks.items()})
+
+
+def at_ranks(state: AdapterState, ranks: Mapping[str, int]) -> AdapterState:
+    """The adapter truncated to the first r rows of each A and columns of each B, with r = `ranks[module]`.
 
     alpha is constant, so the scaling grows from s = alpha / r (rslora: alpha / √r) to s_k as r falls. B is multiplied by s / s_k, so that
     s·B·A loses only its last components.
     """
-    ranks = {m: min(r, rank or r) for m, r in state.spec.ranks.items()}
-    if ranks == dict(state.spec.ranks):
+    if dict(ranks) == dict(state.spec.ranks):
         return state
     power = rank_power(state.spec.method)
     tensors, scaling = dict(state.tensors), {}
@@ -144,7 +148,7 @@ def at_rank(state: AdapterState, rank: int | None) -> AdapterState:
         scaling[module] = state.spec.scaling[module] * growth
         tensors[f"{module}.lora_A"] = state[f"{module}.lora_A"][:r]
         tensors[f"{module}.lora_B"] = state[f"{module}.lora_B"][:, :r] / growth
-    return state.replace(tensors, ranks=ranks, scaling=scaling)
+    return state.replace(tensors, ranks=dict(ranks), scaling=scaling)
 
 
 def assign(plans: Sequence[Plan], adapter: AdapterState) -> dict[str, Assignment]:

@@ -6,7 +6,7 @@ defines one `Turn`. The client rejects any other name from a server.
 
 from collections.abc import Mapping
 
-from fedtune.clients.turns._base import BatchedTurn, Stack, Turn, Work
+from fedtune.clients.turns._base import BatchedTurn, Loss, Minibatch, Stack, Turn, Work
 from fedtune.config.registry import Registry
 from fedtune.contracts.plan import Plan, Scalar
 from fedtune.errors import ConfigError, PlanError
@@ -72,4 +72,18 @@ def batched_turn_of(plan: Plan) -> type[BatchedTurn] | None:
     return find(plan.turn).batched
 
 
-__all__ = ["TURNS", "BatchedTurn", "Stack", "Turn", "Work", "batched_turn_of", "check_private", "find", "make", "register", "turn_of"]
+__all__ = [
+    "TURNS",
+    "BatchedTurn",
+    "Loss",
+    "Minibatch",
+    "Stack",
+    "Turn",
+    "Work",
+    "batched_turn_of",
+    "check_private",
+    "find",
+    "make",
+    "register",
+    "turn_of",
+]

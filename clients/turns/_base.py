@@ -11,8 +11,24 @@ from fedtune.config import TaskConfig
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan
 from fedtune.data import Example
-from fedtune.models import LiveAdapter
+from fedtune.models import LiveAdapter, loss_sum
 from fedtune.models.sparse import SparseSlot
+
+Loss = Callable[[Mapping[str, Tensor]], tuple[Tensor, int]]  # a micro-batch → its summed loss, and its number of targets
+
+
+class Minibatch(Protocol):
+    """The rows of the current optimizer step, for `Turn.step`."""
+
+    def gradient(self, loss: Loss | None = None) -> float:
+        """Replace the gradients by those of the mean loss at the parameters' current values; returns the mean loss.
+
+        The random numbers are those of the step's own backward pass, so dropout is the same.
+
+        Args:
+            loss: Another loss than the turn's.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +47,8 @@ class Work:
         keep: Stores a state for the client's next turn of this method.
         retrain: Trains again in this round, from another start and with another turn, and returns the trained tensors. Only for `finish`;
             None in a private turn.
+        minibatch: The rows of the current step, for `step`; None in a private turn.
+        memory: What `begin` returned, for `finish`; None in a batch of clients.
     """
 
     live: LiveAdapter | SparseSlot
@@ -43,6 +61,8 @@ class Work:
     recall: Callable[[], AdapterState | None] = lambda: None
     keep: Callable[[AdapterState], None] | None = None
     retrain: Callable[[AdapterState, "Turn"], AdapterState] | None = None
+    minibatch: Minibatch | None = None
+    memory: Any = None
 
 
 class Stack(Protocol):
@@ -103,8 +123,12 @@ class Turn(abc.ABC):  # noqa: B024  a turn overrides what it needs
         """Raises PlanError if a parameter is out of range."""
 
     def begin(self, work: Work) -> Any:
-        """Before the first step: returns the `memory` that `step` gets, such as a copy of the weights."""
+        """Before the first step: returns the `memory` that `step` and `finish` get, such as a copy of the weights."""
         return None
+
+    def loss(self, work: Work, memory: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """The summed loss of a micro-batch and its number of targets; a private turn always has the task's."""
+        return loss_sum(work.live.model, batch, work.task)
 
     def step(self, work: Work, memory: Any) -> None:  # noqa: B027  the plain turn adds nothing
         """After each backward pass, before gradient clipping: change the gradients of `work.live.parameters`."""
@@ -117,14 +141,20 @@ class Turn(abc.ABC):  # noqa: B024  a turn overrides what it needs
         """Instead of training: measure, and return the tensors to send."""
         raise NotImplementedError(f"{type(self).__name__} trains")
 
-    def personal(self, given: AdapterState, kept: AdapterState | None) -> AdapterState:
-        """The client's personal adapter, which its evaluation scores.
+    @classmethod
+    def personal(cls, given: AdapterState, kept: AdapterState | None) -> AdapterState:
+        """The client's personal adapter, for its evaluation and for an export.
 
         Args:
             given: The server's adapter.
             kept: The state from `work.keep`; None if there is none.
         """
         return given
+
+    @classmethod
+    def is_personal(cls) -> bool:
+        """Whether clients have a personal adapter besides the tensors of `plan.keep`."""
+        return cls.personal.__func__ is not Turn.personal.__func__
 
 
 def add_gradient(parameter: Tensor, gradient: Tensor, alpha: float = 1.0) -> None:
@@ -135,4 +165,4 @@ def add_gradient(parameter: Tensor, gradient: Tensor, alpha: float = 1.0) -> Non
         parameter.grad.add_(gradient, alpha=alpha)
 
 
-__all__ = ["BatchedTurn", "Stack", "Turn", "Work", "add_gradient"]
+__all__ = ["BatchedTurn", "Loss", "Minibatch", "Stack", "Turn", "Work", "add_gradient"]

@@ -24,7 +24,7 @@ from flwr.app import Message, RecordDict
 from fedtune.clients.deployed import Device
 from fedtune.clients.devices.measure import free_bytes
 from fedtune.clients.host import ClientHost
-from fedtune.clients.turns import Turn, make
+from fedtune.clients.turns import make
 from fedtune.config import Config, to_dict
 from fedtune.config.stored import read_config
 from fedtune.contracts.adapter_state import AdapterState
@@ -189,7 +189,7 @@ def _candidates(host: ClientHost, client: str, request: ServerMessage) -> list[_
     turn, found = make(request.turn, request.params), list[tuple[str, AdapterState]]()
     store, before = host.storage.store, request.round + 1
     own = store.read(client, before) if request.keep else None
-    of_turn = store.substore(f"turn-{request.turn}").read(client, before) if type(turn).personal is not Turn.personal else None
+    of_turn = store.substore(f"turn-{request.turn}").read(client, before) if turn.is_personal() else None
     if own is not None or of_turn is not None:  # a client that took no turn has no personal model
         found.append(("personal", turn.personal(host.complete(client, request), of_turn)))
     shared = {n: request.adapter.tensors.get(n, t) for n, t in host.space.initial.tensors.items()}

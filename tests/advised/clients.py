@@ -7,11 +7,10 @@ from typing import Any, cast
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedtune.clients import trainer
 from fedtune.clients.deployed import Device, _hello_of, _save_hello, own_config
 from fedtune.clients.lower_layers import LowerLayers
 from fedtune.clients.store import ClientStore
-from fedtune.clients.turns import turn_of
+from fedtune.clients.turns import _base, turn_of
 from fedtune.clients.turns.fedpeptao import layer_scores, spectrum
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DataConfig, ModelConfig, PeftConfig, TaskConfig
@@ -183,7 +182,7 @@ def _(place: Place) -> Iterator[str]:
 
 def trained(place: Place, *, longest: int = 99, **plan: Any) -> str:
     """The error of a turn on a device whose memory holds rows of this many tokens."""
-    real = trainer.loss_sum
+    real = _base.loss_sum
 
     def limited(model: Any, batch: Any, task: Any) -> Any:
         if batch["input_ids"].shape[1] > longest:
@@ -193,7 +192,7 @@ def trained(place: Place, *, longest: int = 99, **plan: Any) -> str:
     folder = place.folder / str(len(list(place.folder.iterdir())))
     folder.mkdir()
     with place.patch.context() as patch:
-        patch.setattr(trainer, "loss_sum", limited)
+        patch.setattr(_base, "loss_sum", limited)
         return raised(lambda: turn(workspace(folder), None, **plan))
 
 

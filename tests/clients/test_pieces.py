@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.clients import trainer
 from fedtune.clients.trainer import TrainingResult, train
+from fedtune.clients.turns import _base
 from fedtune.clients.workspace import Workspace
 from fedtune.config import DataConfig, PeftConfig, TaskConfig
 from fedtune.contracts.adapter_state import AdapterState
@@ -66,7 +66,7 @@ class Small:
     """Memory that fits at most `rows` rows from the step `since` on; it runs out in the middle of a step."""
 
     def __init__(self, rows: int, since: int, error: Exception) -> None:
-        self.rows, self.since, self.error, self.real, self.batches = rows, since, error, trainer.loss_sum, 0
+        self.rows, self.since, self.error, self.real, self.batches = rows, since, error, _base.loss_sum, 0
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor], task: TaskConfig) -> Any:
         out = self.real(model, batch, task)  # dropout has been drawn before
@@ -90,7 +90,7 @@ def test_out_of_memory_halves_the_micro_batch_and_continues(
     space = workspace(tmp_path, dropout=dropout)
     expected, _ = turn(space, 3, accumulate=2)
     # from the first piece on, 6 rows are too many and 3 are not; the second attempt draws the same dropout as the first
-    monkeypatch.setattr(trainer, "loss_sum", Small(3, 0, error))
+    monkeypatch.setattr(_base, "loss_sum", Small(3, 0, error))
     actual, turned = turn(space, None, accumulate=2)
     assert far(expected, actual) < 1e-6 and (turned.micro, turned.out_of_memory) == (3, 1)
 
@@ -99,17 +99,17 @@ def test_out_of_memory_within_a_step_discards_its_gradients(tmp_path: Path, monk
     space, error = workspace(tmp_path), torch.OutOfMemoryError("CUDA out of memory")
     expected, _ = turn(space, None, accumulate=2)
     # the second batch of the first step fails; if the first batch's gradient stayed, it would count twice
-    monkeypatch.setattr(trainer, "loss_sum", Small(3, 1, error))
+    monkeypatch.setattr(_base, "loss_sum", Small(3, 1, error))
     actual, turned = turn(space, None, accumulate=2)
     assert far(expected, actual) < 1e-5 and (turned.micro, turned.out_of_memory) == (3, 1)
-    monkeypatch.setattr(trainer, "loss_sum", Small(1, 3, error))
+    monkeypatch.setattr(_base, "loss_sum", Small(1, 3, error))
     actual, turned = turn(space, 5, accumulate=2)
     assert far(expected, actual) < 1e-5 and (turned.micro, turned.out_of_memory) == (1, 2)  # 5 → 2 → 1
 
 
 def test_a_single_row_that_does_not_fit_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = workspace(tmp_path)
-    monkeypatch.setattr(trainer, "loss_sum", Small(0, 2, MemoryError()))
+    monkeypatch.setattr(_base, "loss_sum", Small(0, 2, MemoryError()))
     with pytest.raises(Decline, match=r"^out of memory with a single row of \d+ tokens: lower task.max_length, or take") as bad:
         turn(space, None)
     assert bad.value.kind == "memory"
@@ -122,13 +122,13 @@ def test_a_single_row_that_does_not_fit_is_tried_once_more_without_kept_layers(t
     step = step_of(space.live.model)
     assert step is not None
 
-    def loss_sum(*given: Any, real: Any = trainer.loss_sum) -> Any:
+    def loss_sum(*given: Any, real: Any = _base.loss_sum) -> Any:
         out = real(*given)
         if step.kept:
             raise MemoryError
         return out
 
-    monkeypatch.setattr(trainer, "loss_sum", loss_sum)
+    monkeypatch.setattr(_base, "loss_sum", loss_sum)
     actual, turned = turn(space, 2)
     assert far(expected, actual) < 1e-6 and (turned.micro, turned.kept_layers, turned.out_of_memory) == (1, 0, 2)
     assert step.kept == step.layers  # for the next turn
@@ -136,6 +136,6 @@ def test_a_single_row_that_does_not_fit_is_tried_once_more_without_kept_layers(t
 
 def test_other_errors_are_not_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = workspace(tmp_path)
-    monkeypatch.setattr(trainer, "loss_sum", Small(0, 0, RuntimeError("shapes differ")))
+    monkeypatch.setattr(_base, "loss_sum", Small(0, 0, RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         turn(space, None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,14 @@ def test_accumulation_is_exact_over_ragged_micro_batches(space: Workspace) -> No
 def test_the_gradient_of_accumulated_micro_batches_is_that_of_one_batch(space: Workspace) -> None:
     from fedtune.clients.trainer import _backward
 
-    examples, grads = space.examples("c0", "train")[:7], []
+    examples, grads, task = space.examples("c0", "train")[:7], [], space.config.task
+
+    def loss(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        return loss_sum(space.live.model, batch, task)
+
     for groups in ([examples], [examples[:1], examples[1:3], examples[3:]]):
         space.live.load(start(space))
-        _backward(space.live, [collate(g, space.pad_id) for g in groups], space.config.task, torch.device("cpu"))
+        _backward([collate(g, space.pad_id) for g in groups], loss, task, torch.device("cpu"))
         grads.append([p.grad.clone() for p in space.live.parameters.values() if p.grad is not None])
         for p in space.live.parameters.values():
             p.grad = None
@@ -282,7 +287,7 @@ def test_a_diverging_loss_is_an_error(space: Workspace, monkeypatch: pytest.Monk
     def nan_loss(*args: Any) -> tuple[torch.Tensor, int]:
         return torch.tensor(float("nan"), requires_grad=True), 1
 
-    monkeypatch.setattr("fedtune.clients.trainer.loss_sum", nan_loss)
+    monkeypatch.setattr("fedtune.clients.turns._base.loss_sum", nan_loss)
     with pytest.raises(UpdateError, match="the training loss became nan in step 1 of 3: lower client.lr"):
         turn(space)
     assert all(p.grad is None and p.requires_grad for p in space.live.parameters.values())

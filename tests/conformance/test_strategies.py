@@ -43,7 +43,8 @@ NEEDS = {name: ["client.optimizer=sgd", "client.clip_norm=null"] for name in ("s
     name: ["min_clients=7"] for name in ("krum", "multikrum", "bulyan", "fedtrimmedavg")
 }
 START = lora_state()
-NEEDS_ZERO = {"fedsa", "hetlora", "slora"}  # a product B·A = 0 before round 1
+NEEDS_ZERO = {"feddat", "feddpa", "fedper", "fedrep", "fedsa", "hetlora", "slora"}  # a product B·A = 0 before round 1
+KEEP_TENSORS = {"fedper", "fedrep", "fedsa"}  # clients keep tensors, which the server never gets
 CONF = Path(__file__).parents[2] / "conf" / "strategy"
 
 
@@ -113,7 +114,7 @@ def test_one_client_is_the_identity(name: str, strategy: Strategy) -> None:
     # robust rules accept an update only if enough other clients sent a similar one
     many = [dataclasses.replace(alone, client=f"c{i}") for i in range(7 if name in NOT_ALONE else 1)]
     after = strategy.aggregate(1, state, iter(many))
-    if name == "fedsa":  # the client keeps B and head
+    if name in KEEP_TENSORS:
         assert all(torch.allclose(after.adapter[n], t) for n, t in alone.adapter.tensors.items())
         return
     assert torch.allclose(whole(after), product(own), atol=1e-6) != (name in SERVER_STEPS), SERVER_STEPS.get(name)
@@ -222,14 +223,14 @@ def test_entries_keep_their_meaning_where_a_strategy_says_so() -> None:
     """Error feedback relies on it: without training, no entry changes in 2 rounds."""
     for name in NAMES:
         strategy = class_of(name)()
-        state = strategy.start(wide())
+        state = begin = strategy.start(wide())
         for round in (1, 2):
             plans = [Plan(round=round, client=f"c{i}", base_version=round - 1) for i in range(7)]
             sent = {c: a.adapter.subset(matching(a.adapter.tensors, a.plan.send)) for c, a in strategy.plan(round, plans, state).items()}
             reported: dict[str, Any] = {"metrics": {"train_loss": 1.0, "start_loss": 1.0}, "measurements": {"steps": 3, "lr_sum": 0.3}}
             replies = [Update(client=c, round=round, base_version=round - 1, adapter=a, examples=2, **reported) for c, a in sent.items()]
             state = strategy.aggregate(round, state, iter(replies))
-        kept = all(torch.allclose(state.adapter[n], t, atol=1e-5) for n, t in wide().tensors.items())
+        kept = all(torch.allclose(state.adapter[n], t, atol=1e-5) for n, t in begin.adapter.tensors.items())
         assert kept or not strategy.requirements.keeps_basis, name
 
 
