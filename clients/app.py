@@ -29,6 +29,7 @@ from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.hello import ClientHello
 from fedtune.contracts.plan import Plan, Update, matching
 from fedtune.contracts.privacy_terms import check_terms
+from fedtune.contracts.scores import SHARED
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.wire import ServerMessage, read_message, read_offer
 from fedtune.data import Example
@@ -193,7 +194,10 @@ def work_of(host: ClientHost, todo: PreparedTurn, live: LiveAdapter | SparseSlot
 
 
 def evaluate_together(host: ClientHost, requests: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """Replies to evaluate messages. All messages have the same adapter; all clients have the same loaded model."""
+    """Replies to evaluate messages. All messages have the same adapter; all clients have the same loaded model.
+
+    If clients have personal adapters, their metrics are those of their own, and those of the shared adapter have the prefix `shared_`.
+    """
     request = read_message(requests[0][0].content)
     clients = [client_of(host, context) for _, context in requests]
     model = host.loaded_model(clients[0])
@@ -204,6 +208,8 @@ def evaluate_together(host: ClientHost, requests: Sequence[tuple[Message, Contex
         store = host.storage.store.substore(f"turn-{request.turn}")  # an evaluation follows its round's turn, hence round + 1
         own = [turn.personal(host.complete(c, request), store.read(c, request.round + 1)) for c in clients]
         scores = [model.score(adapter, r)[0] for adapter, r in zip(own, rows, strict=True)]
+        shared = model.score(request.adapter, *rows)
+        scores = [mine | {SHARED + n: v for n, v in theirs.items()} for mine, theirs in zip(scores, shared, strict=True)]
     else:
         scores = model.score(request.adapter, *rows)
     replies = [RecordDict({"metrics": ConfigRecord({"json": json.dumps(metrics)})}) for metrics in scores]

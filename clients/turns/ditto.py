@@ -46,9 +46,10 @@ def near(sent: AdapterState, mu: float) -> Turn:
     class Near(Turn):
         def begin(self, work: Work) -> Any:
             names = matching(work.live.parameters, work.plan.train)
-            now = work.live.read(version=0)
-            # distances do not depend on the origin that some methods add to a state
-            return [(p := work.live.parameters[n], p.detach() + (sent[n] - now[n]).to(p.device)) for n in names]
+            work.live.load(sent)
+            anchors = [work.live.parameters[n].detach().clone() for n in names]
+            work.live.load(work.start)
+            return [(work.live.parameters[n], anchor) for n, anchor in zip(names, anchors, strict=True)]
 
         def step(self, work: Work, memory: Any) -> None:
             with torch.no_grad():

@@ -41,7 +41,7 @@ class FedDPA(Turn):
         assert work.retrain is not None and work.keep is not None
         kept = work.recall()
         local, mix = (trained, self.mix) if kept is None else (without_mix(kept), float(kept[_MIX]))
-        inside = Inside(trained, local, mix)
+        inside = _Inside(trained, local, mix)
         got = work.retrain(mixture((1 - mix, trained), (mix, local)), inside)
         mix = min(1.0, max(_LEAST, mix - self.mix_lr * sum(inside.slopes) / len(inside.slopes)))
         work.keep(inside.local_of(got).replace({**inside.local_of(got).tensors, _MIX: torch.tensor(mix, dtype=torch.float64)}))
@@ -55,7 +55,7 @@ class FedDPA(Turn):
         return mixture((1 - mix, given), (mix, without_mix(kept)))
 
 
-class Inside(Turn):
+class _Inside(Turn):
     """Trains L inside the mixture: G's factors are put back before each step and have no gradient.
 
     Args:

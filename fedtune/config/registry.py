@@ -64,7 +64,8 @@ class Registry(Collection[str]):
                 raise KeyError(name)
             dotted = f"{self._package}.{name}"
             module = importlib.import_module(dotted)
-            kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, base) and k.__module__ == dotted]
+            own = [k for k in vars(module).values() if isinstance(k, type) and k.__module__ == dotted]
+            kinds = [k for k in own if issubclass(k, base) and not k.__name__.startswith("_")]
             if len(kinds) != 1:
                 raise TypeError(f"{dotted} defines {len(kinds)} subclasses of {base.__name__}: define exactly one")
             kind = self._found[name] = kinds[0]

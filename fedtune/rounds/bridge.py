@@ -18,7 +18,7 @@ from fedtune.config import Config
 from fedtune.contracts import flower
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan
-from fedtune.contracts.scores import worst_decile
+from fedtune.contracts.scores import SHARED, personal_gain, worst_decile
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.contracts.warm_start import WarmStart
@@ -211,16 +211,20 @@ class Bridge:
         meter = flower.Meter()
         record["bytes_down"] = record.get("bytes_down", 0) + sum(meter(_shifts_of(content)) for content in contents.values())
         outcome = RoundOutcome(records={c: {} for c in asked})
-        values = []
+        values, pairs = list[float](), list[tuple[float, float]]()
+        name, higher = self.metric
         versions = tuple(s.spec.version for s in state.shifts)
         for client, reply in self.messenger.ask("evaluate", round, contents, clients, outcome, versions, self.messenger.until()):
             metrics = read_metrics(reply.content)
             records.setdefault(client, {"round": round, "client": client}).update(metrics)
-            if self.metric[0] in metrics:
-                values.append(metrics[self.metric[0]])
+            if name in metrics:
+                values.append(metrics[name])
+            if name in metrics and SHARED + name in metrics:
+                pairs.append((metrics[name], metrics[SHARED + name]))
         if values:
             record["clients_mean"] = sum(values) / len(values)
-            record["clients_worst_decile"] = worst_decile(values, higher_is_better=self.metric[1])
+            record["clients_worst_decile"] = worst_decile(values, higher_is_better=higher)
+        record.update(personal_gain(pairs, higher_is_better=higher))
 
     def _deliver_again(self, state: ServerState, membership: Membership) -> ServerState:
         """Deliver the model of a finished run to the clients that connect within the join policy's patience. Returns the state."""

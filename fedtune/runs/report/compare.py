@@ -23,7 +23,6 @@ from fedtune.runs.report.metrics import read_metrics
 from fedtune.storage.atomic import write_text
 
 _IGNORED = frozenset({"seed", "name", "output_dir", "resume"})  # keys that may differ within one setting
-_COLUMNS = ("worst tenth", "MB up", "MB down", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +51,14 @@ class Finished:
     def figures(self, metric: str) -> dict[str, float | None]:
         """The last value of the metric, and the table's other columns."""
         last = list(self.curve(metric).values())
-        after = [c.after for c in summary.client_results(self.records, metric) if c.after is not None]
+        clients = summary.client_results(self.records, metric)
+        after = [c.after for c in clients if c.after is not None]
         rows = summary.rounds(self.records)
         return {
             metric: last[-1] if last else None,
+            "clients": summary.mean(after),
             "worst tenth": worst_decile(after, higher_is_better=higher_is_better(metric)),
+            "gain": summary.mean([c.gain for c in clients if c.gain is not None]),
             "MB up": summary.total(rows, "bytes_up") / 1e6,
             "MB down": summary.total(rows, "bytes_down") / 1e6,
             "seconds": summary.total(rows, "seconds"),
@@ -104,14 +106,20 @@ class Comparison:
         pairs = [a - b for a, b in both if a is not None and b is not None]
         return f"{spread(pairs, sign=True)} ({len(pairs)})" if pairs else "no common seed"
 
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns after the metric that some run has."""
+        each = [run.figures(self.metric) for setting in self.settings for run in setting.runs.values()]
+        return [c for c in each[0] if c != self.metric and any(figures[c] is not None for figures in each)]
+
     @property
     def header(self) -> list[str]:
-        return ["setting", "seeds", self.metric, "difference (pairs)", *_COLUMNS]
+        return ["setting", "seeds", self.metric, "difference (pairs)", *self.columns]
 
     def rows(self) -> list[list[str]]:
         """The table's cells, one row per setting."""
         return [
-            [s.label, str(len(s.runs)), self.cell(s, self.metric), self.difference(s), *(self.cell(s, c) for c in _COLUMNS)]
+            [s.label, str(len(s.runs)), self.cell(s, self.metric), self.difference(s), *(self.cell(s, c) for c in self.columns)]
             for s in self.settings
         ]
 
@@ -200,11 +208,12 @@ def table_csv(comparison: Comparison) -> str:
     """One row per run: setting, seed, path, and its figures as numbers."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["setting", "seed", "run", comparison.metric, *_COLUMNS])
+    writer.writerow(["setting", "seed", "run", comparison.metric, *comparison.columns])
     for setting in comparison.settings:
         for seed, run in sorted(setting.runs.items()):
             figures = run.figures(comparison.metric)
-            writer.writerow([setting.label, seed, run.path, *("" if v is None else v for v in figures.values())])
+            values = (figures[c] for c in (comparison.metric, *comparison.columns))
+            writer.writerow([setting.label, seed, run.path, *("" if v is None else v for v in values)])
     return out.getvalue()
 
 

@@ -37,6 +37,7 @@ from fedtune.runs.report.summary import (
     ordered_drops,
     primary_metric,
     rounds,
+    signed,
     size,
     start_of,
     total,
@@ -129,6 +130,12 @@ def _headline(
         tiles.insert(
             1, page.tile(f"worst tenth of clients, {_words(metric)}", f"{before} → {number(worst)}", "held-out rows of each client")
         )
+    if last and (gain := value(last, "clients_gain")) is not None:
+        better, worse = (f"{value(last, key):.0f}" for key in ("clients_better", "clients_worse"))
+        note = (
+            f"over the shared adapter; {better} clients gain, {worse} lose; worst tenth {signed(value(last, 'clients_gain_worst_decile'))}"
+        )
+        tiles.insert(2, page.tile(f"personal adapters, {_words(metric)}", signed(gain), note))
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return [
         e("h1", None, title),
@@ -160,6 +167,7 @@ def _curves(lines: Sequence[Record], metric: str) -> list[Element]:
         *([Series(name="global macro-F1", ys=column("macro_f1"), color=4)] if metric == "accuracy" else []),
         Series(name="clients' mean", ys=column("clients_mean"), color=3),
         Series(name="worst tenth of clients", ys=column("clients_worst_decile"), color=2),
+        Series(name="shared adapter, clients' mean", ys=column("clients_shared_mean"), color=5),
     ]
     losses = [Series(name="global test", ys=column("loss"), color=1), Series(name="training", ys=column("train_loss"), color=2)]
     start = start_of(lines)
@@ -203,7 +211,12 @@ def _clients(clients: Sequence[ClientResult], metric: str, colors: Mapping[str, 
         out.append(e("div", {"class": "pair"}, spread, _class_card(clients, metric)))
     else:
         out.append(_class_card(clients, metric))
-    head = ["client", "class", "train rows", "before", "after", "counted", "dropped", "time", "up", "down"]
+    by_class = {name: [(c.client, c.gain) for c in clients if c.device_class == name and c.gain is not None] for name in colors}
+    if gains := [(name, colors[name], pairs, None) for name, pairs in by_class.items() if pairs]:
+        chart = plots.swarm(gains, title="gain per client")
+        caption = "Personal adapter less shared adapter, on the client's held-out rows; a positive gain is better. Tick: mean."
+        out.append(e("div", {"class": "pair"}, page.figure(f"Gain of the personal adapter, {_words(metric)}", chart, caption)))
+    head = ["client", "class", "train rows", "before", "after", "gain", "counted", "dropped", "time", "up", "down"]
     rows = [
         [
             c.client,
@@ -211,6 +224,7 @@ def _clients(clients: Sequence[ClientResult], metric: str, colors: Mapping[str, 
             "–" if c.train is None else f"{c.train:,}",
             number(c.before),
             number(c.after),
+            signed(c.gain),
             str(c.counted),
             drops_text(c.dropped) or "–",
             duration(c.seconds),

@@ -113,6 +113,8 @@ def round_line(record: Record, of: int) -> str:
     if (v := value(record, "clients_mean")) is not None:
         worst = value(record, "clients_worst_decile")
         parts.append(f"clients {number(v, 2)}" + ("" if worst is None else f" (worst decile {number(worst, 2)})"))
+    if (v := value(record, "clients_shared_mean")) is not None:
+        parts.append(f"shared adapter {number(v, 2)}")
     if (v := value(record, FORGETTING)) is not None:
         parts.append(f"forgetting {number(v)}")
     if record.get("cohort"):

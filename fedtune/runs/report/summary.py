@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedtune.contracts.scores import worst_decile
+from fedtune.contracts.scores import SHARED, worst_decile
 from fedtune.contracts.task import higher_is_better, metrics
 
 Record = Mapping[str, Any]
@@ -112,7 +112,10 @@ def total(rows: Iterable[Record], key: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientResult:
-    """One client over the whole run: its held-out metric before (round 0) and after the run, its turns and its costs."""
+    """One client over the whole run: its held-out metric before (round 0) and after the run, its turns and its costs.
+
+    `gain` is what its personal adapter gains over the shared one in the last evaluation, positive if it is better; None without one.
+    """
 
     client: str
     device_class: str
@@ -127,6 +130,7 @@ class ClientResult:
     peak_mb: float | None
     device_s: Sequence[float] = ()  # simulated seconds of each turn
     chosen: Mapping[str, Sequence[float | str]] = field(default_factory=dict)  # key of CHOSEN → the choices of its turns, in order
+    gain: float | None = None
 
 
 def client_results(records: Iterable[Record], metric: str, partition: Mapping[str, Any] | None = None) -> list[ClientResult]:
@@ -157,9 +161,17 @@ def client_results(records: Iterable[Record], metric: str, partition: Mapping[st
                 peak_mb=max(peaks) if peaks else None,
                 device_s=[v for t in mine if (v := value(t, "virtual_s"))],
                 chosen=_chosen([t for t in mine if t.get("precision")]),
+                gain=_gain(mine, metric),
             )
         )
     return out
+
+
+def _gain(turns: Sequence[Record], metric: str) -> float | None:
+    """The difference in the last evaluation after round 0."""
+    pairs = [(value(t, metric), value(t, SHARED + metric)) for t in turns if int(t["round"]) > 0]
+    both = [(own, shared) for own, shared in pairs if own is not None and shared is not None]
+    return None if not both else (both[-1][0] - both[-1][1]) * (1 if higher_is_better(metric) else -1)
 
 
 def _chosen(turns: Sequence[Record]) -> Mapping[str, Sequence[float | str]]:
@@ -249,6 +261,11 @@ def number(v: float | None, digits: int = 3) -> str:
     if abs(v) < 100:
         return f"{v:.{digits if abs(v) < 10 else max(0, digits - 1)}f}"
     return f"{v:,.{min(digits, 1)}f}"
+
+
+def signed(v: float | None) -> str:
+    """A difference as text, with its sign: `+0.031`, `−0.002`."""
+    return "–" if v is None else f"{'−' if v < 0 else '+'}{number(abs(v))}"
 
 
 def size(v: float | None) -> str:

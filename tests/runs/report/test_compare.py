@@ -44,8 +44,10 @@ def test_means_and_paired_differences_by_hand(tmp_path: Path) -> None:
     assert rows[0][1:4] == ["3", "0.400 ± 0.200", "–"]
     # pairs: seed 0: .3 - .2 = .1, seed 2: .9 - .6 = .3; mean .2, std √(.01 + .01) = .141. Unpaired it would be .6 - .4 with std .47
     assert rows[1][1:4] == ["2", "0.600 ± 0.424", "+0.200 ± 0.141 (2)"]
-    assert rows[0][4] == "0.200 ± 0.200"  # the worse client of each: 0, .2, .4
-    assert rows[0][5] == "3.000 ± 0.000"  # three round lines of 1 MB
+    assert rows[0][4] == "0.300 ± 0.200"  # the mean of both clients: .1, .3, .5
+    assert rows[0][5] == "0.200 ± 0.200"  # the worse client of each: 0, .2, .4
+    assert rows[0][6] == "3.000 ± 0.000"  # three round lines of 1 MB
+    assert "gain" not in comparison.columns
 
 
 def test_any_key_but_the_seed_distinguishes_settings(tmp_path: Path) -> None:
