@@ -8,6 +8,7 @@ itself; the messages are the same.
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -299,8 +300,9 @@ def _fit_turn(
 def finish(host: ClientHost, todo: PreparedTurn, trained: AdapterState, result: TrainingResult) -> Message:
     """The reply to a train message: the tensors of `plan.send` and the turn's measurements. Stores the tensors of `plan.keep`."""
     plan = todo.plan
-    work = work_of(host, todo, todo.loaded_model.slot(todo.start))
+    work, began = work_of(host, todo, todo.loaded_model.slot(todo.start)), time.perf_counter()
     trained = todo.turn.finish(dataclasses.replace(work, memory=result.memory), trained)
+    result = dataclasses.replace(result, seconds=result.seconds + time.perf_counter() - began)
     if kept := matching(trained.tensors, plan.keep):
         host.storage.store.write(plan.client, plan.round, trained.subset(kept))
     sent = trained.subset(matching(trained.tensors, plan.send))

@@ -40,6 +40,7 @@ class Workload:
         counted: Largest number of target tokens of a row; in a private turn, the most that `length` allows.
         entries: Trained entries of the adapter.
         nbytes: Bytes received and sent.
+        passes: Gradients that a step of the plan's turn computes, such as 2 if it also trains a personal adapter.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class Workload:
     counted: int
     entries: int
     nbytes: int = 0
+    passes: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +219,7 @@ def _for_time(
     batch = work.batch
 
     def took(batch: int, steps: int) -> float:
-        return estimated_s(device, shapes, steps * batch * work.accumulate * width, work.nbytes, correction)
+        return estimated_s(device, shapes, work.passes * steps * batch * work.accumulate * width, work.nbytes, correction)
 
     if deadline_s is None:
         return batch, work.steps, took(batch, work.steps)

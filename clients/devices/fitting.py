@@ -23,6 +23,7 @@ from fedtune.clients.devices.simulate import is_offline, virtual_seconds
 from fedtune.clients.steps import batches, steps_of
 from fedtune.clients.store import ClientStore
 from fedtune.clients.trainer import TrainingResult
+from fedtune.clients.turns import turn_of
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DeviceClass, TaskConfig
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
@@ -257,7 +258,7 @@ class Devices:
         rest, took = fit.rest, result.seconds if result else 0.0
         if fit.simulated:
             tokens = _tokens(plan, examples, steps, self._width(fit))
-            operations = flops(self.shapes, tokens)
+            operations = flops(self.shapes, fit.work.passes * tokens)
             took = virtual_seconds(fit.device, operations, moved, seed=self._config.seed, round=plan.round, client=plan.client)
             report |= {"virtual_s": took, "peak_mb": (fit.weights + rest) / 1e6}
         elif measured:
@@ -278,7 +279,7 @@ class Devices:
         _, expected = memory_bytes(fit.shapes, precision, work.entries, fit.micro, width, min(work.counted, width), fit.kept_layers)
         memory, time = rest / expected if rest > 0 else fit.used.memory, fit.used.time
         if took is not None and plan.steps:
-            tokens = plan.steps * plan.batch_size * plan.accumulate * width
+            tokens = work.passes * plan.steps * plan.batch_size * plan.accumulate * width
             if (raw := seconds(fit.device, flops(self.shapes, tokens), work.nbytes)) > 0 and took > 0:
                 time = math.sqrt(time * took / raw)
         values = {"memory": torch.tensor(memory, dtype=torch.float64), "time": torch.tensor(time, dtype=torch.float64)}
@@ -361,6 +362,7 @@ def _work(plan: Plan, examples: Sequence[Example], task: TaskConfig, entries: in
         counted=counted,
         entries=entries,
         nbytes=nbytes,
+        passes=turn_of(plan).passes,
     )
 
 

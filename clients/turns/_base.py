@@ -119,6 +119,11 @@ class Turn(abc.ABC):  # noqa: B024  a turn overrides what it needs
         """Whether the turn trains; otherwise it only calls `observe`."""
         return True
 
+    @property
+    def passes(self) -> float:
+        """Gradients that each step of the plan computes in all, for estimates of a device's time; a forward pass alone is a third."""
+        return 1.0
+
     def check(self) -> None:  # noqa: B027  most turns take any parameters of the right type
         """Raises PlanError if a parameter is out of range."""
 

@@ -41,6 +41,10 @@ class APFL(Turn):
     alpha: float
     alpha_lr: float
 
+    @property
+    def passes(self) -> float:
+        return 2.0
+
     def check(self) -> None:
         require("the turn's alpha", self.alpha, PlanError, ge=0, le=1)
         require("the turn's alpha_lr", self.alpha_lr, PlanError, ge=0)

@@ -27,6 +27,10 @@ class Ditto(Turn):
 
     mu: float
 
+    @property
+    def passes(self) -> float:
+        return 2.0
+
     def check(self) -> None:
         require("the turn's mu", self.mu, PlanError, ge=0)
 

@@ -48,6 +48,10 @@ class FedDAT(Turn):
     temperature: float
     weight: float
 
+    @property
+    def passes(self) -> float:
+        return 2.0 + 2 / 3
+
     def check(self) -> None:
         require("the turn's temperature", self.temperature, PlanError, gt=0)
         require("the turn's weight", self.weight, PlanError, ge=0)

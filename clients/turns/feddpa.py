@@ -33,6 +33,10 @@ class FedDPA(Turn):
     mix: float
     mix_lr: float
 
+    @property
+    def passes(self) -> float:
+        return 2.0
+
     def check(self) -> None:
         require("the turn's mix", self.mix, PlanError, ge=_LEAST, le=1)
         require("the turn's mix_lr", self.mix_lr, PlanError, ge=0)

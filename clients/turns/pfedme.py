@@ -36,6 +36,10 @@ class PFedMe(Turn):
     inner_steps: int
     inner_lr: float
 
+    @property
+    def passes(self) -> float:
+        return float(self.inner_steps)
+
     def check(self) -> None:
         require("the turn's mu", self.mu, PlanError, gt=0)
         require("the turn's inner_steps", self.inner_steps, PlanError, ge=1)

@@ -63,11 +63,11 @@ def test_a_strategy_does_not_override_the_turn_of_the_config() -> None:
 
 
 @pytest.fixture
-def ditto_files() -> Iterator[tuple[type[Turn], type[FedAvg]]]:
-    """Ditto's two halves, as CONTRIBUTING.md prints them."""
-    names = ("fedtune.clients.turns.ditto", "fedtune.strategies.ditto")
-    turn, strategy = module("clients/turns/ditto.py", names[0]), module("strategies/ditto.py", names[1])
-    yield turn.Ditto, strategy.Ditto
+def soup_files() -> Iterator[tuple[type[Turn], type[FedAvg]]]:
+    """A turn and its strategy, as CONTRIBUTING.md prints them."""
+    names = ("fedtune.clients.turns.soup", "fedtune.strategies.soup")
+    turn, strategy = module("clients/turns/soup.py", names[0]), module("strategies/soup.py", names[1])
+    yield turn.Soup, strategy.Soup
     for name in names:
         del sys.modules[name]
 
@@ -75,33 +75,33 @@ def ditto_files() -> Iterator[tuple[type[Turn], type[FedAvg]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("batched", ["none", "2"])
 def test_personal_adapters_are_kept_evaluated_and_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: str, ditto_files: tuple[type[Turn], type[FedAvg]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batched: str, soup_files: tuple[type[Turn], type[FedAvg]]
 ) -> None:
-    turn, strategy = ditto_files
+    turn, strategy = soup_files
     monkeypatch.setattr(turns, "TURNS", Registry("fedtune.clients.turns", "fedtune.clients.turns._base.Turn"))
-    turns.register("ditto", turn)
-    target = {"_target_": "fedtune.strategies.ditto.Ditto"}
+    turns.register("soup", turn)
+    target = {"_target_": "fedtune.strategies.soup.Soup"}
     config = tiny_config(tmp_path, eval=EvalConfig(where="none", clients=-1), rounds=3, strategy=target)
     monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: strategy())
     monkeypatch.setattr("fedtune.rounds.find_strategy.make_strategy", lambda config: strategy())
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, batched=batched))
-    ditto = simulate(config)
+    soup = simulate(config)
     monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: FedAvg())
     fedavg = simulate(config)
-    # the shared adapter is the same as without Ditto
-    one, two = (AdapterState.load(p / "adapter" / "fedtune.safetensors") for p in (ditto, fedavg))
+    # the shared adapter is the same as without it
+    one, two = (AdapterState.load(p / "adapter" / "fedtune.safetensors") for p in (soup, fedavg))
     assert all(torch.allclose(one[n], two[n], atol=1e-6 if batched == "none" else 1e-4) for n in one.tensors)
-    store = ClientStore(ditto / "clients", 3).substore("turn-ditto")
+    store = ClientStore(soup / "clients", 3).substore("turn-soup")
     assert store.clients() == ["c0", "c1", "c2", "c3"]
     kept = [store.read(c, 4) for c in store.clients()]
     assert all(k is not None and any(not torch.equal(k[n], one[n]) for n in one.tensors) for k in kept)
     # the clients' scores are those of their own adapters
-    lines = [[json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (ditto, fedavg)]
+    lines = [[json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (soup, fedavg)]
     losses = [[x["loss"] for x in some if x.get("client") == "c0" and x["round"] == 3 and "loss" in x] for some in lines]
     assert losses[0] and losses[0] != losses[1]
     # a run resumed from an older checkpoint finds the state of that round
     before = {c: store.read(c, 2) for c in store.clients()}
     monkeypatch.setattr("fedtune.experiment.make_strategy", lambda config: strategy())
-    simulate(dataclasses.replace(config, resume=str(ditto), rounds=4))
+    simulate(dataclasses.replace(config, resume=str(soup), rounds=4))
     assert all(torch.equal(store.read(c, 2)[n], before[c][n]) for c in before if before[c] is not None for n in one.tensors)  # type: ignore[index]
     assert all(store.read(c, 5) is not None for c in store.clients())
