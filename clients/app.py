@@ -189,7 +189,7 @@ def work_of(host: ClientHost, todo: PreparedTurn, live: LiveAdapter | SparseSlot
         extra=todo.extra,
         recall=lambda: store.read(plan.client, plan.round),
         keep=lambda state: store.write(plan.client, plan.round, state),
-        retrain=retrain if plan.privacy == "none" else None,
+        retrain=retrain if plan.privacy != "record" else None,
     )
     return work
 

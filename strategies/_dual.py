@@ -7,6 +7,7 @@ from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.strategy import Requirements, ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies._lowrank import at_ranks, require_product
+from fedtune.strategies._require import no_record_privacy
 from fedtune.strategies.fedavg import FedAvg
 
 
@@ -17,6 +18,7 @@ class DualAdapter(FedAvg):
 
     def check(self, config: Config) -> None:
         name = str(config.strategy["_target_"]).rsplit(".", 1)[-1].lower()
+        no_record_privacy(config, name)
         require_product(config, name, why="it adds LoRA products")
         if odd := [r for r in (config.peft.rank, *config.peft.rank_pattern.values()) if r % 2]:
             raise ConfigError(

@@ -48,3 +48,12 @@ def whole_updates(config: Config, strategy: str, otherwise: str = "") -> None:
             f"strategy={strategy} computes control variates from the clients' updates, which must be uncompressed, but"
             f" traffic.up={t.up} and traffic.topk={topk}: set traffic.up=fp32 traffic.topk=null{useless}{otherwise}"
         )
+
+
+def no_record_privacy(config: Config, strategy: str) -> None:
+    """Raises ConfigError if the config asks for record-level privacy; the strategy's clients compute more gradients than DP-SGD's."""
+    if config.privacy.kind == "record":
+        raise ConfigError(
+            f"strategy={strategy} trains personal adapters with gradients of their own, which privacy=record does not cover: take"
+            " privacy=user, or a strategy such as fedper"
+        )

@@ -11,6 +11,7 @@ from fedtune.config import Config
 from fedtune.config.bounds import require
 from fedtune.contracts.plan import Plan
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState
+from fedtune.strategies._require import no_record_privacy
 from fedtune.strategies.fedavg import FedAvg
 
 
@@ -30,6 +31,7 @@ class APFL(FedAvg):
     alpha_lr: float = 0.1
 
     def check(self, config: Config) -> None:
+        no_record_privacy(config, "apfl")
         require("strategy.alpha", self.alpha, ge=0, le=1)
         require("strategy.alpha_lr", self.alpha_lr, ge=0)
 

@@ -11,6 +11,7 @@ from fedtune.config import Config
 from fedtune.config.bounds import require
 from fedtune.contracts.plan import Plan
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState
+from fedtune.strategies._require import no_record_privacy
 from fedtune.strategies.fedavg import FedAvg
 
 
@@ -29,6 +30,7 @@ class Ditto(FedAvg):
     mu: float = 0.1
 
     def check(self, config: Config) -> None:
+        no_record_privacy(config, "ditto")
         require("strategy.mu", self.mu, ge=0)
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:

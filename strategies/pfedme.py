@@ -16,6 +16,7 @@ from fedtune.contracts.plan import Plan
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies._mean import MeanStrategy
+from fedtune.strategies._require import no_record_privacy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class PFedMe(MeanStrategy):
     beta: float = 1.0
 
     def check(self, config: Config) -> None:
+        no_record_privacy(config, "pfedme")
         require("strategy.mu", self.mu, gt=0)
         require("strategy.inner_steps", self.inner_steps, ge=1)
         require("strategy.inner_lr", self.inner_lr, gt=0)

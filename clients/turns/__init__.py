@@ -63,7 +63,7 @@ def make(name: str, params: Mapping[str, Scalar]) -> Turn:
 
 def check_private(plan: Plan) -> None:
     """Raises PlanError if the plan's privacy does not cover its turn."""
-    if plan.privacy != "none" and not find(plan.turn).private:
+    if plan.privacy != "none" and plan.privacy not in find(plan.turn).private:
         raise PlanError(f"the plan asks for the turn '{plan.turn}', which privacy={plan.privacy} does not cover")
 
 

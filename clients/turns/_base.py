@@ -46,8 +46,8 @@ class Work:
         recall: Returns the state that the client stored in its last turn of this method; None if there is none.
         keep: Stores a state for the client's next turn of this method.
         retrain: Trains again in this round, from another start and with another turn, and returns the trained tensors. Only for `finish`;
-            None in a private turn.
-        minibatch: The rows of the current step, for `step`; None in a private turn.
+            None with privacy=record, whose gradients each cost ε.
+        minibatch: The rows of the current step, for `step`; None with privacy=record.
         memory: What `begin` returned, for `finish`; None in a batch of clients.
     """
 
@@ -107,11 +107,11 @@ class Turn(abc.ABC):  # noqa: B024  a turn overrides what it needs
     """The client side of a method. A subclass is a frozen dataclass; its fields are the plan's parameters.
 
     Attributes:
-        private: Whether privacy.kind=record and privacy.kind=user cover everything that the turn reports.
+        private: The kinds of privacy (`record`, `user`) that cover everything that the turn reports.
         batched: The batched form; None if clients run the turn one at a time.
     """
 
-    private: ClassVar[bool] = False
+    private: ClassVar[tuple[str, ...]] = ()
     batched: ClassVar[type[BatchedTurn] | None] = None
 
     @property
@@ -132,7 +132,7 @@ class Turn(abc.ABC):  # noqa: B024  a turn overrides what it needs
         return None
 
     def loss(self, work: Work, memory: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        """The summed loss of a micro-batch and its number of targets; a private turn always has the task's."""
+        """The summed loss of a micro-batch and its number of targets; with privacy=record, always the task's."""
         return loss_sum(work.live.model, batch, work.task)
 
     def step(self, work: Work, memory: Any) -> None:  # noqa: B027  the plain turn adds nothing

@@ -4,6 +4,7 @@ Source: Deng et al. 2020, Adaptive Personalized Federated Learning, arXiv:2003.1
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class APFL(Turn):
         alpha_lr: Learning rate of α; 0 keeps it.
     """
 
+    private: ClassVar[tuple[str, ...]] = ("user",)  # the personal adapter never leaves the client
     alpha: float
     alpha_lr: float
 

@@ -4,7 +4,7 @@ Source: Li et al. 2021, Ditto: Fair and Robust Federated Learning Through Person
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +25,7 @@ class Ditto(Turn):
         mu: μ (λ in the paper), per unit of squared distance in the parameters.
     """
 
+    private: ClassVar[tuple[str, ...]] = ("user",)  # the personal adapter never leaves the client
     mu: float
 
     @property

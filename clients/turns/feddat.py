@@ -6,6 +6,7 @@ arXiv:2308.12305, section 3. This is its core for text, with LoRA in place of bo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ class FedDAT(Turn):
         weight: Factor of the distillation terms; 0 trains S and L without each other.
     """
 
+    private: ClassVar[tuple[str, ...]] = ("user",)  # the personal adapter never leaves the client
     temperature: float
     weight: float
 

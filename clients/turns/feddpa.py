@@ -5,7 +5,7 @@ each request by its similarity to the client's rows. Here, the client learns m, 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class FedDPA(Turn):
         mix_lr: Learning rate of m; 0 keeps it.
     """
 
+    private: ClassVar[tuple[str, ...]] = ("user",)  # the personal adapter never leaves the client
     mix: float
     mix_lr: float
 

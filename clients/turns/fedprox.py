@@ -39,7 +39,7 @@ class FedProx(Turn):
         mu: μ, per unit of squared distance in the parameters.
     """
 
-    private: ClassVar[bool] = True
+    private: ClassVar[tuple[str, ...]] = ("record", "user")
     batched: ClassVar[type[BatchedTurn] | None] = BatchedProximalTerm
     mu: float
 

@@ -4,6 +4,7 @@ Source: Collins et al. 2021, Exploiting Shared Representations for Personalized 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedtune.clients.steps import steps_of
 from fedtune.clients.turns._base import Turn, Work
@@ -28,6 +29,7 @@ class FedRep(Turn):
         local_share: Share of the steps for the local tensors, in (0, 1).
     """
 
+    private: ClassVar[tuple[str, ...]] = ("record", "user")
     local_share: float
 
     def check(self) -> None:

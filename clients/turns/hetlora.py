@@ -45,7 +45,7 @@ class HetLoRA(Turn):
         share: γ, in (0, 1).
     """
 
-    private: ClassVar[bool] = True
+    private: ClassVar[tuple[str, ...]] = ("record", "user")
     batched: ClassVar[type[BatchedTurn] | None] = BatchedTailPenalty
     penalty: float
     share: float

@@ -4,6 +4,7 @@ Source: T. Dinh et al. 2020, Personalized Federated Learning with Moreau Envelop
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class PFedMe(Turn):
         inner_lr: Learning rate of θ's steps; K·inner_lr·μ below 1 keeps them stable.
     """
 
+    private: ClassVar[tuple[str, ...]] = ("user",)  # the personal adapter never leaves the client
     mu: float
     inner_steps: int
     inner_lr: float

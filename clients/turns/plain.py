@@ -10,5 +10,5 @@ from fedtune.clients.turns._base import BatchedTurn, Turn
 class Plain(Turn):
     """Trains without method-specific additions."""
 
-    private: ClassVar[bool] = True
+    private: ClassVar[tuple[str, ...]] = ("record", "user")
     batched: ClassVar[type[BatchedTurn] | None] = BatchedTurn

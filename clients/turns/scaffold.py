@@ -39,7 +39,7 @@ def _stacked(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
 class Scaffold(Turn):
     """Adds each tensor of `work.extra` to the gradient of the parameter of the same name, in every step."""
 
-    private: ClassVar[bool] = True
+    private: ClassVar[tuple[str, ...]] = ("record", "user")
     batched: ClassVar[type[BatchedTurn] | None] = BatchedCorrection
 
     def begin(self, work: Work) -> list[tuple[Tensor, Tensor]]:
