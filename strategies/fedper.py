@@ -34,9 +34,10 @@ class FedPer(FedAvg):
         names, own = list(adapter.tensors), self._own(adapter)
         if not own or len(own) == len(names):
             what = "no tensor" if not own else "every tensor"
+            examples = " and ".join(f"'{n}'" for n in dict.fromkeys((names[0], names[-1])))
             raise ConfigError(
                 f"strategy.local={list(self.local)} selects {what} of the adapter, so there is nothing to"
-                f" {'personalize' if not own else 'share'}: its tensors are such as '{names[0]}' and '{names[-1]}'"
+                f" {'personalize' if not own else 'share'}: its tensors are such as {examples}"
             )
         return super().start(adapter)
 
