@@ -42,7 +42,7 @@ SENTENCES = {  # strategy, method or task that refuses a cell → part of its er
     **{(s, m): f"{s}" for s in FACTORS_ONLY for m in METHODS if m not in ("lora", "rslora")},
     **{("fedpeptao", m): "set peft=ptuning_v2" for m in METHODS if m != "ptuning_v2"},
     ("prefix", "classification"): "prefix",
-    **{(s, m): "selects every tensor" for s in ("fedper", "fedrep") for m in ("prompt", "prefix")},
+    **{(s, m): "selects every tensor|prefix" for s in ("fedper", "fedrep") for m in ("prompt", "prefix")},
 }
 ALLOWED = {("flexlora", "dora"), ("fedsvd", "dora"), ("lora_fair", "dora")}
 UP = {  # suffixes of the tensors that a client sends in a round; it always sends the head
