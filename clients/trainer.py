@@ -119,7 +119,7 @@ def train(
                 group["lr"] = lr_at(plan, step, steps)
             if noisy is None:
                 rows.take([[examples[i] for i in next(stream)] for _ in range(plan.accumulate)])
-                loss, count = rows.gradient(), rows.targets
+                loss, count = turn.gradient(work, memory), rows.targets
             else:
                 loss, count = 0.0, 0
                 for name, gradient in noisy.step().items():
@@ -225,8 +225,21 @@ class _Rows:
         self._drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def gradient(self, loss: Loss | None = None) -> float:
-        """`Minibatch.gradient`. On an out-of-memory error, it starts over with half the micro-batch. If a single row runs out of memory, it
-        calls `keep_none` and starts over once more.
+        return self._mean(lambda micro: _backward(micro, loss or self._loss, self._task, self._live.backbone.device))
+
+    def loss(self) -> float:
+        return self._mean(self._forward)
+
+    def _forward(self, micro: list[dict[str, Tensor]]) -> tuple[float, int]:
+        device = self._live.backbone.device
+        with torch.no_grad():
+            each = [self._loss({k: v.to(device) for k, v in batch.items()}) for batch in micro]
+        count = sum(n for _, n in each)
+        return sum(loss.item() for loss, _ in each) / max(count, 1), count
+
+    def _mean(self, compute: Callable[[list[dict[str, Tensor]]], tuple[float, int]]) -> float:
+        """The mean loss by `compute`, which gets the micro-batches. On an out-of-memory error, it starts over with half the micro-batch. If
+        a single row runs out of memory, it calls `keep_none` and starts over once more.
 
         Raises:
             Decline: Not even a single row fits into memory.
@@ -235,8 +248,7 @@ class _Rows:
             self._restart()
             pieces = [batch[i : i + self.size] for batch in self._batches for i in range(0, len(batch), self.size)]
             try:
-                micro = [_batch(piece, self._pad_id, self._task) for piece in pieces]
-                mean, self.targets = _backward(micro, loss or self._loss, self._task, self._live.backbone.device)
+                mean, self.targets = compute([_batch(piece, self._pad_id, self._task) for piece in pieces])
                 return mean
             except Exception as bad:
                 if not is_out_of_memory(bad):

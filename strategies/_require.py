@@ -57,3 +57,20 @@ def no_record_privacy(config: Config, strategy: str) -> None:
             f"strategy={strategy} trains personal adapters with gradients of their own, which privacy=record does not cover: take"
             " privacy=user, or a strategy such as fedper"
         )
+
+
+def sgd_only(config: Config, strategy: str) -> None:
+    """Raises ConfigError if the config asks for an optimizer that zeroth-order steps do not use."""
+    if config.client.optimizer != "sgd":
+        raise ConfigError(
+            f"strategy={strategy} takes plain steps along random directions, which client.optimizer={config.client.optimizer} does not"
+            " describe: set client.optimizer=sgd"
+        )
+
+
+def no_privacy(config: Config, strategy: str) -> None:
+    """Raises ConfigError if the config asks for differential privacy, which no one has proved for these steps here."""
+    if config.privacy.kind != "none":
+        raise ConfigError(
+            f"strategy={strategy} computes slopes of the loss, which privacy={config.privacy.kind} does not cover: take strategy=fedavg"
+        )

@@ -18,7 +18,7 @@ Loss = Callable[[Mapping[str, Tensor]], tuple[Tensor, int]]  # a micro-batch →
 
 
 class Minibatch(Protocol):
-    """The rows of the current optimizer step, for `Turn.step`."""
+    """The rows of the current optimizer step, for `Turn.gradient` and `Turn.step`."""
 
     def gradient(self, loss: Loss | None = None) -> float:
         """Replace the gradients by those of the mean loss at the parameters' current values; returns the mean loss.
@@ -28,6 +28,10 @@ class Minibatch(Protocol):
         Args:
             loss: Another loss than the turn's.
         """
+        ...
+
+    def loss(self) -> float:
+        """The mean loss at the parameters' current values, without gradients and with the same random numbers."""
         ...
 
 
@@ -47,7 +51,7 @@ class Work:
         keep: Stores a state for the client's next turn of this method.
         retrain: Trains again in this round, from another start and with another turn, and returns the trained tensors. Only for `finish`;
             None with privacy=record, whose gradients each cost ε.
-        minibatch: The rows of the current step, for `step`; None with privacy=record.
+        minibatch: The rows of the current step, for `gradient` and `step`; None with privacy=record.
         memory: What `begin` returned, for `finish`; None in a batch of clients.
     """
 
@@ -135,8 +139,16 @@ class Turn(abc.ABC):  # noqa: B024  a turn overrides what it needs
         """The summed loss of a micro-batch and its number of targets; with privacy=record, always the task's."""
         return loss_sum(work.live.model, batch, work.task)
 
+    def gradient(self, work: Work, memory: Any) -> float:
+        """In each step: set the gradients of `work.live.parameters`, and return the mean loss. With privacy=record, it is not called.
+
+        A parameter without a gradient does not change.
+        """
+        assert work.minibatch is not None
+        return work.minibatch.gradient()
+
     def step(self, work: Work, memory: Any) -> None:  # noqa: B027  the plain turn adds nothing
-        """After each backward pass, before gradient clipping: change the gradients of `work.live.parameters`."""
+        """After the gradient is computed, before gradient clipping: change the gradients of `work.live.parameters`."""
 
     def finish(self, work: Work, trained: AdapterState) -> AdapterState:
         """After the last step: returns the tensors to keep and send."""

@@ -37,7 +37,7 @@ from tests.quick import quick
 STRATEGIES, TASKS = choices("strategy"), ("causal_lm", "classification")
 BACKBONES = {"causal_lm": "qwen2", "classification": "bert"}  # Qwen2 has biases, which Llama has not
 FACTORS_ONLY = ("feddat", "feddpa", "fedex", "fedsa", "fedsvd", "ffa", "flexlora", "flora", "hetlora", "lora_fair", "rolora", "slora")
-SGD: dict[str, dict[str, Any]] = dict.fromkeys(("scaffold", "fednova"), {"optimizer": "sgd", "clip_norm": None})
+SGD: dict[str, dict[str, Any]] = dict.fromkeys(("fedkseed", "fedmezo", "fednova", "scaffold"), {"optimizer": "sgd", "clip_norm": None})
 SENTENCES = {  # strategy, method or task that refuses a cell → part of its error
     **{(s, m): f"{s}" for s in FACTORS_ONLY for m in METHODS if m not in ("lora", "rslora")},
     **{("fedpeptao", m): "set peft=ptuning_v2" for m in METHODS if m != "ptuning_v2"},
@@ -85,6 +85,8 @@ def experiment(files: Path, out: Path, strategy: str, method: str, task: str) ->
     named = copy.deepcopy(chosen_by(f"strategy={strategy}").strategy)
     if strategy == "slora":
         named.update(rounds=2, density=0.1)
+    if strategy == "fedkseed":
+        named.update(candidates=16, lr=1e-2)
     if strategy == "fedpeptao":  # a round that scores, then partial ones
         named.update(warmup_rounds=0, ratio=0.5, score_rows=4)
     clients = CLIENTS.get(strategy, 3)
@@ -199,6 +201,9 @@ def payload(heard: Listener, run: Path, strategy: str) -> None:
             assert (
                 (set(up) == {"layers"} and not down) if round == 1 else (heads <= set(up) == set(down) and len(up) == len(heads) + chosen)
             )
+            continue
+        if strategy == "fedkseed":
+            assert set(up) == {"fedkseed.sums"} and not down
             continue
         if strategy in ("fedper", "fedrep"):  # the head, or else the last layer, stays with the clients
             heads = {n for n in every if kind(n) == "head" and "layer" not in n}

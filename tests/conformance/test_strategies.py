@@ -25,7 +25,11 @@ from fedtune.errors import ConfigError
 from fedtune.rounds.find_strategy import make_strategy
 from tests.fakes import fake_bridge, fake_client_app, lora_state
 
-NEED_A_MODEL = {"slora": "its first stage trains the backbone's own weights", "fedpeptao": "it scores layers, and its tensors are prompts"}
+NEED_A_MODEL = {
+    "fedkseed": "its updates are coefficients of directions",
+    "fedpeptao": "it scores layers, and its tensors are prompts",
+    "slora": "its first stage trains the backbone's own weights",
+}
 NAMES = [n for n in choices("strategy") if n not in NEED_A_MODEL]
 SERVER_STEPS = {  # strategy → why the new state is not the mean of the updates
     "fedadam": "normalized steps",

@@ -273,7 +273,21 @@ def as_configured(name: str) -> Strategy:
 
 
 STRATEGIES = [(n, as_configured(n)) for n in choices("strategy")]
-TAKES = {"apfl", "ditto", "fedadagrad", "fedadam", "fedavg", "fedavgm", "feddat", "feddpa", "fedprox", "fedyogi", "ffa"}
+TAKES = {
+    "apfl",
+    "ditto",
+    "fedadagrad",
+    "fedadam",
+    "fedavg",
+    "fedavgm",
+    "feddat",
+    "feddpa",
+    "fedmezo",
+    "fedprox",
+    "fedyogi",
+    "ffa",
+    "fwdllm",
+}
 
 
 def test_which_strategies_accept_late_updates() -> None:
