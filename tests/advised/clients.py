@@ -18,7 +18,7 @@ from fedtune.config import Config, DataConfig, ModelConfig, PeftConfig, TaskConf
 from fedtune.contracts import flower
 from fedtune.contracts.plan import Plan, Scalar
 from fedtune.data import collate
-from tests.advised.rows import Place, follows, raised
+from tests.advised.rows import Place, error_of, follows
 from tests.clients.test_gradient_score import make as scored
 from tests.clients.test_gradient_score import measure
 from tests.clients.test_lower_layers import LM, UPPER, build_adapter
@@ -31,7 +31,7 @@ from tests.working import work_in
 
 def hello(config: Config, place: Place, **own: Any) -> str:
     """The error of a device that gets a server's experiment; "" if there is none."""
-    return raised(lambda: own_config(config, Device(client="home-000", state=place.folder, **own), []))
+    return error_of(lambda: own_config(config, Device(client="home-000", state=place.folder, **own), []))
 
 
 @follows("and a device runs no code from a model repository: set it to false")
@@ -58,26 +58,26 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     (place.folder / "taken").write_text("")
     for name in ("taken", "free"):
-        yield raised(lambda name=name: ClientStore(place.folder / name, rounds=2).write("a", 1, stored_state(1)))
+        yield error_of(lambda name=name: ClientStore(place.folder / name, rounds=2).write("a", 1, stored_state(1)))
 
 
-def lowered(place: Place, layers: float | None, **peft: Any) -> str:
+def cache_error(place: Place, layers: float | None, **peft: Any) -> str:
     """The error of caching lower layers for rows; with None, they are not cached."""
     live, _ = build_adapter(place.folder / str(len(list(place.folder.iterdir()))), "llama", PeftConfig(rank=3, **peft), LM)
-    return raised(lambda: LowerLayers(live, layers) if layers else None)
+    return error_of(lambda: LowerLayers(live, layers) if layers else None)
 
 
 @follows("so no layer lies below: see peft.targets, or set it to 0", slow=True)
 def _(place: Place) -> Iterator[str]:
-    yield lowered(place, 1e9)
-    yield lowered(place, 1e9, targets=UPPER["llama"])
-    yield lowered(place, 0)
+    yield cache_error(place, 1e9)
+    yield cache_error(place, 1e9, targets=UPPER["llama"])
+    yield cache_error(place, 0)
 
 
 @follows("'{}' is trained and changes the lower layers: set it to 0", slow=True)
 def _(place: Place) -> Iterator[str]:
     for layers in (1e9, 0):
-        yield lowered(place, layers, method="full")
+        yield cache_error(place, layers, method="full")
 
 
 @follows("the gradient of '{}' is not finite: the loss overflows on this client's rows, set model.precision=fp32", slow=True)
@@ -90,34 +90,34 @@ def _(place: Place) -> Iterator[str]:
     live = scored(place.folder / "m", precision="bf16")
     with place.patch.context() as patch:
         patch.setattr(torch.autograd, "grad", grad)
-        yield raised(lambda: measure(live))
-    yield raised(lambda: measure(scored(place.folder / "m2")))
+        yield error_of(lambda: measure(live))
+    yield error_of(lambda: measure(scored(place.folder / "m2")))
 
 
 @follows("the curvature of the prompts is not finite: lower client.lr")
 def _(place: Place) -> Iterator[str]:
     for weight in (torch.inf, 1.0):  # prompts that diverged, then finite ones
-        yield raised(lambda weight=weight: spectrum(lambda v: v * weight, torch.ones(5), 3))
+        yield error_of(lambda weight=weight: spectrum(lambda v: v * weight, torch.ones(5), 3))
 
 
 @follows("the server's hello is empty: run the same version of fedtune on server and client")
 def _(place: Place) -> Iterator[str]:
     flower.identify_process(1)
     for sent in ({}, {"hello": ConfigRecord({"json": "{}"})}):
-        yield raised(lambda sent=sent: _hello_of(Message(RecordDict(sent), 1, "query", group_id="0")))  # type: ignore[arg-type]
+        yield error_of(lambda sent=sent: _hello_of(Message(RecordDict(sent), 1, "query", group_id="0")))  # type: ignore[arg-type]
 
 
 @follows("cannot write to {}: {}; free the disk or give another --state")
 def _(place: Place) -> Iterator[str]:
     (place.folder / "another").mkdir()
 
-    def saved(name: str) -> str:
-        return raised(lambda: _save_hello(Device(client="a", state=place.folder / name), "{}"))
+    def save_error(name: str) -> str:
+        return error_of(lambda: _save_hello(Device(client="a", state=place.folder / name), "{}"))
 
-    yield saved("gone")  # a folder whose volume is missing
-    yield saved("another")
+    yield save_error("gone")  # a folder whose volume is missing
+    yield save_error("another")
     (place.folder / "gone").mkdir()
-    yield saved("gone")
+    yield save_error("gone")
 
 
 def _odd(says: str, **config: Any) -> None:
@@ -128,7 +128,7 @@ def _odd(says: str, **config: Any) -> None:
         for name, value in config.items():
             setattr(live.backbone.model.config, name, value)
         for layers in (1e9, 0):
-            yield raised(lambda layers=layers: LowerLayers(live, layers) if layers else None)
+            yield error_of(lambda layers=layers: LowerLayers(live, layers) if layers else None)
 
     follows(says, slow=True)(follow)
 
@@ -137,7 +137,7 @@ _odd("has no single stack of layers: set it to 0", num_hidden_layers=99)
 _odd("so no row can be cached: set it to 0", attention_dropout=0.1)
 
 
-def _prompted(place: Place, name: str) -> Workspace:
+def _prompt_space(place: Place, name: str) -> Workspace:
     folder = place.folder / name
     folder.mkdir()
     return Workspace(tiny_config(folder, peft=PeftConfig(method=name, rank=2, tokens=3)))
@@ -146,20 +146,20 @@ def _prompted(place: Place, name: str) -> Workspace:
 @follows("but the adapter has {} prompts: set peft=ptuning_v2", slow=True)
 def _(place: Place) -> Iterator[str]:
     for name in ("lora", "ptuning_v2"):
-        space = _prompted(place, name)
+        space = _prompt_space(place, name)
         batch = collate(space.examples("c0", "train")[:2], space.pad_id)
-        yield raised(lambda space=space, batch=batch: layer_scores(space.live, batch, space.config.task))
+        yield error_of(lambda space=space, batch=batch: layer_scores(space.live, batch, space.config.task))
 
 
 def _sparse(says: str, turn: str, params: dict[str, Scalar], name: str) -> None:
     """A turn that measures, while the client holds the sparse stage's tensors."""
 
     def follow(place: Place) -> Iterator[str]:
-        space = _prompted(place, name)
+        space = _prompt_space(place, name)
         plan = Plan(round=1, client="c0", base_version=0, turn=turn, params=params, batch_size=2)
         right = work_in(space, plan)
-        yield raised(lambda: turn_of(plan).observe(dataclasses.replace(right, live=cast(Any, object()))))
-        yield raised(lambda: turn_of(plan).observe(right))
+        yield error_of(lambda: turn_of(plan).observe(dataclasses.replace(right, live=cast(Any, object()))))
+        yield error_of(lambda: turn_of(plan).observe(right))
 
     follows(says, slow=True)(follow)
 
@@ -172,20 +172,20 @@ _sparse("the turn 'slora' measures gradients with a LoRA adapter, but the adapte
 
 @follows("is neither merged on this client nor in the message: restart the client", slow=True)
 def _(place: Place) -> Iterator[str]:
-    space = _prompted(place, "lora")
-    yield raised(lambda: space.rebase((1, 2), [merged(space, 1)]))
+    space = _prompt_space(place, "lora")
+    yield error_of(lambda: space.rebase((1, 2), [merged(space, 1)]))
     started_again = Workspace(space.config)  # it reports no shifts, so the server sends all of them
-    yield raised(lambda: started_again.rebase((1, 2), [merged(started_again, 1), merged(started_again, 2)]))
+    yield error_of(lambda: started_again.rebase((1, 2), [merged(started_again, 1), merged(started_again, 2)]))
 
 
 # -- training that fails ------------------------------------------------------------------------------------------------------------------
 
 
-def trained(place: Place, *, longest: int = 99, **plan: Any) -> str:
+def train_error(place: Place, *, longest: int = 99, **plan: Any) -> str:
     """The error of a turn on a device whose memory holds rows of this many tokens."""
     real = trainer.loss_sum
 
-    def limited(model: Any, batch: Any, task: Any) -> Any:
+    def limit(model: Any, batch: Any, task: Any) -> Any:
         if batch["input_ids"].shape[1] > longest:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, batch, task)
@@ -193,23 +193,23 @@ def trained(place: Place, *, longest: int = 99, **plan: Any) -> str:
     folder = place.folder / str(len(list(place.folder.iterdir())))
     folder.mkdir()
     with place.patch.context() as patch:
-        patch.setattr(trainer, "loss_sum", limited)
-        return raised(lambda: turn(workspace(folder), None, **plan))
+        patch.setattr(trainer, "loss_sum", limit)
+        return error_of(lambda: turn(workspace(folder), None, **plan))
 
 
 @follows("out of memory with a single row of {} tokens: lower task.max_length, or take a smaller backbone", slow=True)
 def _(place: Place) -> Iterator[str]:
-    yield trained(place, longest=12)
+    yield train_error(place, longest=12)
     with place.patch.context() as patch:
         patch.setattr("tests.clients.test_pieces.TaskConfig", lambda **task: TaskConfig(**{**task, "max_length": 8}))
-        yield trained(place, longest=12)
-    yield trained(place)  # a smaller backbone leaves enough memory
+        yield train_error(place, longest=12)
+    yield train_error(place)  # a smaller backbone leaves enough memory
 
 
 @follows("the training loss became {} in step {} of {}: lower client.lr", slow=True)
 def _(place: Place) -> Iterator[str]:
     def at(lr: float, **plan: Any) -> str:
-        return trained(place, lr=lr, lr_last=lr, **plan)
+        return train_error(place, lr=lr, lr_last=lr, **plan)
 
     free: Any = {"optimizer": "sgd", "clip_norm": None}
     yield at(1e30, **free)
@@ -224,9 +224,9 @@ def _(place: Place) -> Iterator[str]:
     real = torch.nn.utils.get_total_norm
 
     def norm(gradients: Any, *args: Any) -> torch.Tensor:
-        return torch.tensor(torch.inf) if moved() > 1e3 else real(gradients, *args)  # such large weights make gradients overflow
+        return torch.tensor(torch.inf) if largest_weight() > 1e3 else real(gradients, *args)  # such large weights make gradients overflow
 
-    def moved() -> float:
+    def largest_weight() -> float:
         return max(float(p.detach().abs().max()) for space in opened for p in space.live.parameters.values())
 
     opened: list[Workspace] = []
@@ -236,4 +236,4 @@ def _(place: Place) -> Iterator[str]:
     place.patch.setattr(torch.nn.utils, "get_total_norm", norm)
     for lr in (1e4, 1e-2):
         opened.clear()
-        yield trained(place, lr=lr, lr_last=lr)
+        yield train_error(place, lr=lr, lr_last=lr)

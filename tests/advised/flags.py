@@ -10,7 +10,7 @@ import yaml
 from fedtune.config import to_dict
 from fedtune.network.status_server import StatusServer
 from tests.advised.keys import client_of, folder, quiet_client, quiet_server, server_of
-from tests.advised.rows import Place, command, composed, follows, ways
+from tests.advised.rows import Place, command, compose_once, follows, ways
 
 SERVER = "fedtune-server --run {here}/run --insecure "
 CLIENT = "fedtune-client --server localhost:1 --state {here}/state --client-id a "
@@ -111,7 +111,7 @@ def _(place: Place) -> Iterator[str]:
 def a_run(path: Path, *settings: str, served: bool = False, done: int = 1, pid: int = 0) -> Path:
     """The parts of a run directory that an entry point reads."""
     path.mkdir()
-    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(composed(["rounds=2", *settings])[0].config)))
+    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(compose_once(["rounds=2", *settings])[0].config)))
     for number in range(done + 1):
         (path / "checkpoints" / f"round-{number:04d}").mkdir(parents=True)
         (path / "checkpoints" / f"round-{number:04d}" / "checkpoint.json").write_text(json.dumps({"round": number, "clients": {}}))
@@ -141,7 +141,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune-server", "--insecure", "--run", place.folder / "other", "seed=7")
 
 
-# -- runs, looked at ----------------------------------------------------------------------------------------------------------------------
+# -- commands that read a run -------------------------------------------------------------------------------------------------------------
 
 
 @follows("there is no run {}: give the folder that holds config.yaml and checkpoints/")

@@ -29,12 +29,12 @@ CALLS = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f
 
 
 @functools.cache
-def _loaded(folder: Path) -> Engine:
+def _load(folder: Path) -> Engine:
     return load_engine(folder)
 
 
 def engine_of(place: Place) -> Engine:
-    return _loaded(place.keep("served", lambda path: tiny_model(path, context=128)))
+    return _load(place.keep("served", lambda path: tiny_model(path, context=128)))
 
 
 def shows_tools(place: Place) -> Engine:
@@ -90,13 +90,13 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the
 }
 
 
-def _less(body: dict[str, Any], field: str) -> dict[str, Any]:
+def _without_field(body: dict[str, Any], field: str) -> dict[str, Any]:
     """The body without this field, wherever it is."""
 
-    def less(value: Any) -> Any:
-        return [less(each) for each in value] if isinstance(value, list) else _less(value, field) if isinstance(value, dict) else value
+    def strip(value: Any) -> Any:
+        return [strip(v) for v in value] if isinstance(value, list) else _without_field(value, field) if isinstance(value, dict) else value
 
-    return {name: less(value) for name, value in body.items() if name != field}
+    return {name: strip(value) for name, value in body.items() if name != field}
 
 
 def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
@@ -109,7 +109,7 @@ def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
             for choice in ("auto", "none") if "as auto or none" in refusal else ():
                 yield post(server.url, right | {"tool_choice": choice})
             for field in named or (wrong if "leave it" in refusal else [*wrong, "max_tokens"]):
-                yield post(server.url, _less(right | wrong, field))
+                yield post(server.url, _without_field(right | wrong, field))
             if "give 1" in refusal:
                 yield post(server.url, right | dict.fromkeys(wrong, 1))
             if "'repetition_penalty' is there" in refusal:

@@ -17,7 +17,7 @@ from fedtune.simulations.benchmarks.inference.widen import widen
 from fedtune.simulations.engines import batched, ray, ray_grid
 from fedtune.simulations.engines.batched import train_together
 from fedtune.simulations.engines.client_batch import shared_dropout
-from tests.advised.rows import Place, follows, raised
+from tests.advised.rows import Place, error_of, follows
 from tests.clients.test_lower_layers import build_adapter
 from tests.export.test_huggingface import ASK
 from tests.simulations.benchmarks.test_widen import size, tiny
@@ -82,26 +82,26 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(importlib.util, "find_spec", lambda name: name)
     for address in ("ray://10.0.0.5:10001", "10.0.0.5:6379"):
-        yield raised(lambda address=address: ray.check_ray(EngineConfig(kind="ray", ray_address=address)))
+        yield error_of(lambda address=address: ray.check_ray(EngineConfig(kind="ray", ray_address=address)))
 
 
 @follows("engine=ray needs Ray: install it with pip install 'fedtune[ray]'")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(importlib.util, "find_spec", lambda name: None)
-    error = raised(lambda: ray.check_ray(EngineConfig(kind="ray")))
+    error = error_of(lambda: ray.check_ray(EngineConfig(kind="ray")))
     yield error
     extra = error.partition("fedtune[")[2].partition("]")[0]
     required = [w for w in importlib.metadata.requires("fedtune") or () if w.replace("'", '"').endswith(f'extra == "{extra}"')]
     assert any(w.startswith("flwr[simulation]") for w in required)  # Flower's extra that installs Ray
     place.patch.setattr(importlib.util, "find_spec", lambda name: name)
-    yield raised(lambda: ray.check_ray(EngineConfig(kind="ray")))
+    yield error_of(lambda: ray.check_ray(EngineConfig(kind="ray")))
 
 
 @follows("there has been no Ray worker for {} s: see `ray status`, then continue with resume=RUN")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(ray_grid, "_PATIENCE_S", 0.0)
     for workers in (0, 1):  # the second time, a machine has joined the cluster
-        yield raised(lambda workers=workers: ask_all(make_grid(workers, 2)[0]))
+        yield error_of(lambda workers=workers: ask_all(make_grid(workers, 2)[0]))
 
 
 # -- benchmarks ----------------------------------------------------------------------------------------------------------------------------
@@ -122,4 +122,4 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     folder, _ = tiny(place.folder / "small")
     for heads in (1, 8):
-        yield raised(lambda heads=heads: widen(folder, place.folder / f"wide-{heads}", size(heads=heads, kv_heads=1)))
+        yield error_of(lambda heads=heads: widen(folder, place.folder / f"wide-{heads}", size(heads=heads, kv_heads=1)))
