@@ -172,7 +172,7 @@ def measure(row: Row, folder: Path) -> dict[str, Cell]:
     with _refusable(cells, "edge", folder):
         card = read_card(out)
         if why := why_not_engine(out, card):
-            assert _answer(transformers_scheduler(out, card, 4)) == _wanted(merged, live.backbone.tokenizer, ids)
+            assert _answer(transformers_scheduler(out, card, 4)) == _expected_answer(merged, live.backbone.tokenizer, ids)
             cells["edge"] = Cell("transformers", why)
         else:
             engine = load_engine(export_edge(result.path, result.path / "edge"))
@@ -186,7 +186,7 @@ def measure(row: Row, folder: Path) -> dict[str, Cell]:
     with _refusable(cells, "serves", folder):
         package = result.path / "edge"
         made = engine_scheduler(package, None, None, 4, 4, {}) if package.is_dir() else transformers_scheduler(out, read_card(out), 4)
-        assert _answer(made) == _wanted(merged, live.backbone.tokenizer, ids)
+        assert _answer(made) == _expected_answer(merged, live.backbone.tokenizer, ids)
         cells["serves"] = Cell("yes")
     return cells
 
@@ -199,7 +199,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def _wanted(model: Any, tokenizer: Any, ids: torch.Tensor) -> str:
+def _expected_answer(model: Any, tokenizer: Any, ids: torch.Tensor) -> str:
     """The text of transformers' greedy answer."""
     if model.config.is_encoder_decoder:
         ids = torch.tensor([[*ids[0].tolist(), tokenizer.eos_token_id]])  # as in training
@@ -258,7 +258,7 @@ def read_table(text: str) -> dict[str, dict[str, Cell]]:
     return found
 
 
-def written() -> str:
+def generated_part() -> str:
     """The generated part of the page."""
     return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
 

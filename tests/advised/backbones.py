@@ -23,7 +23,7 @@ from fedtune.models.sparse import SparseSlot
 from tests.advised.models import run_of
 from tests.advised.rows import Place, error_of, follows
 from tests.models.build import checkpoint, hub, llama_config
-from tests.models.test_adapter import filled
+from tests.models.test_adapter import random_state
 from tests.models.test_shift import shift
 from tests.models.test_sparse import first
 
@@ -324,7 +324,7 @@ def _(place: Place) -> Iterator[str]:
     live = LiveAdapter(load_backbone(model, CAUSAL), LORA, CAUSAL)
     yield error_of(lambda: LiveAdapter(live.backbone, LORA, CAUSAL))
     yield error_of(lambda: LiveAdapter(load_backbone(model, CAUSAL), LORA, CAUSAL))
-    yield error_of(lambda: live.load(filled(live)))
+    yield error_of(lambda: live.load(random_state(live)))
 
 
 def _state(says: str, right: PeftConfig, wrong: PeftConfig, *, seed: int = 0, config: Any = None) -> None:

@@ -24,7 +24,7 @@ from tests.clients.test_gradient_score import measure
 from tests.clients.test_lower_layers import LM, UPPER, build_adapter
 from tests.clients.test_pieces import turn, workspace
 from tests.clients.test_store import stored_state
-from tests.clients.test_trainer import merged
+from tests.clients.test_trainer import shift_of
 from tests.tiny import texts, tiny_config, tiny_llama, write_rows
 from tests.working import work_in
 
@@ -173,9 +173,9 @@ _sparse("the turn 'slora' measures gradients with a LoRA adapter, but the adapte
 @follows("is neither merged on this client nor in the message: restart the client", slow=True)
 def _(place: Place) -> Iterator[str]:
     space = _prompt_space(place, "lora")
-    yield error_of(lambda: space.rebase((1, 2), [merged(space, 1)]))
+    yield error_of(lambda: space.rebase((1, 2), [shift_of(space, 1)]))
     started_again = Workspace(space.config)  # it reports no shifts, so the server sends all of them
-    yield error_of(lambda: started_again.rebase((1, 2), [merged(started_again, 1), merged(started_again, 2)]))
+    yield error_of(lambda: started_again.rebase((1, 2), [shift_of(started_again, 1), shift_of(started_again, 2)]))
 
 
 # -- training that fails ------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from fedtune.rounds.membership import JoinPolicy, Membership
 from fedtune.traffic import Codec, decode_broadcast, encode_broadcast
 from tests.advised.rows import Place, error_of, follows
 from tests.advised.runs import one_round_run, setting_of
-from tests.faults.test_membership import Answers, Nodes, Notes, named
+from tests.faults.test_membership import Answers, Nodes, Notes, hello_of
 from tests.privacy.test_dpsgd import Chosen, examples, private_gradient
 from tests.test_library import Halved, Uniform
 from tests.tiny import tiny_config
@@ -162,9 +162,9 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("has the key of '{}' but the id '{}': correct its --client-id or its key")
 def _(place: Place) -> Iterator[str]:
-    yield join_error(named, names=lambda: {1: "mallory"})
+    yield join_error(hello_of, names=lambda: {1: "mallory"})
     yield join_error(lambda node: {"client": "mallory"}, names=lambda: {1: "mallory"})
-    yield join_error(named, names=lambda: {1: "c1"})
+    yield join_error(hello_of, names=lambda: {1: "c1"})
 
 
 @follows("more than weights.max_examples={}: raise that on the server if the number is right")

@@ -98,7 +98,7 @@ def test_the_noise_is_the_device_s_own(tmp_path: Path) -> None:
 
 
 def test_kinds_are_ordered(tmp_path: Path) -> None:
-    def accepted(kind: str) -> list[str]:
+    def accepted_kinds(kind: str) -> list[str]:
         floor, results = Floor(kind=kind, epsilon=None, delta=1e-5, client="a", runs=tmp_path), []
         for privacy in ("none", "record", "user"):
             try:
@@ -108,7 +108,7 @@ def test_kinds_are_ordered(tmp_path: Path) -> None:
                 pass
         return results
 
-    assert (accepted("record"), accepted("user")) == (["record", "user"], ["user"])
+    assert (accepted_kinds("record"), accepted_kinds("user")) == (["record", "user"], ["user"])
 
 
 def test_an_unreadable_ledger_declines_the_turn(tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_strategies_that_average_entries_do_not_depend_on_their_order(name: str,
     if not strategy.requirements.averages_entries:
         pytest.skip("it computes with products of factors")
 
-    def turned(state: AdapterState) -> AdapterState:
+    def reorder(state: AdapterState) -> AdapterState:
         draws = {n: torch.Generator().manual_seed(i) for i, n in enumerate(START.tensors)}
         orders = {n: torch.randperm(t.numel(), generator=draws[n]) for n, t in state.tensors.items()}
         return state.replace({n: t.flatten()[orders[n]].view(t.shape) for n, t in state.tensors.items()})
@@ -338,6 +338,8 @@ def test_strategies_that_average_entries_do_not_depend_on_their_order(name: str,
     result = strategy.aggregate(1, state, sent)
     after = result.adapter
     assert not result.shifts  # which are products
-    other = strategy.aggregate(1, strategy.start(turned(START)), [dataclasses.replace(u, adapter=turned(u.adapter)) for u in sent]).adapter
-    for n, tensor in turned(after).tensors.items():
+    other = strategy.aggregate(
+        1, strategy.start(reorder(START)), [dataclasses.replace(u, adapter=reorder(u.adapter)) for u in sent]
+    ).adapter
+    for n, tensor in reorder(after).tensors.items():
         torch.testing.assert_close(other[n], tensor, atol=1e-6, rtol=1e-5, msg=n)

@@ -26,12 +26,12 @@ ROWS = [("Größe; 1,5 | 2", "ja"), ('say "café"', "nein"), ("two\nlines", "ja"
 WANTED = [{"text": text, "label": label} for text, label in ROWS]
 
 
-def quoted(field: str) -> str:
+def quote(field: str) -> str:
     return '"' + field.replace('"', '""') + '"'
 
 
 def table(delimiter: str, end: str, head: str = "text{}label", first: str = "") -> str:
-    lines = [head.format(delimiter), *(f"{quoted(text)}{delimiter}{label}" for text, label in ROWS)]
+    lines = [head.format(delimiter), *(f"{quote(text)}{delimiter}{label}" for text, label in ROWS)]
     return first + end.join([*lines, ""])
 
 

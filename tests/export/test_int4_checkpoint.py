@@ -69,7 +69,7 @@ def run_of(folder: Path, kind: type = LlamaConfig, **changes: Any) -> Path:
     return make_run(folder / "run", hub(model), CAUSAL, std=0.05)[0]
 
 
-def recorded(patch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+def record_tensors(patch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """What the quantizer yields, by tensor, dequantized."""
     out, plain = dict[str, torch.Tensor](), quantizer.quantize_model
 
@@ -90,7 +90,7 @@ SLOW = [pytest.param(to, kind, marks=pytest.mark.slow) for to, kind in (("gptq",
 
 @pytest.mark.parametrize(("to", "kind"), [("awq", "qwen2"), *SLOW])
 def test_the_file_holds_what_the_quantizer_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any, kind: str) -> None:
-    run, chosen = run_of(tmp_path, KINDS[kind], tie_word_embeddings=kind != "llama"), recorded(monkeypatch)
+    run, chosen = run_of(tmp_path, KINDS[kind], tie_word_embeddings=kind != "llama"), record_tensors(monkeypatch)
     out = export_int4_checkpoint(run, tmp_path / "out", to=to, calibrate=tmp_path / "text.txt")
     tensors = load_file(out / "model.safetensors")
     linears = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}

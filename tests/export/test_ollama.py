@@ -44,7 +44,7 @@ def data(chat: Messages) -> dict[str, Any]:
 WITHOUT_SYSTEM = ("gemma", "mistral1", "mistral2")  # templates that refuse a system message
 
 
-def taken(family: str) -> list[Messages]:
+def chats_for(family: str) -> list[Messages]:
     return [chat for chat in CHATS if family not in WITHOUT_SYSTEM or chat[0]["role"] != "system"]
 
 
@@ -52,7 +52,7 @@ def taken(family: str) -> list[Messages]:
 def test_the_template_renders_as_the_tokenizers_own(family: str) -> None:
     tokenizer = templates.tokenizer(family)
     template, _ = go_template(tokenizer)
-    for chat in taken(family):
+    for chat in chats_for(family):
         assert evaluate(template, **data(chat)) == Conversation(tokenizer, chat).text(generate=True)
 
 
@@ -97,8 +97,8 @@ def test_go_renders_the_same(tmp_path: Path) -> None:
     for family in FAMILIES:
         tokenizer = templates.tokenizer(family)
         template, _ = go_template(tokenizer)
-        cases += [(template, data(chat)) for chat in taken(family)]
-        want += [Conversation(tokenizer, chat).text(generate=True) for chat in taken(family)]
+        cases += [(template, data(chat)) for chat in chats_for(family)]
+        want += [Conversation(tokenizer, chat).text(generate=True) for chat in chats_for(family)]
     texts = ['"""', "{{", "a{", '{"b": {}}', "｜▁\u00a0\u3000\u200b🙂\r\n\t", "\\x22"]
     cases += [(fixed_text(text) + "{{ .Prompt }}", {"Prompt": "hi"}) for text in texts]
     want += [f"{text}hi" for text in texts]

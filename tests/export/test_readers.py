@@ -112,7 +112,7 @@ def test_no_reader_reads_a_folder_that_transformers_refuses(layout: str, tmp_pat
 # -- tokenizers ---------------------------------------------------------------------------------------------------------------------------
 
 
-def trained_on(tokenizer: Any, text: str) -> list[int]:
+def training_ids(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text in training."""
     lead = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
     return lead + tokenizer(text, add_special_tokens=False).input_ids
@@ -137,7 +137,7 @@ def compare(work: Path, family: str, kind: str, config: str, named: str | None) 
     where, folder = f"{family}, {kind}, {config}, {named}", make(work / "m", family, kind, config, named)
     with quiet():
         theirs = AutoTokenizer.from_pretrained(folder)
-    wanted = [trained_on(theirs, text) for text in TEXTS]
+    wanted = [training_ids(theirs, text) for text in TEXTS]
     names = {n: str(t) for n, t in theirs.special_tokens_map.items() if isinstance(t, str)}
     task = TaskConfig(kind="causal_lm")
     trained = load_tokenizer(folder, ModelConfig(source="hub", name=str(folder)), task)
@@ -149,7 +149,7 @@ def compare(work: Path, family: str, kind: str, config: str, named: str | None) 
         write_tokenizer(trained, folder, out, task)
     with quiet():
         again = AutoTokenizer.from_pretrained(work / "export")
-    assert [trained_on(again, text) for text in TEXTS] == wanted, f"transformers on the export: {where}"
+    assert [training_ids(again, text) for text in TEXTS] == wanted, f"transformers on the export: {where}"
     texts = dict[str, Text]()
     if kind == "words" and type(theirs).__name__ != "TokenizersBackend":  # a class for BPE misreads a list of words
         with pytest.raises(ModelError, match="set tokenizer_class to PreTrainedTokenizerFast"):
@@ -210,7 +210,7 @@ def test_a_folder_and_its_package_answer_as_transformers(family: str, kind: str,
         tokenizer = AutoTokenizer.from_pretrained(folder)
     package = export_edge(folder, tmp_path / "edge")
     for text in ("hi ab 12", "<s> hi </s>  b", "a <|user|> hi <|end|> \n ab"):
-        ids = torch.tensor([trained_on(tokenizer, text)])
+        ids = torch.tensor([training_ids(tokenizer, text)])
         with quiet():
             wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=-1)
         for source in (folder, package):

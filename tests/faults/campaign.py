@@ -21,7 +21,7 @@ import psutil
 from fedtune.runs.report import read_metrics
 from tests.faults.deployment import ROOT, Deployment, settings, write_rows
 from tests.faults.forking import popen
-from tests.faults.replay import BOUND, counted
+from tests.faults.replay import BOUND, counted_clients
 from tests.network.loopback import Link
 
 CLIENTS = ("anna", "bert", "carla")
@@ -155,7 +155,7 @@ class Campaign:
         code = self.deployment.finish(PATIENCE)
         if code != 0:
             outcomes[-1].bad(f"exit code {code}: {self.deployment.output('server').splitlines()[-1]}")
-        turnout, off = counted(self.deployment.run), self._replayed()
+        turnout, off = counted_clients(self.deployment.run), self._replayed()
         for out in outcomes:
             wrong = [r for r in range(out.rounds[0], out.rounds[1] + 1) if not off.get(r, float("inf")) <= BOUND]
             if wrong:
@@ -313,7 +313,7 @@ class Campaign:
         while True:
             self._wait_held("server", "idle")
             done = self._newest()
-            if done >= first and len(counted(self.deployment.run)[done]) == len(CLIENTS):
+            if done >= first and len(counted_clients(self.deployment.run)[done]) == len(CLIENTS):
                 return
             if done >= first + 3 and time.monotonic() - began > 15:
                 raise Defect("three rounds after the fault not all clients count")
@@ -348,7 +348,7 @@ class Campaign:
 
 
 @contextmanager
-def watched(campaign: Campaign) -> Iterator[Campaign]:
+def kill_at_end(campaign: Campaign) -> Iterator[Campaign]:
     """A context that ends with all processes of the campaign killed."""
     try:
         yield campaign

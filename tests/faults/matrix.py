@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.faults.campaign import Campaign, Cell, Outcome, all_cells, watched
+from tests.faults.campaign import Campaign, Cell, Outcome, all_cells, kill_at_end
 from tests.faults.forking import FORK, preload
 
 SHORT = ("kill-client training", "kill-child uploading", "kill-superlink plan", "kill-both aggregating", "cut 1", "lie huge")
@@ -34,7 +34,7 @@ def conduct(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
     quick = [c for c in cells if c.kind != "slow"]
     for part in (quick, [c for c in cells if c.kind == "slow"]):
         while part:
-            with watched(Campaign(folder / f"{len(outcomes):02d}", part, report)) as campaign:
+            with kill_at_end(Campaign(folder / f"{len(outcomes):02d}", part, report)) as campaign:
                 outcomes += (done := campaign.run())
             part = part[len(done) :]
     return outcomes

@@ -146,7 +146,7 @@ def not_finite(raw: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-def nested(raw: bytes, rng: random.Random) -> bytes:
+def nest(raw: bytes, rng: random.Random) -> bytes:
     n = rng.choice((100, 5000, 300_000))
     return (rng.choice(("[", '{"a":')) * n).encode()
 
@@ -174,7 +174,7 @@ def value(raw: bytes, rng: random.Random) -> bytes:
 
 
 ANY: list[Callable[[bytes, random.Random], bytes]] = [flip, flip_early, truncate, extend]
-OF = {".safetensors": [*ANY, long_header, header, header, header, not_finite], ".json": [*ANY, nested, value, value, value]}
+OF = {".safetensors": [*ANY, long_header, header, header, header, not_finite], ".json": [*ANY, nest, value, value, value]}
 
 
 def seal_index(folder: Path) -> None:
@@ -260,7 +260,7 @@ def open_damaged(args: argparse.Namespace, folder: Path) -> None:
     print(json.dumps(fuzz(args.count, args.seed, roots, folder / "cache")))
 
 
-def sanitized(library: Path) -> dict[str, str]:
+def build_sanitized(library: Path) -> dict[str, str]:
     """Compile the kernels with sanitizers. Returns the environment of a process that opens them."""
     os.environ["CC"] = "gcc"
     build.build(library, SANITIZERS)
@@ -288,7 +288,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as made:
         packages(Path(made))
-        environment = sanitized(Path(made) / LIBRARY) if args.sanitized else dict(os.environ)
+        environment = build_sanitized(Path(made) / LIBRARY) if args.sanitized else dict(os.environ)
         command = [sys.executable, "-m", "tests.inference.fuzz_package", *sys.argv[1:], "--folder", made]
         return subprocess.run(command, env=environment).returncode
 

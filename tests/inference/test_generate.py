@@ -243,14 +243,14 @@ def test_a_negative_seed_is_refused(command: list[str], capsys: pytest.CaptureFi
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedtune.inference.generate.generate_text", interrupted)
+    monkeypatch.setattr("fedtune.inference.generate.generate_text", interrupt)
     assert cli.main(["generate", str(tmp_path), "x"]) == 130
 
 
-def loaded_after(code: str) -> set[str]:
+def modules_after(code: str) -> set[str]:
     """Top-level modules of a fresh process that ran the code."""
     code += "\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -259,13 +259,13 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_imports_stay_light() -> None:
-    light = loaded_after("import fedtune.inference, fedtune.models, fedtune.cli.main")
+    light = modules_after("import fedtune.inference, fedtune.models, fedtune.cli.main")
     assert not light & {"torch", "transformers", "peft", "flwr", "datasets"}
 
 
 @pytest.mark.slow
 def test_generating_needs_neither_peft_nor_flower() -> None:
-    assert not loaded_after("import fedtune.inference.generate, fedtune.inference.chat") & {"transformers", "peft", "flwr", "datasets"}
+    assert not modules_after("import fedtune.inference.generate, fedtune.inference.chat") & {"transformers", "peft", "flwr", "datasets"}
 
 
 def test_public_names_exist() -> None:

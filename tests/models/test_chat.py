@@ -211,11 +211,11 @@ def test_a_template_that_starts_with_the_answer_is_refused(backbone: Backbone) -
 def test_a_long_conversation_is_not_encoded_whole(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []  # an exact encoding takes time quadratic in the number of messages
 
-    def counted(conversation: Conversation, count: int) -> Any:
+    def count_messages(conversation: Conversation, count: int) -> Any:
         lengths.append(count)
         return encode_start(conversation, count)
 
-    monkeypatch.setattr("fedtune.models.chat_template.encode_start", counted)
+    monkeypatch.setattr("fedtune.models.chat_template.encode_start", count_messages)
     (cut,) = encode(backbone, turns(*["And?", "Rome."] * 2000))
     assert len(lengths) < 20 and max(lengths) < 40
     assert cut.input_ids.tolist() == encode(backbone, turns(*["And?", "Rome."] * 4))[0].input_ids.tolist()

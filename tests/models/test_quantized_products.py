@@ -141,15 +141,15 @@ def test_narrow_logits_are_counted_in_pieces(tmp_path: Path, monkeypatch: pytest
     live = LiveAdapter(load_backbone(hub(wide(tmp_path / "llama"), precision="bf16"), LM), PeftConfig(rank=2), LM)
     live.load(random_state(live))
 
-    def found() -> tuple[float, Tensor]:
+    def loss_and_gradient() -> tuple[float, Tensor]:
         loss, count = loss_sum(live.model, rows_of_text(), LM)
         assert count == 27  # 3 rows of 10 tokens; no token predicts the first
         grads = torch.autograd.grad(loss, list(live.parameters.values()))
         return loss.item(), torch.cat([g.flatten() for g in grads])
 
-    whole, expected = found()
+    whole, expected = loss_and_gradient()
     monkeypatch.setattr(losses, "_PIECE", 4 * live.backbone.model.config.vocab_size)  # 7 pieces, the last of 3 rows
-    pieces, actual = found()
+    pieces, actual = loss_and_gradient()
     assert pieces == pytest.approx(whole, rel=1e-6) and torch.equal(actual, expected)
 
 

@@ -73,11 +73,11 @@ def test_the_bundle_is_never_fetched(server: Server, run_id: int, running: Start
     paths: list[str] = []
     send = httpx.Client.send
 
-    def watched(self: httpx.Client, request: httpx.Request, **more: object) -> httpx.Response:
+    def watch(self: httpx.Client, request: httpx.Request, **more: object) -> httpx.Response:
         paths.append(request.url.path)
         return send(self, request, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(httpx.Client, "send", watched)
+    monkeypatch.setattr(httpx.Client, "send", watch)
     client = running(server.address)
     server.reply(run_id, server.send(run_id, client.id, content()))
     assert "/v1/fleet/get-run" in paths and not any("fab" in path for path in paths)

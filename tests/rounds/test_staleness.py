@@ -150,12 +150,12 @@ def test_an_older_update_beside_a_newer_one_is_unused(tmp_path: Path) -> None:
 def test_late_updates_count_towards_min_clients(tmp_path: Path) -> None:
     """By hand: round 1 does not count with min_clients=2; b fails in round 2, where its late update is the second one."""
 
-    def lost(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
+    def lose_update(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
         if round == 2:
             raise ValueError("broken")
         return arrays, text
 
-    bridge, observer = on_slow_node(tmp_path / "r", faults={"b": lost}, min_clients=2)
+    bridge, observer = on_slow_node(tmp_path / "r", faults={"b": lose_update}, min_clients=2)
     assert value(bridge.loop()) == pytest.approx((1 + 9 / math.sqrt(2)) / 4)
     row = next(r for r in observer.clients if (r["round"], r["client"]) == (2, "b"))
     assert row["dropped"].startswith("failed") and row["staleness"] == 1

@@ -118,7 +118,7 @@ def assert_exact_on_conv1d(strategy: Strategy) -> None:
     assert_equal(layers.outputs(after.adapter, after.shifts), expected, tolerance=2e-6)
 
 
-def swapped_when_square(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def swap_if_square(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """A mutation: A and B swapped if the shapes allow it, which transposes the matrix."""
     a, b = pair
     return (b.T, a.T) if a.shape[1] == len(b) else pair

@@ -25,7 +25,7 @@ from tests.strategies.lowrank import (
     delta,
     in_bf16,
     mean,
-    swapped_when_square,
+    swap_if_square,
 )
 
 
@@ -115,7 +115,7 @@ def test_only_plain_lora_is_accepted(method: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda terms: swapped_when_square(_lowrank.compact(terms)), id="residual transposed"),
+        pytest.param(lambda terms: swap_if_square(_lowrank.compact(terms)), id="residual transposed"),
         pytest.param(lambda terms: _lowrank.compact([(terms[-1][0] / -3, a, b) for _, a, b in terms[:-1]] + terms[-1:]), id="p_k dropped"),
         pytest.param(lambda terms: _lowrank.compact([*terms[:-1], (-1.0, *terms[-1][1:])]), id="s dropped"),
     ],

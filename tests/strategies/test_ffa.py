@@ -71,10 +71,10 @@ def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) ->
     state = FFA().start(lora_state())
     honest = _mean.Mean.add
 
-    def unweighted(self: _mean.Mean, tensors: Mapping[str, Tensor], weight: float) -> None:
+    def add_unweighted(self: _mean.Mean, tensors: Mapping[str, Tensor], weight: float) -> None:
         honest(self, tensors, 1.0)
 
-    monkeypatch.setattr(_mean.Mean, "add", unweighted)
+    monkeypatch.setattr(_mean.Mean, "add", add_unweighted)
     assert product_error(state, clients(state, [1, 9])) > 0.1
 
 

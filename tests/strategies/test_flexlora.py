@@ -17,7 +17,7 @@ from fedtune.contracts.plan import Plan, Update
 from fedtune.errors import ConfigError
 from fedtune.strategies import _lowrank, flexlora
 from fedtune.strategies.flexlora import FlexLoRA
-from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, delta, mean, still, swapped_when_square
+from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, delta, mean, still, swap_if_square
 
 
 def changes(before: AdapterState, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ def test_only_methods_with_factors_are_accepted(method: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda terms: swapped_when_square(_lowrank.stack(terms)), id="A and B swapped"),
+        pytest.param(lambda terms: swap_if_square(_lowrank.stack(terms)), id="A and B swapped"),
         pytest.param(lambda terms: _lowrank.stack([(1 / len(terms), a, b) for _, a, b in terms]), id="weights dropped"),
     ],
 )

@@ -26,7 +26,7 @@ from tests.strategies.lowrank import (
     in_bf16,
     mean,
     still,
-    swapped_when_square,
+    swap_if_square,
 )
 
 
@@ -160,7 +160,7 @@ def test_only_plain_lora_is_accepted(method: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda terms: swapped_when_square(_lowrank.stack(terms)), id="A and B swapped"),
+        pytest.param(lambda terms: swap_if_square(_lowrank.stack(terms)), id="A and B swapped"),
         pytest.param(lambda terms: _lowrank.stack([(1 / len(terms), a, b) for _, a, b in terms]), id="weights dropped"),
         pytest.param(lambda terms: _lowrank.stack([(w / 3 * len(a), a, b) for w, a, b in terms]), id="scalings dropped"),  # s = 3/r
     ],

@@ -48,7 +48,7 @@ def test_the_factors_of_the_selected_are_averaged_in_any_order_of_the_clients() 
     assert sum(close(outs[0], p, atol=0) for p in pairs) == 1
 
 
-def chosen(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def selected_clients(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The selected clients: the positions that the strategy gets from `krum`."""
     seen, own = [], module.krum
     monkeypatch.setattr(module, "krum", lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1])
@@ -59,9 +59,9 @@ def chosen(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> lis
 
 def test_the_selection_depends_only_on_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = [random_adapter(i + 1, 0.3) for i in range(7)]
-    expected = chosen(adapters, monkeypatch)
+    expected = selected_clients(adapters, monkeypatch)
     for seed in range(5):
-        assert chosen([with_other_factors(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == expected
+        assert selected_clients([with_other_factors(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == expected
 
 
 def test_a_config_without_the_guarantee_is_refused() -> None:

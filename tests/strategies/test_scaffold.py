@@ -102,12 +102,12 @@ def test_it_reaches_the_minimum_of_the_mean_loss_unlike_fedavg(monkeypatch: pyte
 def test_a_correction_of_the_wrong_sign_or_size_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     own = SCAFFOLD.plan
 
-    def flipped(self: SCAFFOLD, round: int, plans: list[Plan], state: ServerState) -> dict[str, Assignment]:
+    def flip(self: SCAFFOLD, round: int, plans: list[Plan], state: ServerState) -> dict[str, Assignment]:
         given = own(self, round, plans, state)
         return {c: Assignment(plan=a.plan, adapter=a.adapter, extra={n: -t for n, t in a.extra.items()}) for c, a in given.items()}
 
     with monkeypatch.context() as patch:
-        patch.setattr(SCAFFOLD, "plan", flipped)
+        patch.setattr(SCAFFOLD, "plan", flip)
         assert not abs(walk() - BEST) < 0.1
     with monkeypatch.context() as patch:  # the mean rate in place of the sum of the rates
         patch.setattr(module, "measured", lambda update, values, name: values[name] / 8)

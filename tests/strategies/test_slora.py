@@ -121,7 +121,7 @@ def test_the_check_of_the_switch_detects_a_wrong_formula(monkeypatch: pytest.Mon
     def without_scaling(d: Tensor, start: Tensor, scaling: float) -> Any:
         return right(d, start, 1.0)
 
-    def transposed(d: Tensor, start: Tensor, scaling: float) -> Any:
+    def transpose(d: Tensor, start: Tensor, scaling: float) -> Any:
         return right(d.reshape(d.shape[::-1]).T.contiguous(), start, scaling)
 
     def without_tail(d: Tensor, start: Tensor, scaling: float) -> Any:
@@ -129,7 +129,7 @@ def test_the_check_of_the_switch_detects_a_wrong_formula(monkeypatch: pytest.Mon
         return factors, (a[1:], b[:, 1:]), energy
 
     assert keeps_everything(dense, 2)
-    for wrong in (without_scaling, transposed, without_tail):
+    for wrong in (without_scaling, transpose, without_tail):
         monkeypatch.setattr(slora, "_split", wrong)
         assert not keeps_everything(dense, 2), wrong.__name__
 

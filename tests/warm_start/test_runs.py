@@ -41,7 +41,7 @@ from fedtune.models.adapter_folder import read_adapter
 from fedtune.runs.report import read_metrics
 from fedtune.warm_start import read_source
 from fedtune.warm_start.folder import read_start
-from tests.faults.deployment import STORIES, deployed, settings, write_rows
+from tests.faults.deployment import STORIES, deploy, settings, write_rows
 from tests.quick import quick
 from tests.tiny import tiny_config
 
@@ -278,19 +278,19 @@ def test_the_report_and_the_cards_say_where_it_began(earlier: Path, capsys: pyte
 
 
 def test_a_source_that_cannot_be_one_is_refused_before_a_run_begins(earlier: Path, tmp_path: Path) -> None:
-    def refused(path: Path, error: type[Exception], sentence: str) -> None:
+    def expect_error(path: Path, error: type[Exception], sentence: str) -> None:
         with pytest.raises(error, match=sentence):
             simulate(warm(earlier, peft={"from_": str(path)}, output_dir=str(tmp_path / "none"), name="refused"))
         assert not (tmp_path / "none").exists()
 
-    refused(tmp_path / "gone", ConfigError, "^peft.from=.*/gone: there is no such folder")
-    refused(earlier.parents[2] / "model", ConfigError, "model is a whole model, not an adapter: leave peft.from out")
+    expect_error(tmp_path / "gone", ConfigError, "^peft.from=.*/gone: there is no such folder")
+    expect_error(earlier.parents[2] / "model", ConfigError, "model is a whole model, not an adapter: leave peft.from out")
     pickled = Path(shutil.copytree(earlier / "adapter", tmp_path / "pickled"))
     for name in ("fedtune.safetensors", "adapter_model.safetensors"):
         (pickled / name).rename(pickled / "adapter_model.bin")
-    refused(pickled, ModelError, "has only a pickled adapter_model.bin, which can run code")
+    expect_error(pickled, ModelError, "has only a pickled adapter_model.bin, which can run code")
     going = Path(shutil.copytree(earlier, tmp_path / "going", ignore=shutil.ignore_patterns("adapter")))
-    refused(going, CheckpointError, "the run has no adapter yet, because it has not ended; continue it with resume=")
+    expect_error(going, CheckpointError, "the run has no adapter yet, because it has not ended; continue it with resume=")
     assert read_source(str(earlier / "adapter")).config == read_config(earlier)  # the folder adapter/ of a run identifies the run
 
 
@@ -334,21 +334,21 @@ def test_devices_over_tls_begin_with_the_earlier_adapter(tmp_path: Path) -> None
     clients, rows = ("anna", "bert", "carla"), tmp_path / "rows"
     write_rows(rows, clients)
     experiment = settings(rows, clients)
-    before = simulated(tmp_path, "before", experiment)
+    before = run_simulation(tmp_path, "before", experiment)
     begin = [*experiment, "strategy=ffa", f"peft.from={before}"]
-    with deployed(tmp_path, clients, begin) as made:
+    with deploy(tmp_path, clients, begin) as made:
         made.start()
         assert made.finish() == 0, made.output("server")
         records = made.rounds()
     assert ["bytes_start" in r for r in records] == [False, True, *[False] * (len(records) - 2)]
-    assert_same_model(made.run, simulated(tmp_path, "again", begin), rtol=1e-3, atol=1e-5)
+    assert_same_model(made.run, run_simulation(tmp_path, "again", begin), rtol=1e-3, atol=1e-5)
     for client in clients:
         assert str(before) not in made.output(client)
     hellos = list(tmp_path.rglob("hello.json"))
     assert len(hellos) == 3 and not any(str(before) in file.read_text() for file in hellos)
 
 
-def simulated(folder: Path, name: str, experiment: list[str]) -> Path:
+def run_simulation(folder: Path, name: str, experiment: list[str]) -> Path:
     (job,) = compose([*experiment, f"output_dir={folder / name}", "engine.batched=none"])
     return simulate(job.config)
 

@@ -284,12 +284,12 @@ def test_passes_grow_with_what_was_measured(engine: Engine, monkeypatch: pytest.
     drafter.others = True
     verified = adapt.verified
 
-    def watched(seen: Verified, *more: Any) -> None:
+    def watch(seen: Verified, *more: Any) -> None:
         rows.append(seen.rows)
         assert seen.rows <= adapt.most_rows
         verified(seen, *more)
 
-    monkeypatch.setattr(adapt, "verified", watched)
+    monkeypatch.setattr(adapt, "verified", watch)
     assert tokens(Generation(engine, [5, 6], max_new_tokens=30, speculation=Speculation(drafter, adapt))) == answer
     assert rows and rows[0] <= 3
 

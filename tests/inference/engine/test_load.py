@@ -47,7 +47,7 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight") or name == "lm_head.weight"
 
 
-def rounded(kind: str, weight: Tensor) -> Tensor:
+def round_weight(kind: str, weight: Tensor) -> Tensor:
     """A weight of the kind, dequantized."""
     return torch.from_numpy(dequantized(kind, portable(kind, as_array(weight)), n_in=weight.shape[1]).copy())
 
@@ -58,7 +58,7 @@ def rounded_model(model: Any, kind: str) -> Any:
         for name, weight in model.named_parameters():
             if is_linear(name):
                 own = "int8" if kind == "int4" and name == "lm_head.weight" else kind
-                weight.copy_(rounded(own, weight))
+                weight.copy_(round_weight(own, weight))
     return model
 
 
@@ -104,7 +104,7 @@ def test_each_kind_equals_the_model_with_rounded_weights(name: str, kind: str, t
     wanted = rounded_model(model, kind)
     if tied and kind != "fp32":  # the table stays as it is stored, the head is a rounded copy
         own = "int8" if kind == "int4" else kind
-        model.lm_head.weight = torch.nn.Parameter(rounded(own, model.get_input_embeddings().weight))
+        model.lm_head.weight = torch.nn.Parameter(round_weight(own, model.get_input_embeddings().weight))
     assert relative(logits(engine), theirs(wanted)) < NATIVE_DRIFT[kind]
     monkeypatch.setenv("FEDTUNE_NATIVE", "off")
     assert relative(logits(load_engine(tmp_path, kind)), theirs(wanted)) < DRIFT[kind]

@@ -31,7 +31,7 @@ DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../share
 V, LENGTH, PROMPT = 4, 4, [2, 3, 2]  # the lookup drafts 3 first
 
 
-class Remembered:
+class CachedDecoder:
     """Caches a small decoder's logits: each text over four tokens is computed once."""
 
     def __init__(self, engine: Engine) -> None:
@@ -72,18 +72,18 @@ class Ids(Cache):
         return 0
 
 
-def remembered(engine: Engine) -> Any:
+def cached_engine(engine: Engine) -> Any:
     shape = SimpleNamespace(vocab=V, layers=engine.shape.layers, context=64)
     text = SimpleNamespace(ends=frozenset(), special=frozenset(), bytes=frozenset(), decode=lambda ids: "", same_as=lambda other: True)
     return SimpleNamespace(
-        shape=shape, text=text, decoder=Remembered(engine), cache=lambda: Ids(engine.shape, 64), start=lambda cache: None, folder="stub"
+        shape=shape, text=text, decoder=CachedDecoder(engine), cache=lambda: Ids(engine.shape, 64), start=lambda cache: None, folder="stub"
     )
 
 
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("tiny")
-    return remembered(build(folder / "a")[0]), remembered(build(folder / "b", "qwen3", seed=4)[0])
+    return cached_engine(build(folder / "a")[0]), cached_engine(build(folder / "b", "qwen3", seed=4)[0])
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ class Paced:
         return self._decoder.forward(ids, spans)
 
 
-def alone(engine: Engine, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
+def answer_alone(engine: Engine, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
     """The answer of an otherwise idle scheduler."""
     outputs: list[Output] = []
     scheduler = make_scheduler(engine)

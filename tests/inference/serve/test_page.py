@@ -9,7 +9,7 @@ import pytest
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.sample import Sampling
 from tests.inference.serve.chromium import Page, open_page
-from tests.inference.serve.served import Served, alone, serve_model, text_of
+from tests.inference.serve.served import Served, answer_alone, serve_model, text_of
 
 PAGE = Path(__file__).parents[3] / "fedtune/inference/serve/page.html"
 
@@ -59,7 +59,7 @@ def _completes(server: Served, page: Page) -> None:
     page.run("document.getElementById('complete').click()")
     ask(page, "turn on", temperature="0", tokens="9")
     page.wait("/9 tokens .* tok.s .* stopped at max tokens/.test(document.querySelector('.figures')?.textContent)")
-    outputs = alone(server.engine, server.engine.text.encode("turn on"), Sampling(), 9, joins=True)
+    outputs = answer_alone(server.engine, server.engine.text.encode("turn on"), Sampling(), 9, joins=True)
     assert page.run("document.querySelector('.turn').textContent") == "turn on" + text_of(outputs)
 
 
@@ -69,14 +69,13 @@ def _chats(server: Served, page: Page) -> None:
     ask(page, "hello", tokens="6")
     page.wait("document.querySelectorAll('.figures').length === 1 && !document.querySelector('.busy')")
     ids = server.engine.text.encode("user: hello\nassistant:", begin=False)
-    first = text_of(alone(server.engine, ids, Sampling(), 6)).lstrip()
+    first = text_of(answer_alone(server.engine, ids, Sampling(), 6)).lstrip()
     assert page.run("[...document.querySelectorAll('.turn')].map((turn) => turn.textContent)") == ["hello", first]
     ask(page, "more")
     page.wait("document.querySelectorAll('.figures').length === 2 && !document.querySelector('.busy')")
     ids = server.engine.text.encode(f"user: hello\nassistant: {first}\nuser: more\nassistant:", begin=False)
-    assert (
-        page.run("[...document.querySelectorAll('.turn')].at(-1).textContent") == text_of(alone(server.engine, ids, Sampling(), 6)).lstrip()
-    )
+    wanted = text_of(answer_alone(server.engine, ids, Sampling(), 6)).lstrip()
+    assert page.run("[...document.querySelectorAll('.turn')].at(-1).textContent") == wanted
 
 
 def _escapes(server: Served, page: Page) -> None:

@@ -20,7 +20,7 @@ from fedtune.inference.engine.requests import Busy, GenerationRequest, Output, S
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.engine.text import Text
-from tests.inference.serve.served import alone, make_scheduler, text_of
+from tests.inference.serve.served import answer_alone, make_scheduler, text_of
 
 V, END = 40, 0
 WORDS = Text(Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w1")), bos=None, ends=frozenset({END}), template=None, names={})
@@ -344,7 +344,7 @@ def test_the_real_decoder_gives_the_same_answers_in_a_batch(engine: Engine) -> N
         scheduler.step()
     finish(scheduler)
     for i, way in enumerate(ways):
-        single = alone(engine, ids[i], way, 20, rivals=2)
+        single = answer_alone(engine, ids[i], way, 20, rivals=2)
         assert [out.token for out in outputs[i]] == [out.token for out in single]
         assert text_of(outputs[i]) == text_of(single)
         for batched, one in zip(outputs[i], single, strict=True):
@@ -354,8 +354,8 @@ def test_the_real_decoder_gives_the_same_answers_in_a_batch(engine: Engine) -> N
 
 def test_withheld_text_is_sent_at_the_end(engine: Engine) -> None:
     ids = engine.text.encode("turn on")
-    plain = text_of(alone(engine, ids, Sampling(), 6))
+    plain = text_of(answer_alone(engine, ids, Sampling(), 6))
     # the stop string begins like the answer's end but continues differently, so text is held back until the end
-    outputs = alone(engine, ids, Sampling(stop=(plain[-2:] + "~~~",)), 6)
+    outputs = answer_alone(engine, ids, Sampling(stop=(plain[-2:] + "~~~",)), 6)
     assert text_of(outputs) == plain
     assert outputs[-1].end == "length"

@@ -71,12 +71,12 @@ def ask(engine: Engine, pieces: list[str], template: str | None = TEMPLATE, **mo
 
     here: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app))
 
-    async def answered() -> Any:
+    async def get_answer() -> Any:
         async with openai.AsyncOpenAI(base_url="http://here/v1", api_key="-", max_retries=0, http_client=here) as client:
             found = await client.chat.completions.create(**{"model": "tiny", "messages": [USER]} | more)  # type: ignore[call-overload]
             return [chunk async for chunk in found] if more.get("stream") else found
 
-    answer = asyncio.run(answered())
+    answer = asyncio.run(get_answer())
     return "".join(prompts), answer
 
 

@@ -120,7 +120,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-def alone(model: HubModel, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
+def answer_alone(model: HubModel, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
     outputs: list[Output] = []
     scheduler = SequentialScheduler(model)
     scheduler.submit(GenerationRequest(ids=ids, sampling=sampling, max_new_tokens=count, deliver=outputs.append, **request))
@@ -149,7 +149,7 @@ def test_the_real_client(here: Here, gpt2: HubModel) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     ask: Any = {"model": "tiny", "prompt": PROMPT, "temperature": 1.0, "seed": 3, "max_tokens": 20, "top_p": 0.9}
     whole = client.completions.create(**ask, logprobs=2)
-    wanted = alone(gpt2, gpt2.text.encode(PROMPT), Sampling(temperature=1.0, seed=3, top_p=0.9), 20, joins=True, rivals=2)
+    wanted = answer_alone(gpt2, gpt2.text.encode(PROMPT), Sampling(temperature=1.0, seed=3, top_p=0.9), 20, joins=True, rivals=2)
     assert whole.choices[0].text == text_of(wanted) and whole.choices[0].text.startswith(" ")
     assert whole.choices[0].logprobs and whole.choices[0].logprobs.token_logprobs == pytest.approx([out.logprob for out in wanted])
     chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
@@ -165,7 +165,7 @@ def test_the_real_client(here: Here, gpt2: HubModel) -> None:
 
 def test_log_probabilities_are_the_models_own(gpt2: HubModel, folder: Path) -> None:
     ids = gpt2.text.encode(PROMPT)
-    outputs = alone(gpt2, ids, Sampling(temperature=0.5, seed=1, repetition_penalty=1.3), 9, rivals=3)
+    outputs = answer_alone(gpt2, ids, Sampling(temperature=0.5, seed=1, repetition_penalty=1.3), 9, rivals=3)
     tokens = [out.token for out in outputs]
     with torch.no_grad():
         logs = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
@@ -270,7 +270,7 @@ def test_an_answer_may_be_abandoned_for_another(gpt2: HubModel) -> None:
     next(first)
     first.close()
     assert one.load == (0, 0) and one.passes < 40
-    assert "".join(one.write([3, 4], Sampling(), 8)) == text_of(alone(gpt2, [3, 4], Sampling(), 8))
+    assert "".join(one.write([3, 4], Sampling(), 8)) == text_of(answer_alone(gpt2, [3, 4], Sampling(), 8))
     with pytest.raises(ConfigError, match="exceed the model's context of 64"):
         list(one.write([3] * 60, Sampling(), 5))
 
@@ -324,7 +324,7 @@ def test_a_chat_template_of_transformers(tmp_path: Path) -> None:
         chat = {"model": "tiny", "temperature": 0, "max_tokens": 5, "messages": messages}
         answer = server.post(chat, "chat/completions").json()
         assert answer["usage"]["prompt_tokens"] == 4
-        assert answer["choices"][0]["message"]["content"] == text_of(alone(model, [3, 4, 6, 0], Sampling(), 5))
+        assert answer["choices"][0]["message"]["content"] == text_of(answer_alone(model, [3, 4, 6, 0], Sampling(), 5))
 
 
 def test_a_tokenizer_without_tokenizer_json(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_the_page(gpt2: HubModel, folder: Path) -> None:
         page.run("document.getElementById('complete').click()")
         ask(page, "turn on")
         page.wait("document.querySelectorAll('.figures').length === 2 && !document.querySelector('.busy')")
-        wanted = text_of(alone(gpt2, gpt2.text.encode("turn on"), Sampling(), 7, joins=True))
+        wanted = text_of(answer_alone(gpt2, gpt2.text.encode("turn on"), Sampling(), 7, joins=True))
         assert page.run("[...document.querySelectorAll('.turn')].at(-1).textContent") == "turn on" + wanted
         assert not page.complaints
 

@@ -31,7 +31,7 @@ def round_values(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     return torch.from_numpy(np.round((x.numpy() - low16) / step16) * step16 + low16)
 
 
-def written_out(bits: int, residual: int, group: int, sizes: list[int]) -> torch.Tensor:
+def reference(bits: int, residual: int, group: int, sizes: list[int]) -> torch.Tensor:
     """KIVI token by token: whole groups of keys by channel, values by token, the newest in full."""
     q, k, v = QKV
     out = torch.empty_like(q)
@@ -52,7 +52,7 @@ def written_out(bits: int, residual: int, group: int, sizes: list[int]) -> torch
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("group, sizes", [(8, [5, 5]), (4, [4, 4, 2])])
 def test_it_equals_the_reference_algorithm(bits: int, group: int, sizes: list[int]) -> None:
-    want = written_out(bits, 6, group, sizes)
+    want = reference(bits, 6, group, sizes)
     for cuts in ([41], [1] * 41, [17, 1, 1, 9, 1, 12]):
         got = passes(KiviCache(SHAPE, 41, bits, residual=6, group=group, undo=3), ROPE, QKV, cuts)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -75,11 +75,11 @@ def test_a_group_is_quantized_only_once(monkeypatch: pytest.MonkeyPatch) -> None
     calls: list[int] = []
     real = kivi.encode
 
-    def counted(x: Floats, *rest: Any) -> Codes:
+    def count_quantized(x: Floats, *rest: Any) -> Codes:
         calls.append(x.shape[1])
         return real(x, *rest)
 
-    monkeypatch.setattr(kivi, "encode", counted)
+    monkeypatch.setattr(kivi, "encode", count_quantized)
     cache = KiviCache(SHAPE, 41, 4, residual=6, group=4, undo=2)
     passes(cache, ROPE, QKV, [13])
     before = [a[:, : cache.layers[0].done // 4].copy() for a in cache.layers[0].packed()]
@@ -114,11 +114,11 @@ def test_a_pass_is_as_long_as_its_buffer_allows(residual: int, undo: int, group:
     sizes: list[int] = []
     real = kivi.encode
 
-    def watched(x: Floats, *rest: Any) -> Codes:
+    def watch(x: Floats, *rest: Any) -> Codes:
         sizes.append(x.shape[1] * x.shape[2])
         return real(x, *rest)
 
-    monkeypatch.setattr(kivi, "encode", watched)
+    monkeypatch.setattr(kivi, "encode", watch)
     cache = KiviCache(SHAPE, 41, 4, residual=residual, group=group, undo=undo)
     assert cache.most(41) >= residual and cache.most(3) == min(3, residual)
     for length in range(41):

@@ -7,7 +7,7 @@ from fedtune.inference.engine.caches.base import CacheError
 from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.rope import Rope
-from tests.inference.engine.caches.reference import passes, shape, tokens, written_out
+from tests.inference.engine.caches.reference import passes, reference_attention, shape, tokens
 
 SHAPE = shape(layers=2, heads=4, kv_heads=2, head_dim=6)
 QKV = tokens(SHAPE, 23)
@@ -24,7 +24,7 @@ def streaming(window: int, sinks: int) -> torch.Tensor:
         kept = seen(p)
         return len(kept) - 1, kept.index(j)
 
-    return written_out(ROPE, QKV, seen, place)
+    return reference_attention(ROPE, QKV, seen, place)
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 3])
@@ -35,13 +35,13 @@ def test_beyond_its_length_it_equals_the_reference_window(sinks: int, cuts: list
 
 
 def test_without_sinks_cache_positions_and_absolute_positions_give_the_same_scores() -> None:
-    plain = written_out(ROPE, QKV, lambda p: list(range(max(0, p - 4), p + 1)))
+    plain = reference_attention(ROPE, QKV, lambda p: list(range(max(0, p - 4), p + 1)))
     torch.testing.assert_close(streaming(5, 0), plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(passes(WindowCache(SHAPE, 23, 5, 0), ROPE, QKV, [11, 1, 11]), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_with_sinks_absolute_positions_would_be_another_model() -> None:
-    absolute = written_out(ROPE, QKV, lambda p: sorted({*range(min(2, p + 1)), *range(max(0, p - 4), p + 1)}))
+    absolute = reference_attention(ROPE, QKV, lambda p: sorted({*range(min(2, p + 1)), *range(max(0, p - 4), p + 1)}))
     got = passes(WindowCache(SHAPE, 23, 5, 2), ROPE, QKV, [23])
     # the query at 7 is the first whose distance to the sinks is less than in the text: 2 + 5 - 1 = 6 in place of 7
     torch.testing.assert_close(got[:, :7], absolute[:, :7], atol=1e-5, rtol=1e-5)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(kernels() is None, reason="needs the native kern
 NAMES = ["llama", "mistral", "gemma2", "olmo2", "llama_dynamic"]  # mistral's and gemma2's layers have windows
 
 
-def alone(decoder: Decoder, cache: str, text: list[int]) -> np.ndarray:
+def logits_one_by_one(decoder: Decoder, cache: str, text: list[int]) -> np.ndarray:
     """The logits after a text whose tokens are read one by one, (V,)."""
     own = CACHES[cache](decoder.shape)()
     return [decoder.forward([token], [Span(own, 1)]) for token in text][-1][0]
@@ -44,12 +44,12 @@ def test_a_fork_sees_the_rows_before_it_and_itself(name: str, cache: str, instru
         rows = [*other[3:5], *chain, *other[5 : 5 + len(places)]]
         out = decoder.forward(rows, [Span(second, 2, keep=None), Span(first, len(rows) - 2, keep=None, forks=places)])
         for i in range(6):
-            assert np.array_equal(out[2 + i], alone(decoder, cache, text[: held + i + 1]))
+            assert np.array_equal(out[2 + i], logits_one_by_one(decoder, cache, text[: held + i + 1]))
         for found, place, token in zip(out[8:], places, other[5:], strict=False):
-            assert np.array_equal(found, alone(decoder, cache, [*text[: held + place + 1], token])), (held, place)
+            assert np.array_equal(found, logits_one_by_one(decoder, cache, [*text[: held + place + 1], token])), (held, place)
         first.crop(held + 6)
         again = decoder.forward([text[held + 6]], [Span(first, 1)])[0]  # the forks' slots are written again
-        assert np.array_equal(again, alone(decoder, cache, text[: held + 7]))
+        assert np.array_equal(again, logits_one_by_one(decoder, cache, text[: held + 7]))
 
 
 def test_forks_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -253,11 +253,11 @@ def test_a_text_too_long_for_one_pass_runs_as_several(cache: str) -> None:
     one, other = make(), make()
     runs = list[int]()
 
-    def counted(self: NativeStep, hidden: Floats, *args: Any, **more: Any) -> Any:
+    def count_passes(self: NativeStep, hidden: Floats, *args: Any, **more: Any) -> Any:
         runs.append(len(hidden))
         return RUN(self, hidden, *args, **more)
 
-    with patch.object(NativeStep, "run", counted):
+    with patch.object(NativeStep, "run", count_passes):
         whole = decoder.run(decoder.embed(ids), [Span(one, 120)])
     parts, at = list[Floats](), 0
     for n in runs:
@@ -332,18 +332,18 @@ def test_the_reason_why_torch_runs_a_pass_is_stated(tmp_path: Path) -> None:
 Change = Callable[[SpanStructure], None]
 
 
-def changed(name: str, value: int) -> Change:
+def put(name: str, value: int) -> Change:
     return lambda span: setattr(span, name, value)
 
 
 BAD: Sequence[Change] = [
-    changed("rows", 0), changed("rows", 5), changed("rows", 2**62), changed("length", -1), changed("length", 61), changed("length", 2**62),
-    changed("keys", 0), changed("values", 0), changed("entries", 100), changed("entries", -1), changed("token_stride", 3),
-    changed("token_stride", 2**62), changed("head_stride", 2**62), changed("head_stride", -1),
+    put("rows", 0), put("rows", 5), put("rows", 2**62), put("length", -1), put("length", 61), put("length", 2**62),
+    put("keys", 0), put("values", 0), put("entries", 100), put("entries", -1), put("token_stride", 3),
+    put("token_stride", 2**62), put("head_stride", 2**62), put("head_stride", -1),
 ]  # fmt: skip
 
 
-def prepared(cache: Cache) -> Cache:
+def prepare(cache: Cache) -> Cache:
     cache.prepare(4)
     return cache
 
@@ -360,7 +360,7 @@ def run_four(decoder: Decoder, cache: Cache, first: int = 0, last: int = 3, kept
 @pytest.mark.parametrize("cache", ["full", "paged"])
 def test_spans_that_do_not_fit_are_refused(cache: str, change: Change, tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path).decoder
-    one = prepared(CACHES[cache](decoder.shape)())
+    one = prepare(CACHES[cache](decoder.shape)())
     run_four(decoder, one)
     place = one.native_span(4)
     change(place)
@@ -368,7 +368,7 @@ def test_spans_that_do_not_fit_are_refused(cache: str, change: Change, tmp_path:
         run_four(decoder, one)
 
 
-@pytest.mark.parametrize("change", [changed("block", 0), changed("block", 2**40), changed("block_count", 1), changed("block", -3)])
+@pytest.mark.parametrize("change", [put("block", 0), put("block", 2**40), put("block_count", 1), put("block", -3)])
 def test_tables_that_do_not_fit_are_refused(change: Change, tmp_path: Path) -> None:
     test_spans_that_do_not_fit_are_refused("paged", change, tmp_path)
 
@@ -376,7 +376,7 @@ def test_tables_that_do_not_fit_are_refused(change: Change, tmp_path: Path) -> N
 @pytest.mark.parametrize("slot", [-1, 201, 2**30])
 def test_blocks_outside_the_pool_are_refused(slot: int, tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path).decoder
-    one: Any = prepared(CACHES["paged"](decoder.shape)())
+    one: Any = prepare(CACHES["paged"](decoder.shape)())
     run_four(decoder, one)
     one.table[1] = slot
     with pytest.raises(ModelError, match="do not fit each other"):
@@ -387,4 +387,4 @@ def test_blocks_outside_the_pool_are_refused(slot: int, tmp_path: Path) -> None:
 def test_layers_and_rows_outside_are_refused(first: int, last: int, kept: tuple[int, ...], tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path).decoder
     with pytest.raises(ModelError, match="do not fit each other"):
-        run_four(decoder, prepared(FullCache(decoder.shape, 9)), first, last, kept)
+        run_four(decoder, prepare(FullCache(decoder.shape, 9)), first, last, kept)
