@@ -133,7 +133,7 @@ def test_a_bare_name_cannot_be_imported(name: str, monkeypatch: pytest.MonkeyPat
     assert importlib.import_module(f"fedtune.{name}").__name__ == f"fedtune.{name}"
 
 
-def test_the_root() -> None:
+def test_the_version_and_the_typing_links() -> None:
     assert fedtune.__version__.count(".") == 2
     assert {f.name for f in (ROOT / "typings" / "fedtune").iterdir()} == set(BARE)
 

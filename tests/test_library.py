@@ -138,7 +138,7 @@ def test_stopping_a_run_keeps_the_process_alive(tmp_path: Path) -> None:
     assert str(on.path) == path and distance(on.adapter, whole.adapter) == 0.0
 
 
-def test_invalid_calls_are_one_sentence(tmp_path: Path) -> None:
+def test_invalid_calls_give_a_one_sentence_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a turn cannot be called 'fedprox'"):
         fedtune.run(tiny_config(tmp_path), strategy=Uniform(), turns={"fedprox": Halved})
     ray: Config = fedtune.configure("engine=ray")

@@ -99,7 +99,7 @@ def test_a_start_is_repeatable(tmp_path: Path, what: str, stop: type[BaseExcepti
     assert operations >= 2
 
 
-def test_a_non_empty_folder_is_not_taken_for_a_run(tmp_path: Path) -> None:
+def test_a_non_empty_folder_is_not_accepted_as_a_run(tmp_path: Path) -> None:
     RunDirectory.create(Config(), tmp_path / "run").close()
     with pytest.raises(RunError, match="there is a run in .* already: continue it with resume="):
         RunDirectory.create(Config(), tmp_path / "run")

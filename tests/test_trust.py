@@ -126,7 +126,7 @@ def test_a_strategy_beside_the_run_is_not_imported(tmp_path: Path, monkeypatch: 
         (["model.trust_remote_code=maybe"], "model.trust_remote_code=maybe has the wrong type: wanted true or false"),
     ],
 )
-def test_settings_that_cannot_be_allowed(tmp_path: Path, settings: list[str], expected: str) -> None:
+def test_settings_that_the_command_line_cannot_allow(tmp_path: Path, settings: list[str], expected: str) -> None:
     RunDirectory.create(tiny_config(tmp_path), tmp_path / "run").close()
     with pytest.raises(FedtuneError, match=expected):
         compose([f"resume={tmp_path / 'run'}", *settings])

@@ -127,7 +127,7 @@ def one_sentence(code: int, err: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "args", "expected"), [c[1:] for c in SIM], ids=[c[0] for c in SIM])
-def test_a_simulation(
+def test_bad_input_of_a_simulation(
     place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], args: list[str], expected: str
 ) -> None:
     spoil(place)
@@ -137,14 +137,16 @@ def test_a_simulation(
 
 
 @pytest.mark.parametrize(("spoil", "expected"), [c[1:] for c in RESUME], ids=[c[0] for c in RESUME])
-def test_a_resume(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str) -> None:
+def test_bad_input_of_a_resumed_run(
+    place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str
+) -> None:
     spoil(place)
     code = sim([f"resume={place}/run", "rounds=2"])
     one_sentence(code, capsys.readouterr().err, expected)
 
 
 @pytest.mark.parametrize(("spoil", "expected"), [c[1:] for c in EXPORT], ids=[c[0] for c in EXPORT])
-def test_an_export(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str) -> None:
+def test_bad_input_of_an_export(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str) -> None:
     spoil(place)
     one_sentence(fedtune(["export", str(place / "run")]), capsys.readouterr().err, expected)
 

@@ -97,7 +97,7 @@ def test_the_noise_is_the_device_s_own(tmp_path: Path) -> None:
     assert not read_hello(hello_json, dataclasses.replace(device, min_privacy=None))[0].privacy.secure_rng
 
 
-def test_kinds_are_ordered(tmp_path: Path) -> None:
+def test_a_floor_accepts_its_own_kind_and_stronger_ones(tmp_path: Path) -> None:
     def accepted_kinds(kind: str) -> list[str]:
         floor, results = Floor(kind=kind, epsilon=None, delta=1e-5, client="a", runs=tmp_path), []
         for privacy in ("none", "record", "user"):
@@ -123,7 +123,7 @@ def test_an_unreadable_ledger_declines_the_turn(tmp_path: Path) -> None:
         floor.check_budget(turn)
 
 
-def test_a_cost_for_single_rows_is_no_cost_for_all_rows(tmp_path: Path) -> None:
+def test_a_cost_for_single_rows_does_not_count_for_all_rows(tmp_path: Path) -> None:
     turn = TurnPrivacy(clip=1.0, noise=2.0, cost=Spend(noise=2.0, rate=1.0, steps=1))
     ledger, floors = Ledger(ledger_file(tmp_path / "first" / "privacy", "a")), {}
     for kind in ("user", "record"):

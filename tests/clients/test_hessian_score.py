@@ -101,7 +101,7 @@ def test_a_small_krylov_space_stops_early() -> None:
     assert values.tolist() == [0.0]
 
 
-def test_one_parameter() -> None:
+def test_lanczos_with_one_parameter() -> None:
     values, weights = spectrum(lambda v: -2.0 * v, signs(1), 50)
     assert values.tolist() == [-2.0] and weights.tolist() == [1.0]
 

@@ -66,7 +66,7 @@ def test_each_host_has_its_own_floor_and_device(tmp_path: Path) -> None:
     assert "declined" not in train(free, config, free.space.initial).content.config_records
 
 
-def test_a_client_completes_a_message_with_the_start_that_it_was_sent(tmp_path: Path) -> None:
+def test_a_client_completes_a_message_with_the_start_it_received(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     host, plan = host_for(config), base_plan(config, 1, "c0", 0)
     drawn = host.space.initial

@@ -147,7 +147,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(space: Workspace
     assert distance(turn(space, seed=1)[0], turn(space, seed=2)[0]) > 1e-4
 
 
-def test_every_pass_is_a_new_permutation() -> None:
+def test_every_pass_has_a_new_permutation() -> None:
     stream = batches(10, 4, seed=0)
     passes = [[next(stream) for _ in range(3)] for _ in range(3)]
     assert all([len(b) for b in p] == [4, 4, 2] and sorted(sum(p, [])) == list(range(10)) for p in passes)
@@ -163,7 +163,7 @@ def test_every_pass_is_a_new_permutation() -> None:
         ({"epochs": 1.0, "accumulate": 2}, 33, 5),
     ],
 )
-def test_steps(plan: dict[str, Any], examples: int, steps: int) -> None:
+def test_the_number_of_steps(plan: dict[str, Any], examples: int, steps: int) -> None:
     # 33 rows, 2 passes, batches of 4: 16.5 → 17 steps; with 2 micro-batches a step: 33 / 8 → 5
     turn_plan = Plan(**{"round": 1, "client": "a", "base_version": 0, "steps": None, "epochs": None, "batch_size": 4, **plan})
     assert steps_of(turn_plan, examples) == steps

@@ -218,7 +218,7 @@ def class_of(name: str) -> type[Strategy]:
     return getattr(importlib.import_module(module), kind)
 
 
-def test_entries_keep_their_meaning_where_a_strategy_says_so() -> None:
+def test_entries_keep_their_meaning_if_a_strategy_declares_it() -> None:
     """Error feedback relies on it: without training, no entry changes in 2 rounds."""
     for name in NAMES:
         strategy = class_of(name)()

@@ -200,7 +200,7 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_sentence(tmp_path: Path, case: str) -> None:
+def test_bad_input_gives_a_one_sentence_error(tmp_path: Path, case: str) -> None:
     name, content, settings, kind, sentence = CASES[case]
     file = tmp_path / name
     if content is not None:
@@ -220,7 +220,7 @@ def load(path: Path, **settings: Any) -> Federation:
     return load_federation(from_dict(CLS | {"data": {"source": "local", "path": str(path)} | settings.pop("data", {})} | settings))
 
 
-def test_folders(tmp_path: Path) -> None:
+def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no data file \\(.jsonl"):
         load(tmp_path)
     (tmp_path / "a.csv").write_text("text,label\na,x\n")
@@ -258,7 +258,7 @@ def test_an_unknown_test_label(tmp_path: Path) -> None:
         (["tablet", "tablet"], "client 'c' has device_class 'tablet', but devices.classes has only phone"),
     ],
 )
-def test_device_classes(tmp_path: Path, classes: list[str], sentence: str) -> None:
+def test_bad_device_classes(tmp_path: Path, classes: list[str], sentence: str) -> None:
     rows = [{"text": "t", "label": i, "client": "c", "device_class": name} for i, name in enumerate(classes)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match=sentence):

@@ -97,7 +97,7 @@ def test_separate_texts() -> None:
     assert texts(["a", "b c"], stride=False, bos=False, eos=False) == [[4, 5]]  # one token alone predicts nothing
 
 
-def test_only_the_selected_rows_in_order() -> None:
+def test_only_the_selected_rows_are_encoded_in_order() -> None:
     assert texts(["a", "b", "c"], indices=[2, 0], longest=8) == [[0, 5, 1, 0, 3, 1]]
     assert texts(["a", "b"], indices=[]) == []
     assert texts(["", "a"], longest=8) == [[0, 3, 1]]

@@ -44,7 +44,7 @@ def test_test_clients_and_held_out_rows_share_nothing_and_lose_nothing(tmp_path:
     assert federation.clients["client-000"].train.dtype == np.int64
 
 
-def test_the_seed_decides(tmp_path: Path) -> None:
+def test_the_seed_determines_the_split(tmp_path: Path) -> None:
     one, same, other = (signature(load(tmp_path, plain(), seed=seed)) for seed in (1, 1, 2))
     assert one == same
     assert one != other
@@ -66,7 +66,7 @@ def test_clients_of_one_size_hold_out_different_rows(tmp_path: Path) -> None:
     assert len(places) > 1
 
 
-def test_summary(tmp_path: Path) -> None:
+def test_the_summary_of_a_federation(tmp_path: Path) -> None:
     rows = [{"text": str(i), "label": label, "client": client} for i, (label, client) in enumerate(["nb", "na", "ya", "na"])]
     federation = load(tmp_path, rows, partition={"kind": "natural"}, data={"test_fraction": 0.0, "held_out": 0.4})
     assert federation.summary() == {
@@ -80,7 +80,7 @@ def test_summary(tmp_path: Path) -> None:
     json.dumps(federation.summary())
 
 
-def test_limits_are_samples(tmp_path: Path) -> None:
+def test_limits_sample_rows(tmp_path: Path) -> None:
     federation = load(tmp_path, plain(), data={"limit": 12, "test_limit": 2})
     assert (len(federation.rows), len(federation.test)) == (12, 2)
     assert not set(federation.rows["text"][:]) & set(federation.test["text"][:])
@@ -166,7 +166,7 @@ def test_templates_and_columns(tmp_path: Path) -> None:
     assert "why 3 / open" in pairs.rows["text"][:] + pairs.test["text"][:]
 
 
-def test_blank_texts_are_no_training_rows_of_a_language_model(tmp_path: Path) -> None:
+def test_blank_texts_are_not_training_rows_of_a_language_model(tmp_path: Path) -> None:
     federation = load(
         tmp_path, [{"text": t} for t in ("a", "", " \n", "b", "c")], task={"kind": "causal_lm"}, partition={"kind": "iid", "clients": 1}
     )

@@ -128,13 +128,13 @@ def test_mixed_types_name_the_column(tmp_path: Path) -> None:
     ["a", None, "é"], [1, None, -(2**63)], [1.5, float("inf")], [True, None], [None, None], [],
     [1, 2.5], [[1], []], [{"a": 1}, {"b": 2}], [b"x"],
 ], ids=str)  # fmt: skip
-def test_a_column_is_what_arrow_makes_of_it(values: list[object]) -> None:
+def test_a_column_has_the_values_that_arrow_reads(values: list[object]) -> None:
     array = pa.array(values)
     assert typed(values) == (array.to_pylist(), str(array.type))
 
 
 @pytest.mark.parametrize("values", [["a", 1], [True, 1], [2**63], [2**64], ["\ud800"]], ids=repr)
-def test_what_arrow_refuses_is_refused(values: list[object]) -> None:
+def test_values_that_arrow_refuses_are_refused(values: list[object]) -> None:
     with pytest.raises((TypeError, ValueError, OverflowError)) as theirs:
         pa.array(values)
     with pytest.raises(theirs.type):

@@ -156,7 +156,7 @@ def host_of(device: Device) -> ClientHost:
 
 @pytest.mark.parametrize("place", quick(["new_folder", "activate", "discard"], "activate"))
 @pytest.mark.parametrize("before", [True, False])
-def test_killed_at_any_step_the_device_has_the_old_or_the_new_model(
+def test_a_device_killed_at_any_step_has_the_old_or_the_new_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, before: bool
 ) -> None:
     device = Device(tmp_path)
@@ -290,7 +290,7 @@ def test_another_method_s_adapter_is_refused(tmp_path: Path) -> None:
         device.deliver(prepare(device.server, 1, other))
 
 
-def test_what_is_not_a_delivery_is_one_sentence(tmp_path: Path) -> None:
+def test_an_invalid_delivery_gives_a_one_sentence_error(tmp_path: Path) -> None:
     device = Device(tmp_path)
     offer = offer_of(device, 1, 0.0)
     good = dict(offer.message(0).config_records)

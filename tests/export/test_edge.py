@@ -94,7 +94,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_gets_one_sentence_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+def test_bad_input_gives_a_one_sentence_error_and_leaves_no_file(tmp_path: Path, name: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     spoil, message = BAD[name]
     spoil(run, tmp_path / "m")

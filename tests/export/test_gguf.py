@@ -226,7 +226,7 @@ def test_matrices_are_quantized_if_their_columns_allow(tmp_path: Path, kind: str
     assert 0 < off < 2.0 ** (1.0 - bits) * 3
 
 
-def test_scores_join_as_merges_do(tmp_path: Path) -> None:
+def test_merges_by_score_give_the_tokens_of_the_merge_list(tmp_path: Path) -> None:
     """llama.cpp's algorithm, which merges by scores, gives the tokens of the tokenizers library, which has a list of merges."""
     real("stories260k")
     with quiet():

@@ -179,7 +179,7 @@ BAD_PEFT = {
 
 
 @pytest.mark.parametrize("case", [*BAD, *BAD_PEFT])
-def test_bad_sources_get_one_sentence(tmp_path: Path, case: str) -> None:
+def test_bad_sources_give_a_one_sentence_error(tmp_path: Path, case: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     spoil, words = {**BAD, **BAD_PEFT}[case]
     if case in BAD_PEFT:

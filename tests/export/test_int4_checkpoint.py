@@ -141,7 +141,7 @@ MORE = [pytest.param(to, kind, marks=pytest.mark.slow) for kind in OTHERS for to
 
 
 @pytest.mark.parametrize(("to", "kind"), [("gptq", "llama"), *MORE])
-def test_the_engine_reads_it(tmp_path: Path, to: Any, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_engine_reads_the_folder(tmp_path: Path, to: Any, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Its logits are those of transformers with the weights that the second reader takes out."""
     run = run_of(tmp_path, OTHERS[kind][0], **OTHERS[kind][1])
     out = export_int4_checkpoint(run, tmp_path / "out", to=to, calibrate=tmp_path / "text.txt")

@@ -193,7 +193,7 @@ def test_a_method_without_edits_or_why_unmergeable_is_refused(tmp_path: Path, ad
     assert not (run / "hf").exists() and not (run / "edge").exists()
 
 
-def test_a_missing_method_is_one_sentence() -> None:
+def test_a_missing_method_gives_a_one_sentence_error() -> None:
     for name in ("nothing", "_own", "lora.x", "../lora", ""):
         with pytest.raises(ModelError, match="unknown PEFT method"):
             methods.method(name)

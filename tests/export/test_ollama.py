@@ -140,7 +140,7 @@ LOOP = "{% for m in messages %}%s{% endfor %}{% if add_generation_prompt %}A:{% 
         ("{% if loop.first or m.role != 'system' %}{% endif %}{{ m.role }}: {{ m.content }}{{ messages | length }}\n", "questions differs"),
     ],
 )
-def test_what_texts_cannot_express_is_refused(line: str, why: str) -> None:
+def test_templates_that_ollama_cannot_express_are_refused(line: str, why: str) -> None:
     with pytest.raises(ModelError, match=why):
         go_template(with_template(LOOP.replace("%s", line)))
 
@@ -167,7 +167,7 @@ def read_modelfile(text: str) -> list[tuple[str, str]]:
     return [(name, triple or single or plain) for name, triple, single, plain in found]
 
 
-def test_a_modelfile() -> None:
+def test_the_modelfile() -> None:
     template = fixed_text('"""\nPARAMETER stop "x"\n{{') + "{{ .Prompt }}\n"
     assert '"""' not in template
     made = read_modelfile(modelfile("m.gguf", template, ["<|im_end|>", 'a"b', "</s>"]))

@@ -91,7 +91,7 @@ def cell(kind: str, method: str, index: int) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "method"), [cell(k, m, i) for k in KINDS for i, m in enumerate(METHODS)])
-def test_it_equals_the_merge_in_memory(tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_export_equals_the_merge_in_memory(tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.export.merged_tensor._BLOCK", 100)  # some rows, or columns, at a time
     task = ASK if kind == "t5" else CLASSES if kind in (*ENCODERS, "opt") else CAUSAL
     dtype = (torch.bfloat16, torch.float32, torch.float16)[KINDS.index(kind) % 3]

@@ -142,7 +142,9 @@ REFUSED: list[tuple[str, TaskConfig, str, bool, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "task", "method", "separate", "why"), REFUSED)
-def test_what_vllm_does_not_run_is_refused(tmp_path: Path, kind: str, task: TaskConfig, method: str, separate: bool, why: str) -> None:
+def test_models_that_vllm_does_not_run_are_refused(
+    tmp_path: Path, kind: str, task: TaskConfig, method: str, separate: bool, why: str
+) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", kind)), task, method=method)
     with pytest.raises(ModelError, match=why):
         export_vllm(run, tmp_path / "out", separate=separate)

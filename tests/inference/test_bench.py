@@ -75,7 +75,7 @@ def test_settings_out_of_range(name: str) -> None:
         bench(NANO, **{name: 0})  # pyright: ignore[reportArgumentType]
 
 
-def test_too_long_for_the_model() -> None:
+def test_lengths_beyond_the_context_are_refused() -> None:
     with pytest.raises(ConfigError, match="context of 256"):
         bench(NANO, prompt_tokens=200, new_tokens=57)
 

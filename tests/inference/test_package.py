@@ -192,7 +192,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_damaged_package_gets_one_sentence(tmp_path: Path, name: str) -> None:
+def test_a_damaged_package_gives_a_one_sentence_error(tmp_path: Path, name: str) -> None:
     write(tmp_path / "p")
     spoil, message = BAD[name]
     spoil(tmp_path / "p")

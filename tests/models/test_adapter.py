@@ -139,7 +139,7 @@ def test_a_bf16_backbone_keeps_float32_adapters_and_trains(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("task", [CAUSAL, CLASSES])
-def test_disabled_is_the_untouched_backbone_and_keeps_flags(tmp_path: Path, task: TaskConfig) -> None:
+def test_a_disabled_adapter_leaves_the_untouched_backbone_and_its_flags(tmp_path: Path, task: TaskConfig) -> None:
     folder = checkpoint(tmp_path / "m")
     want = load_backbone(hub(folder), task, num_labels=3, seed=5).model(token_ids()).logits
     live = make(folder, "llama", task)

@@ -177,7 +177,7 @@ def test_a_global_test_without_a_usable_conversation_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_client_whose_conversations_do_not_fit_says_so(tmp_path: Path) -> None:
+def test_a_client_whose_conversations_do_not_fit_reports_it(tmp_path: Path) -> None:
     config = chat_config(tmp_path, [turns(" ".join(ASKED), "Rome.") if i % 4 == 1 else turns("?", "!") for i in range(8)], max_length=16)
     (row,) = [row for row in read_metrics(simulate(config)) if row["client"] == "c1" and row.get("dropped")]
     why = "none of 2 conversations fits into task.max_length=16; the shortest needs "
@@ -279,7 +279,7 @@ def test_a_template_that_is_not_used_is_named(tmp_path: Path, capsys: pytest.Cap
     assert "conversations in the chat template of chat_template.jinja" in (run / "adapter/README.md").read_text()
 
 
-def test_answers_need_room(tmp_path: Path) -> None:
+def test_answers_need_space_in_the_context(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="^task.date=soon is not a date: write YYYY-MM-DD, such as 2026-01-01$"):
         task_of(dataclasses.replace(CHAT, date="soon")).check(Config())
     with pytest.raises(ConfigError, match=r"task\.max_new_tokens=6 leaves no room for a prompt in task\.max_length=6"):

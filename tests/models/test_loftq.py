@@ -111,7 +111,7 @@ def test_unquantized_layers_have_the_default_initialization(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_it_depends_only_on_the_config(tmp_path: Path) -> None:
+def test_the_start_depends_only_on_the_config(tmp_path: Path) -> None:
     folder = wide(tmp_path / "m")
     one, two = start(folder, "nf4", PEFT), start(folder, "nf4", PEFT)
     assert all(torch.equal(t, two[n]) for n, t in one.tensors.items())
@@ -141,7 +141,7 @@ def test_mixed_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["fedsa.FedSA", "hetlora.HetLoRA"])
-def test_strategies_that_assume_zero_init_refuse_it(name: str) -> None:
+def test_strategies_that_assume_zero_init_refuse_loftq(name: str) -> None:
     config = Config(
         peft=PeftConfig(init="loftq"),
         model=ModelConfig(precision="nf4", compute="fp32"),

@@ -321,7 +321,7 @@ def test_virtual_tokens_do_not_count_in_the_loss(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
-def test_virtual_tokens_need_room(tmp_path: Path, name: str) -> None:
+def test_virtual_tokens_need_space_in_the_context(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelError, match="peft.tokens=49 with task.max_length=16 is more than the model's context of 64 tokens"):
         make(tmp_path / "m", "gpt2", CAUSAL, name, tokens=49)
     with pytest.raises(ModelError, match="peft.tokens=43 with task.max_length=16 and task.max_new_tokens=6"):

@@ -252,7 +252,7 @@ def test_the_packing_changes_gradients_without_steady(tmp_path: Path, caplog: py
     assert worst(gradients(live), before) > 0.1
 
 
-def test_a_missing_kernel_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_kernel_gives_a_one_sentence_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "_why_not", lambda precision, *_: "no symbol" if precision == "nf4" else "")
     with pytest.raises(ModelError, match=r"^model.precision=nf4: .* this machine's cpu \(no symbol\); take model.precision=int8 or bf16$"):
         quantized_backbone(wide(tmp_path / "llama"))

@@ -139,7 +139,7 @@ def test_a_message_that_kills_two_children_is_an_error_with_the_cause_of_death(m
 
 
 @pytest.mark.slow
-def test_a_child_that_cannot_start_says_why(make: Make) -> None:
+def test_a_child_that_cannot_start_reports_why(make: Make) -> None:
     reply = make(broken=True).answer(order("a"), 7)
     assert "died 2 times on this message: ImportError: no module named 'torch'" in reason(reply)
 

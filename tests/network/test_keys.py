@@ -74,7 +74,7 @@ def test_another_ca_is_not_trusted(keys_folder: Path, tmp_path: Path) -> None:
         shake(keys_folder, tmp_path / "other" / "ca.pem", "fed.example.org")
 
 
-def test_modes_and_private_keys(keys_folder: Path) -> None:
+def test_file_modes_and_private_keys(keys_folder: Path) -> None:
     everything = sorted(p.relative_to(keys_folder).as_posix() for p in keys_folder.rglob("*"))
     files = [
         "allowed.json",
@@ -113,7 +113,7 @@ def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pyte
     assert len(opened) == 11 and set(modes.values()) == {0o600}, modes
 
 
-def test_flower_takes_the_node_keys(keys_folder: Path) -> None:
+def test_flower_accepts_the_node_keys(keys_folder: Path) -> None:
     allowed = read_allowed(keys_folder / "allowed.json")
     assert list(allowed) == ["a", "b"]
     # as flower-supernode loads it: load_ssh_private_key of an elliptic curve
@@ -351,7 +351,7 @@ def test_a_folder_of_version_0_1_has_no_signing_key_until_it_is_made(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [Signer, Verifier])
-def test_other_files_are_no_signing_keys(tmp_path: Path, kind: type[Signer] | type[Verifier]) -> None:
+def test_other_files_are_not_signing_keys(tmp_path: Path, kind: type[Signer] | type[Verifier]) -> None:
     out = tmp_path / "keys"
     make_keys(out, ["h"], ["a"])
     wrong = out / ("signing.pub" if kind is Signer else "signing.key")

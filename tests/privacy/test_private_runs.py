@@ -224,7 +224,7 @@ def test_kill_9_at_any_point_of_a_turn_loses_no_privacy_cost(tmp_path: Path, poi
 @pytest.mark.parametrize(
     "privacy", [RECORD, LOCAL, PrivacyConfig(kind="user", clip=0.1, accountant="rdp")], ids=["record", "client", "server"]
 )
-def test_every_codec_goes_with_privacy(tmp_path: Path, privacy: PrivacyConfig, choice: str) -> None:
+def test_every_codec_works_with_privacy(tmp_path: Path, privacy: PrivacyConfig, choice: str) -> None:
     run = simulate(tiny(tmp_path, privacy, traffic=compose([f"traffic={choice}"])[0].config.traffic))
     rounds = [r for r in lines(run) if r["client"] is None]
     assert [r["counted"] for r in rounds[1:]] == [4, 4] and rounds[1]["epsilon"] < rounds[2]["epsilon"] <= 8.0

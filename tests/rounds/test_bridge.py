@@ -249,7 +249,7 @@ def test_a_round_without_replies_leaves_the_state(tmp_path: Path) -> None:
     assert "no client sent a good update" in observer.notes[0]
 
 
-def test_too_few_clients_is_one_sentence(tmp_path: Path) -> None:
+def test_too_few_clients_give_a_one_sentence_error(tmp_path: Path) -> None:
     bridge, _ = fake_bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config(min_clients=2), patience_s=0.2)
     with pytest.raises(RunError, match="1 clients can take part, min_clients=2"):
         bridge.loop()

@@ -240,7 +240,7 @@ def update(client: str, adapter: AdapterState, examples: int = 1) -> Update:
     return Update(client=client, round=1, base_version=0, adapter=adapter, examples=examples)
 
 
-def test_by_hand() -> None:
+def test_the_scaled_difference_by_hand() -> None:
     start, now, sent = lora_state(fill=1.0), lora_state(fill=10.0, version=3), lora_state(fill=5.0)
     late = LateUpdate(update=difference(update("a", sent), start), due=4)
     out = apply_staleness(late, now, 3).adapter
@@ -320,7 +320,7 @@ def test_other_strategies_refuse_late_updates_by_name(name: str) -> None:
         (["late=use", "round_timeout_s=60", "max_staleness=0"], "max_staleness=0 is out of range"),
     ],
 )
-def test_invalid_settings_for_late_updates_are_one_sentence(given: list[str], sentence: str) -> None:
+def test_invalid_settings_for_late_updates_give_a_one_sentence_error(given: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         compose(given)
 

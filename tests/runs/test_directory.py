@@ -109,7 +109,7 @@ def test_a_checkpoint_of_another_format_is_refused(run: RunDirectory) -> None:
         ("[]", "config must be a mapping"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
+def test_an_unusable_config_gives_a_one_sentence_error(tmp_path: Path, text: str | None, sentence: str) -> None:
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=sentence):

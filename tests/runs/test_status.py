@@ -126,7 +126,7 @@ def test_before_the_first_round_and_after_a_damaged_checkpoint(tmp_path: Path) -
     assert "no client has connected yet" in show(read_status(empty))
 
 
-def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_error_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path, server=SERVER)
     (run / "server.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"server.json cannot be read"):

@@ -165,7 +165,7 @@ def allowed(folder: Path, text: str) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize(("reader", "case"), [(d, c) for d, (cases, _) in READERS.items() for c in cases])
-def test_hostile_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str, case: str) -> None:
+def test_hostile_input_gives_a_one_sentence_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str, case: str) -> None:
     cases, make = READERS[reader]
     call = make(tmp_path, cases[case])
     try:

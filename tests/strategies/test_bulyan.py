@@ -35,7 +35,7 @@ def test_plain_tensors_are_aggregated_as_flower_does() -> None:
         assert torch.allclose(out.adapter["w"], theirs["w"], atol=1e-6)
 
 
-def test_too_few_leave_the_state() -> None:
+def test_too_few_updates_leave_the_state() -> None:
     state = ServerState(adapter=random_adapter(0), shifts=(random_adapter(5),))
     out = Bulyan().aggregate(1, state, [update(f"c{i}", random_adapter(i + 1)) for i in range(6)])
     assert close(out.adapter, state.adapter, atol=0) and out.shifts == state.shifts

@@ -55,12 +55,12 @@ def walk(method: Strategy) -> float:
     return state.adapter["w"].item()
 
 
-def test_it_is_fair_to_slow_clients_where_fedavg_is_not() -> None:
+def test_fednova_is_fair_to_slow_clients_unlike_fedavg() -> None:
     assert walk(FedNova()) == pytest.approx(5.0, abs=0.3)  # the minimum of the mean loss
     assert walk(FedAvg()) > 8.0  # about 10·10 / 12: dropping the normalization fails the check above
 
 
-def test_a_turn_at_rate_zero_is_no_division_by_zero() -> None:
+def test_a_turn_at_rate_zero_does_not_divide_by_zero() -> None:
     updates = [update("a", plain(0.0), lr_sum=0.0), update("b", plain(1.0), lr_sum=0.5)]
     assert torch.isfinite(FedNova().aggregate(1, ServerState(adapter=plain(0.0)), iter(updates)).adapter["w"]).all()
 

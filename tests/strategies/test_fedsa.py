@@ -32,7 +32,7 @@ def error_of_a(updates: list[Update]) -> float:
     return max(float((out[n] - expected[n]).abs().max()) for n in SHARED)
 
 
-def test_a_is_averaged_and_b_keeps_its_initial_value() -> None:
+def test_factor_a_is_averaged_and_b_keeps_its_initial_value() -> None:
     spec = AdapterSpec(method="lora", ranks={"q": 1}, scaling={"q": 1.0})
     state = FedSA().start(AdapterState({"q.lora_A": torch.tensor([[9.0]]), "q.lora_B": torch.tensor([[0.0]])}, spec))
     updates = [
@@ -46,7 +46,7 @@ def test_a_is_averaged_and_b_keeps_its_initial_value() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 10_000), st.integers(0, 500)), min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None)
-def test_a_is_the_weighted_mean(clients: list[tuple[int, int]]) -> None:
+def test_factor_a_is_the_weighted_mean(clients: list[tuple[int, int]]) -> None:
     assert error_of_a([update_of(f"c{i}", n, seed) for i, (n, seed) in enumerate(clients)]) < 1e-6
 
 
@@ -60,7 +60,7 @@ def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) ->
     assert error_of_a([update_of("a", 1, 1), update_of("b", 9, 2)]) > 0.1
 
 
-def test_only_a_is_sent_and_the_rest_is_kept() -> None:
+def test_only_factor_a_is_sent_and_the_rest_is_kept() -> None:
     state = FedSA().start(lora_state())
     assignments = FedSA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
     names = list(state.adapter.tensors)

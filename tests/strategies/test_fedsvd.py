@@ -51,7 +51,7 @@ def test_only_b_and_heads_are_trained_and_sent_and_the_server_sends_a() -> None:
     assert assignment.adapter is state.adapter
 
 
-def test_a_stays_while_b_is_zero() -> None:
+def test_factor_a_stays_while_b_is_zero() -> None:
     start = FedSVD().start(adapter())
     _, sent = clients(start)
     still = [

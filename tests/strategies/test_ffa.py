@@ -86,7 +86,7 @@ def test_the_check_notices_an_a_that_moved() -> None:
     assert product_error(state, drifted) > 0.1
 
 
-def test_a_is_never_sent_and_never_changes() -> None:
+def test_factor_a_is_never_sent_and_never_changes() -> None:
     state = FFA().start(lora_state())
     assignments = FFA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
     for assignment in assignments.values():

@@ -137,7 +137,7 @@ def test_a_new_a_is_kaiming_and_depends_on_round_module_and_initial_adapter() ->
         assert 0.97 / math.sqrt(columns) < torch.stack(a).abs().max() <= 1 / math.sqrt(columns)  # kaiming_uniform(a=√5) is U(±1/√in)
 
 
-def test_what_a_cohort_may_stack_is_checked_before_the_run() -> None:
+def test_the_largest_stack_of_a_cohort_is_checked_before_the_run() -> None:
     phones = DevicesConfig(classes={"phone": DeviceClass(rank=4)})
     FLoRA(max_rank=80).check(Config(clients_per_round=10, peft=PeftConfig(rank=8)))
     FLoRA(max_rank=40).check(Config(clients_per_round=10, peft=PeftConfig(rank=8), devices=phones))

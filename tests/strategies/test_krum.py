@@ -19,7 +19,7 @@ def test_by_hand() -> None:
     assert out.adapter["w"].item() == 1.0
 
 
-def test_it_returns_one_clients_tensors_bit_for_bit_in_any_order() -> None:
+def test_krum_returns_one_client_s_tensors_bit_for_bit_in_any_order() -> None:
     state, updates = ServerState(adapter=random_adapter(0)), [update(f"c{i}", random_adapter(i + 1, 0.1), i + 1) for i in range(4)]
     outs = [Krum().aggregate(1, state, iter(p)).adapter for p in itertools.permutations(updates)]
     assert any(close(outs[0], u.adapter, atol=0) for u in updates)

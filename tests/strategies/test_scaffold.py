@@ -35,7 +35,7 @@ def test_two_rounds_by_hand() -> None:
     assert two.adapter["w"].item() == 6.5
 
 
-def test_c_of_a_single_client_is_its_own() -> None:
+def test_the_variate_c_of_a_single_client_is_its_own() -> None:
     out = SCAFFOLD().aggregate(1, ServerState(adapter=plain(0.0)), [update("a", plain(1.0), lr_sum=0.5)])
     assert {n: t.item() for n, t in out.memory.items()} == {"c_k/a/w": -2.0, "c/w": -2.0}  # (0 − 1) / .5
 
@@ -93,7 +93,7 @@ def walk(rounds: int = 200) -> float:
     return state.adapter["w"].item()
 
 
-def test_it_reaches_the_minimum_of_the_mean_loss_unlike_fedavg(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaffold_reaches_the_minimum_of_the_mean_loss_unlike_fedavg(monkeypatch: pytest.MonkeyPatch) -> None:
     assert walk() == pytest.approx(BEST, abs=1e-3)
     monkeypatch.setattr(SCAFFOLD, "plan", Strategy.plan)  # no correction: uniform FedAvg, which drifts
     assert abs(walk() - BEST) > 0.3

@@ -145,7 +145,7 @@ def test_directions_unused_in_the_sparse_stage_can_still_be_learned() -> None:
     assert nothing.shifts == () and nothing.memory["energy/q"] == 1
 
 
-def test_rounding_errors_are_no_directions_of_the_sparse_stage() -> None:
+def test_rounding_errors_are_not_directions_of_the_sparse_stage() -> None:
     generator = torch.Generator().manual_seed(0)
     b, a = (torch.randint(-3, 4, size, generator=generator).float() for size in ((120, 2), (2, 150)))
     after = switched_state(b @ a, rank=5)  # exactly of rank 2, but the other singular values are computed as about σ₁ · 1e-16

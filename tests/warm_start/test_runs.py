@@ -114,7 +114,7 @@ def test_the_start_is_evaluated_to_the_bit(earlier: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_merged_model_of_no_round_is_the_earlier_one(earlier: Path, tmp_path: Path) -> None:
+def test_a_run_of_no_rounds_merges_to_the_earlier_model(earlier: Path, tmp_path: Path) -> None:
     one = export_hf(earlier, tmp_path / "one") / "model.safetensors"
     two = export_hf(simulate(warm(earlier, rounds=0)), tmp_path / "two") / "model.safetensors"
     assert one.read_bytes() == two.read_bytes()
@@ -122,7 +122,7 @@ def test_the_merged_model_of_no_round_is_the_earlier_one(earlier: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "sent"), [("ffa", True), ("fedsa", False), ("fedavg", False)])
-def test_only_what_a_client_lacks_is_sent_and_metered(earlier: Path, strategy: str, sent: bool) -> None:
+def test_only_tensors_that_a_client_lacks_are_sent_and_metered(earlier: Path, strategy: str, sent: bool) -> None:
     """ffa sends no A, so each client gets the start with its first message. fedsa's start is a shift, and its factors are drawn."""
     records, met = read_metrics(simulate(warm(earlier, strategy, rounds=3, clients_per_round=2))), set[str]()
     whole = read_adapter(earlier / "adapter").state.nbytes
@@ -138,7 +138,7 @@ def test_only_what_a_client_lacks_is_sent_and_metered(earlier: Path, strategy: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ffa", "fedsa", "flora", "slora"])
-def test_a_stopped_run_goes_on_without_the_earlier_one(earlier: Path, strategy: str, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_without_the_earlier_one(earlier: Path, strategy: str, tmp_path: Path) -> None:
     """The checkpoint and the folder start/ have everything: the earlier run may be gone."""
     home = Path(shutil.copytree(earlier, tmp_path / earlier.name))
     config = warm(home, strategy, client=MOVING, clients_per_round=2, output_dir=str(tmp_path / "out"), name=strategy)
@@ -189,14 +189,14 @@ def test_the_engines_agree(earlier: Path, strategy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["flexlora", "flora", "hetlora"])
-def test_devices_of_smaller_ranks_leave_the_model(earlier: Path, strategy: str) -> None:
+def test_devices_of_smaller_ranks_do_not_change_the_model(earlier: Path, strategy: str) -> None:
     small = DevicesConfig(classes={"small": DeviceClass(share=0.5, rank=1), "large": DeviceClass(share=0.5)})
     assert_same_model(simulate(warm(earlier, strategy, devices=small, name=f"mixed-{strategy}")), earlier)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("down", ["int8", "nf4"])
-def test_encoded_broadcasts_start_there_too(earlier: Path, down: str) -> None:
+def test_encoded_broadcasts_start_from_the_earlier_adapter(earlier: Path, down: str) -> None:
     """The first adapter of the encoding stays the drawn one, which clients know."""
     run = simulate(warm(earlier, "fedavg", traffic=TrafficConfig(down=down, up=down), name=f"codec-{down}"))
     assert_same_model(run, earlier)
@@ -264,7 +264,7 @@ def test_earlier_rows_on_another_machine_are_not_measured(earlier: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_report_and_the_cards_say_where_it_began(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_and_the_cards_name_the_earlier_run(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = simulate(warm(earlier, client=MOVING, name="reported"))
     last = lines(run)[-1]
     card, report, output = (run / "adapter" / "README.md").read_text(), (run / "report.html").read_text(), capsys.readouterr().out
@@ -277,7 +277,7 @@ def test_the_report_and_the_cards_say_where_it_began(earlier: Path, capsys: pyte
     assert about["start"] == {"from": earlier.name, "round": 2, "sha256": sha256}
 
 
-def test_a_source_that_cannot_be_one_is_refused_before_a_run_begins(earlier: Path, tmp_path: Path) -> None:
+def test_an_unusable_source_is_refused_before_a_run_begins(earlier: Path, tmp_path: Path) -> None:
     def expect_error(path: Path, error: type[Exception], sentence: str) -> None:
         with pytest.raises(error, match=sentence):
             simulate(warm(earlier, peft={"from_": str(path)}, output_dir=str(tmp_path / "none"), name="refused"))
@@ -295,7 +295,7 @@ def test_a_source_that_cannot_be_one_is_refused_before_a_run_begins(earlier: Pat
 
 
 @pytest.mark.slow
-def test_the_stored_start_says_what_it_began_with(earlier: Path) -> None:
+def test_the_stored_start_names_its_source(earlier: Path) -> None:
     stored = copy.deepcopy(read_config(earlier))
     run = simulate(warm(earlier, rounds=0, name="stored"))
     start, before = read_start(run)
@@ -354,7 +354,7 @@ def run_simulation(folder: Path, name: str, experiment: list[str]) -> Path:
 
 
 @pytest.mark.slow
-def test_the_command_in_the_docs_measures_what_other_homes_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_in_the_docs_measures_forgetting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["rounds=1", "data.homes=3", "data.test_limit=6", "client.steps=2", "clients_per_round=2", "eval.clients=0", "devices=none"]
     assert sim.main(["conf=heterogeneous", *small, f"output_dir={tmp_path}"]) == 0
     (before,) = (tmp_path / "heterogeneous").iterdir()

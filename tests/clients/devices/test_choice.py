@@ -40,7 +40,7 @@ def pick(device: DeviceClass, work: Workload = WORK, **changes: Any) -> Choice:
     return choose(device, SHAPES, work, **{"rank": 8, "precisions": LADDER, **changes})
 
 
-def test_the_weights_by_hand() -> None:
+def test_the_bytes_of_the_weights_by_hand() -> None:
     assert weights_bytes(SHAPES, "fp32") == 4_000_000 and weights_bytes(SHAPES, "bf16") == 2_000_000
     # a byte an entry, 4 bytes a row
     assert weights_bytes(SHAPES, "int8") == 1_000_000 + 100 * 100 * 4
@@ -51,7 +51,7 @@ def test_the_weights_by_hand() -> None:
     assert weights_bytes(some, "nf4") == 99 * 6249 + 20_000 + 2000 + 40
 
 
-def test_the_activations_of_a_layer_by_hand() -> None:
+def test_the_bytes_of_a_layer_s_activations_by_hand() -> None:
     one = dataclasses.replace(
         SHAPES, layers=1, hidden=8, inner=24, attention_heads=2, query=8, logits=100, inputs=8, modules=1, rank=3, linear={"q": (8, 8)}
     )
@@ -66,7 +66,7 @@ def test_the_activations_of_a_layer_by_hand() -> None:
     assert memory_bytes(dataclasses.replace(one, checkpointing=True), "fp32", 0, 2, 5, 3)[1] == 10 * (32 + 524) + 320 + 2 * logits
 
 
-def test_a_lean_step_by_hand() -> None:
+def test_the_bytes_of_a_lean_step_by_hand() -> None:
     one = dataclasses.replace(
         SHAPES,
         layers=2,
@@ -124,7 +124,7 @@ def test_fewer_kept_layers_or_smaller_micro_batches(memory_mb: float, micro: int
     assert choose(DeviceClass(memory_mb=memory_mb), shapes, WORK, rank=8, precisions=["fp32"]).kept_layers is None
 
 
-def test_a_step_and_its_bytes_by_hand() -> None:
+def test_the_operations_and_bytes_of_a_step_by_hand() -> None:
     # 4 operations an entry and token; with checkpointing 2 more, for the second forward pass
     assert flops(SHAPES, 100) == 4e8 and flops(dataclasses.replace(SHAPES, checkpointing=True), 100) == 6e8
     assert seconds(DeviceClass(gflops_per_core=0.2, mbit_per_second=4.0), 4e8, 1e6) == pytest.approx(2.0 + 2.0)
@@ -149,7 +149,7 @@ def test_reductions_for_memory(memory_mb: float | None, precision: str, length: 
     assert (choice.precision, choice.length, choice.micro, choice.batch, choice.steps) == (precision, length, micro, 16, 12)
 
 
-def test_the_shortest_length_is_taken_and_none_below_it() -> None:
+def test_no_length_below_the_shortest_is_chosen() -> None:
     work = dataclasses.replace(WORK, length=2 * MIN_LENGTH, longest=2 * MIN_LENGTH)
     # nf4 without a row takes 0.8449 MB; a row of 32 tokens 0.064, of 16 0.032, of 8 0.016
     assert pick(DeviceClass(memory_mb=0.99), work).length == MIN_LENGTH  # 0.9089 > 0.891 ≥ 0.8769
@@ -219,7 +219,7 @@ def test_a_correction_changes_the_choice() -> None:
         (DeviceClass(rank=3), None, 2),
     ],
 )
-def test_the_rank(device: DeviceClass, deadline_s: float | None, rank: int) -> None:
+def test_the_choice_of_the_rank(device: DeviceClass, deadline_s: float | None, rank: int) -> None:
     assert choose_rank(device, SHAPES, deadline_s) == rank
 
 

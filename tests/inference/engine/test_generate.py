@@ -167,7 +167,7 @@ def test_an_interrupted_answer_leaves_a_valid_context(engine: Engine, small: Eng
         assert got == tokens(Generation(engine, turn, max_new_tokens=6))
 
 
-def test_common_beginnings() -> None:
+def test_common_prefixes() -> None:
     rng = random.Random(0)
     for _ in range(200):
         a, b = ([rng.randint(0, 1) for _ in range(rng.randint(0, 9))] for _ in range(2))
@@ -250,7 +250,7 @@ def test_the_repetition_penalty_counts_drafted_tokens_for_later_rows(engine: Eng
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, repetition_penalty=1.3)], ids=["greedy", "sampled"])
-def test_another_token_for_a_place_saves_a_pass_if_it_is_right(engine: Engine, sampling: Sampling) -> None:
+def test_a_correct_alternative_token_saves_a_pass(engine: Engine, sampling: Sampling) -> None:
     answer = tokens(Generation(engine, [5, 6], sampling, 41))
     drafter, passes = ThirdIsWrong(answer, 2), list[int]()
     for drafter.others in (False, True):

@@ -230,7 +230,7 @@ def broken(folder: Path, change: str) -> None:
         ("adapter beside", "has an unmerged adapter"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(change: str, message: str, tmp_path: Path) -> None:
+def test_a_damaged_folder_gives_a_one_sentence_error(change: str, message: str, tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
     broken(tmp_path, change)
     with pytest.raises(ModelError, match=message) as caught:

@@ -125,7 +125,7 @@ def test_unsupported_models_are_named(changes: dict[str, Any], message: str) -> 
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}}, "below"),
     ],
 )
-def test_an_impossible_size_is_one_sentence(changes: dict[str, Any], message: str) -> None:
+def test_an_impossible_size_gives_a_one_sentence_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_shape(LLAMA | {"num_key_value_heads": 2} | changes)
 

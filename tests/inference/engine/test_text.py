@@ -64,7 +64,7 @@ def stream_text(text: Text, ids: list[int]) -> list[str]:
     return [*map(stream.push, ids), stream.finish()]
 
 
-def test_a_tokenizer_that_fails_is_one_sentence() -> None:
+def test_a_failing_tokenizer_gives_a_one_sentence_error() -> None:
     text = Text(Tokenizer(models.WordLevel({"on": 0}, unk_token="?")), bos=None, ends=frozenset(), template=None, names={})
     assert text.encode("on") == [0]
     with pytest.raises(ModelError, match=r"cannot encode this text \(WordLevel error: Missing \[UNK\] token from the vocabulary\): export"):
@@ -200,7 +200,7 @@ def test_the_end_tokens_are_the_tokenizers_and_the_models(tmp_path: Path) -> Non
     assert read_text(folder).ends == {2, 5, 6}
 
 
-def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
+def test_damaged_files_give_a_one_sentence_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no tokenizer.json"):
         read_text(tmp_path)
     good = save(tmp_path / "m", byte_fallback())
@@ -280,7 +280,7 @@ def test_a_folder_has_the_chat_template_that_transformers_finds(tmp_path: Path, 
         assert text.encode(text.chat(messages), begin=False)[0] == 1
 
 
-def test_a_template_is_sandboxed_and_its_faults_are_one_sentence(tmp_path: Path) -> None:
+def test_a_template_is_sandboxed_and_its_faults_give_a_one_sentence_error(tmp_path: Path) -> None:
     def chat(template: str) -> str:
         return read_text(save(tmp_path / "m", byte_fallback(), chat_template=template)).chat([{"role": "user", "content": "hi"}])
 
@@ -307,7 +307,7 @@ def test_an_empty_prompt_needs_a_token_to_begin_with() -> None:
         TEXTS["words"].encode("")
 
 
-def test_only_the_same_vocabulary_is_the_same() -> None:
+def test_only_equal_vocabularies_count_as_equal() -> None:
     assert TEXTS["words"].same_as(TEXTS["words"]) and not TEXTS["words"].same_as(TEXTS["word_pieces"])
 
 

@@ -21,7 +21,7 @@ def run_without_torch(code: str, **environment: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=kept | environment, cwd=Path(__file__).parents[3]).stdout
 
 
-def test_with_torch_its_number_is_used_and_set() -> None:
+def test_with_torch_the_number_of_torch_is_used_and_set() -> None:
     set_threads(3)  # the fixture of all tests sets it back
     assert threads() == torch.get_num_threads() == 3
 

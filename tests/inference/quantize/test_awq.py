@@ -43,7 +43,7 @@ def test_the_grid_is_twenty_exponents_from_0_to_19_20(monkeypatch: pytest.Monkey
     assert tried == pytest.approx([4 ** (i / 20) for i in range(20)], rel=1e-5)
 
 
-def test_it_is_never_worse_than_plain_rounding() -> None:
+def test_awq_is_never_worse_than_plain_rounding() -> None:
     weight, inputs = layer(outliers=1.0)
     hessian = inputs.T @ inputs / len(inputs)
     for shared in (1, 2):

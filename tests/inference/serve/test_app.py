@@ -255,7 +255,7 @@ def test_a_disconnect_ends_the_work(engine: Engine, stream: bool) -> None:
         assert server.scheduler.passes < 400
 
 
-def test_time_runs_out(engine: Engine) -> None:
+def test_requests_time_out(engine: Engine) -> None:
     with serve_model(engine, limits=Limits(timeout=0.15, grace=1), pace=0.02) as server:
         refused = post(server, ASK | {"max_tokens": 400})
         assert (refused.status_code, refused.json()["error"]["code"]) == (504, "timeout")
@@ -280,7 +280,7 @@ def test_a_stop_completes_running_answers_and_accepts_no_new_ones(engine: Engine
         wait_for(lambda: not server.server.started or server.server.should_exit)
 
 
-def test_the_grace_ends(engine: Engine) -> None:
+def test_a_long_answer_is_refused_when_the_grace_period_ends(engine: Engine) -> None:
     with serve_model(engine, limits=Limits(grace=0.1), pace=0.02) as server:
         got: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: got.append(post(server, ASK | {"max_tokens": 400})))
@@ -291,7 +291,7 @@ def test_the_grace_ends(engine: Engine) -> None:
         assert (got[0].status_code, got[0].json()["error"]["code"]) == (503, "stopping")
 
 
-def test_an_engine_failure_is_one_sentence_without_a_traceback(
+def test_an_engine_failure_gives_a_one_sentence_error_without_a_traceback(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve_model(engine) as server:

@@ -85,7 +85,7 @@ def _escapes(server: Served, page: Page) -> None:
 
 
 @pytest.mark.slow
-def test_stopping_an_answer_and_being_refused(engine: Engine) -> None:
+def test_stopping_an_answer_and_showing_a_refusal(engine: Engine) -> None:
     with serve_model(engine, pace=0.02) as server, open_page(server.url) as page:
         ready(page)
         ask(page, "hello", tokens="400")

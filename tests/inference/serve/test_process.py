@@ -74,7 +74,7 @@ def test_a_soak(tmp_path: Path, make: Callable[[Path], Path], kind: str, threads
     assert tally.preempted > 0
 
 
-def test_a_model_that_cannot_be_served_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_be_served_gives_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path), "--port", "0"]) == 2
     assert main(["serve", str(tmp_path), "--port", "99999"]) == 2
     assert main(["serve", str(tmp_path), "--kv-budget", "many"]) == 2
@@ -108,7 +108,7 @@ def test_an_occupied_port_is_named() -> None:
         listen("no.such.host.invalid", 0)
 
 
-def test_a_public_address_is_warned_about() -> None:
+def test_a_public_address_gives_a_warning() -> None:
     with listen("127.0.0.1", 0) as home:
         assert is_loopback(home)
         assert public_warning(home, keyed=False) == ""

@@ -74,7 +74,7 @@ def chat(**more: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, param: str | None) -> None:
+def test_invalid_completions_give_a_one_sentence_error(payload: Any, sentence: str, param: str | None) -> None:
     with pytest.raises(Refused) as refused:
         read(CompletionRequest, payload)
     error = refused.value.body()["error"]
@@ -117,7 +117,7 @@ def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, pa
         (chat(moderation={"model": "m"}), "does not support moderation"),
     ],
 )
-def test_chats_are_refused_by_one_sentence(payload: Any, sentence: str) -> None:
+def test_invalid_chats_give_a_one_sentence_error(payload: Any, sentence: str) -> None:
     with pytest.raises(Refused) as refused:
         read(ChatRequest, payload)
     assert sentence in refused.value.message

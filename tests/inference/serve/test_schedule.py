@@ -155,7 +155,7 @@ def test_batched_answers_equal_single_ones_with_any_arrivals_and_few_blocks(
             assert [out.end for out in outputs[:-1]] == [None] * (len(outputs) - 1)
 
 
-def test_out_of_blocks_the_youngest_is_computed_again() -> None:
+def test_without_free_blocks_the_youngest_sequence_is_computed_again() -> None:
     # 8 blocks of 4 tokens; two sequences of 4 + 24 tokens need 7 each at their ends
     pool = Blocks(8, limit=32)
     scheduler = new_scheduler(pool)

@@ -160,7 +160,7 @@ def saying(**function: Any) -> dict[str, Any]:
         ({"messages": [{**USER, "tool_call_id": "1"}]}, "'tool_call_id' belongs to a message of the role 'tool'"),
     ],
 )
-def test_tools_are_refused_by_one_sentence(more: dict[str, Any], sentence: str) -> None:
+def test_invalid_tools_give_a_one_sentence_error(more: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Refused) as refused:
         read(ChatRequest, body(**more))
     assert sentence in refused.value.message

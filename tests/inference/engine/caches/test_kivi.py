@@ -51,7 +51,7 @@ def reference(bits: int, residual: int, group: int, sizes: list[int]) -> torch.T
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("group, sizes", [(8, [5, 5]), (4, [4, 4, 2])])
-def test_it_equals_the_reference_algorithm(bits: int, group: int, sizes: list[int]) -> None:
+def test_kivi_equals_the_reference_algorithm(bits: int, group: int, sizes: list[int]) -> None:
     want = reference(bits, 6, group, sizes)
     for cuts in ([41], [1] * 41, [17, 1, 1, 9, 1, 12]):
         got = passes(KiviCache(SHAPE, 41, bits, residual=6, group=group, undo=3), ROPE, QKV, cuts)
@@ -101,7 +101,7 @@ def test_bytes_by_hand(bits: int, code: int) -> None:
 
 
 @pytest.mark.parametrize("cuts", [[41], [1] * 41, [30, 3]])
-def test_its_memory_is_at_most_the_reported_bytes(cuts: list[int]) -> None:
+def test_the_memory_is_at_most_the_reported_bytes(cuts: list[int]) -> None:
     for limit in (41, 60):
         cache = KiviCache(SHAPE, limit, 4, residual=6, group=4, undo=3)
         passes(cache, ROPE, QKV, cuts)
@@ -198,7 +198,7 @@ def test_newest_tokens_in_bfloat16_take_half_and_do_not_depend_on_the_passes() -
     assert cache.nbytes == KiviCache.bytes_for(SHAPE, 41, 8, **how) < KiviCache.bytes_for(SHAPE, 41, 8, residual=6, group=4, undo=3)
 
 
-def test_impossible_numbers_are_one_sentence() -> None:
+def test_impossible_settings_give_a_one_sentence_error() -> None:
     with pytest.raises(CacheError, match="3 bits: choose 8, 4 or 2"):
         KiviCache(SHAPE, 41, 3)
     with pytest.raises(CacheError, match="residual=0"):

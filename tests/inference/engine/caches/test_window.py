@@ -29,7 +29,7 @@ def streaming(window: int, sinks: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("sinks", [0, 1, 3])
 @pytest.mark.parametrize("cuts", [[23], [1] * 23, [9, 1, 7, 2, 1, 1, 2], [2, 20, 1]])
-def test_beyond_its_length_it_equals_the_reference_window(sinks: int, cuts: list[int]) -> None:
+def test_a_text_beyond_the_length_equals_the_reference_window(sinks: int, cuts: list[int]) -> None:
     got = passes(WindowCache(SHAPE, 23, 5, sinks, undo=3), ROPE, QKV, cuts)
     torch.testing.assert_close(got, streaming(5, sinks), atol=1e-5, rtol=1e-5)
 
@@ -81,7 +81,7 @@ def test_outputs_do_not_depend_on_passes_and_crops(data: st.DataObject) -> None:
         torch.testing.assert_close(passes(cache, ROPE, QKV, [n], at), whole[:, at : at + n], atol=1e-5, rtol=1e-5)
 
 
-def test_it_reports_how_far_it_can_crop() -> None:
+def test_a_window_cache_reports_how_far_it_can_crop() -> None:
     cache = WindowCache(SHAPE, 100, 6, 2, undo=3)  # 2 + 6 - 1 + 3 = 10 slots
     passes(cache, ROPE, QKV, [10])
     assert cache.can_crop_to(0)  # nothing is overwritten yet
@@ -113,7 +113,7 @@ def test_bfloat16_stays_close_and_does_not_depend_on_the_passes() -> None:
     torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_impossible_numbers_and_a_full_cache_are_one_sentence() -> None:
+def test_impossible_settings_and_a_full_cache_give_a_one_sentence_error() -> None:
     with pytest.raises(CacheError, match="window=0"):
         WindowCache(SHAPE, 10, 0)
     cache = WindowCache(SHAPE, 10, 4)

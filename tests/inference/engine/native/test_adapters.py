@@ -198,7 +198,7 @@ def test_a_row_does_not_depend_on_how_a_text_is_split_on_other_sequences_or_on_t
         split(threads)
 
 
-def test_numbers_that_are_not_finite_spoil_their_sequence_alone() -> None:
+def test_non_finite_numbers_affect_only_their_sequence() -> None:
     decoder = adapt_all(decoder_of(48, 6, 2, 12, 80))
     hidden = torch.randn(6, 48, generator=torch.Generator().manual_seed(0))
     wanted = forward(decoder, None, [Span(FullCache(decoder.shape, 9), 3, keep=None, adapter="wide")], embeds=hidden[3:])

@@ -182,7 +182,7 @@ PROGRAM = "import sys; from fedtune.cli.main import main; sys.exit(main())"
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="this Python is for another CPU")
 @pytest.mark.parametrize(("cpu", "has", "lacks"), [("Nehalem", "portable", "avx2"), ("Haswell", "avx2", "avx512")])
-def test_the_program_runs_on_a_cpu_without_a_set_and_refuses_it_in_one_sentence(cpu: str, has: str, lacks: str, tmp_path: Path) -> None:
+def test_the_program_runs_on_a_cpu_without_a_set_and_refuses_that_set(cpu: str, has: str, lacks: str, tmp_path: Path) -> None:
     export_edge(NANO, tmp_path / "edge", quantize="int4")
     emulator = (str(QEMU["x86_64"]), "-cpu", cpu)
 

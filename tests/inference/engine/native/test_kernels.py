@@ -153,7 +153,7 @@ def test_a_row_does_not_depend_on_other_rows_or_on_threads(kind: str, instructio
 
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_not_finite_spoil_their_row_alone(instructions: str, bad: float) -> None:
+def test_non_finite_numbers_affect_only_their_row(instructions: str, bad: float) -> None:
     run = of(instructions)
     for kind in PACKED:
         parts = pack(kind, portable(kind, torch.randn(40, 70)), 70, 32)

@@ -308,7 +308,7 @@ def test_a_full_cache_is_refused_before_anything_changes(tmp_path: Path) -> None
     assert pool.free == 2 and not a.table and not b.table
 
 
-def test_numbers_that_are_not_finite_spoil_their_sequence_alone(tmp_path: Path) -> None:
+def test_non_finite_numbers_affect_only_their_sequence(tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path, "int8").decoder
     caches = [FullCache(decoder.shape, 9) for _ in range(2)]
     hidden = np.random.default_rng(0).standard_normal((6, decoder.shape.hidden), np.float32)
@@ -384,7 +384,7 @@ def test_blocks_outside_the_pool_are_refused(slot: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "last", "kept"), [(-1, 3, ()), (2, 1, ()), (0, 4, ()), (0, 3, (4,)), (0, 3, (-1,)), (0, 3, (0,) * 5)])
-def test_layers_and_rows_outside_are_refused(first: int, last: int, kept: tuple[int, ...], tmp_path: Path) -> None:
+def test_layers_and_rows_out_of_range_are_refused(first: int, last: int, kept: tuple[int, ...], tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path).decoder
     with pytest.raises(ModelError, match="do not fit each other"):
         run_four(decoder, prepare(FullCache(decoder.shape, 9)), first, last, kept)
