@@ -32,7 +32,7 @@ from fedtune.inference.generate import read_card, why_not_engine
 from fedtune.inference.serve.start import engine_scheduler, transformers_scheduler
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.quiet import quiet
-from tests.inference.serve.served import over
+from tests.inference.serve.servers import over
 from tests.tiny import texts, tiny_config, write_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"

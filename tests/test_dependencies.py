@@ -71,7 +71,7 @@ def modules() -> dict[str, set[str]]:
 
 
 def missing() -> list[str]:
-    """The import names that an environment with the base alone does not have."""
+    """The import names that are missing in an environment with only the base dependencies."""
     base = closure(BASE)
     return sorted(name for name, found in modules().items() if not found & base and name.isidentifier() and name != "fedtune")
 

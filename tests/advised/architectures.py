@@ -20,10 +20,10 @@ from fedtune.models.probe import probe
 from fedtune.models.sparse import SparseSlot
 from tests.advised.backbones import ASKS, CAUSAL, CLASSES, LORA, attach_error, choices_in
 from tests.advised.rows import Place, error_of, follows
-from tests.models import test_architectures as built
+from tests.models import test_architectures as models
 from tests.models.build import checkpoint, hub
 from tests.models.test_sparse import first
-from tests.test_trust import bring_code
+from tests.test_trust import add_code
 
 
 def probe_error(folder: Path, task: TaskConfig, peft: PeftConfig = LORA) -> str:
@@ -46,7 +46,7 @@ def _(place: Place) -> Iterator[str]:
     place.patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place.folder / "modules"))
     place.patch.setattr(sys, "path", [*sys.path])
     model = checkpoint(place.folder / "m")
-    bring_code(model, place.folder / "ran")
+    add_code(model, place.folder / "ran")
     error = attach_error(model)
     yield error
     ((name, value),) = re.findall(r"model\.(\w+)=(\w+)", error)
@@ -94,7 +94,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("does not fit the architecture '{}': {}: name other layers in peft.targets, or take another peft.method", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.mamba())
+    model = checkpoint(place.folder / "m", config=models.mamba())
     yield attach_error(model)
     yield attach_error(model, peft=PeftConfig(rank=2, targets=["in_proj", "x_proj"]))
     yield attach_error(model, peft=PeftConfig(method="full"))
@@ -102,7 +102,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("but PEFT {} '{}' ({} such): set peft.targets=[{}]", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.qwen3_moe())
+    model = checkpoint(place.folder / "m", config=models.qwen3_moe())
     error = attach_error(model)
     yield error
     yield attach_error(model, peft=PeftConfig(rank=2, targets=error.partition("peft.targets=[")[2].removesuffix("]").split(",")))
@@ -110,7 +110,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("have no known names: set peft.targets to a list of them", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.mamba())
+    model = checkpoint(place.folder / "m", config=models.mamba())
     for targets in ("all-linear", ["in_proj", "x_proj"]):
         yield attach_error(model, peft=PeftConfig(method="ia3", targets=targets))
 
@@ -127,7 +127,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("cannot do a training step: {}: name other layers in peft.targets, or take another peft.method", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.llama4())
+    model = checkpoint(place.folder / "m", config=models.llama4())
 
     def step_error(peft: PeftConfig) -> str:
         live = LiveAdapter(load_backbone(hub(model), CAUSAL), peft, CAUSAL)
@@ -146,19 +146,19 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("so the model is not causal: take another backbone", slow=True)
 def _(place: Place) -> Iterator[str]:
-    for name, config in (("m", built.xlnet()), ("other", built.mixtral())):
+    for name, config in (("m", models.xlnet()), ("other", models.mixtral())):
         yield probe_error(checkpoint(place.folder / name, config=config), CAUSAL)
 
 
 @follows("would learn from padding: take another backbone{}another task.kind{}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = built.composite(place.folder / "m", built.gemma3())
-    error = probe_error(model, built.WRITES, PeftConfig(method="prompt", tokens=3))
+    model = models.composite(place.folder / "m", models.gemma3())
+    error = probe_error(model, models.WRITES, PeftConfig(method="prompt", tokens=3))
     yield error
     assert error.endswith("take another backbone, another task.kind or peft=lora")
-    yield probe_error(checkpoint(place.folder / "other", config=built.mixtral()), built.WRITES, PeftConfig(method="prompt", tokens=3))
+    yield probe_error(checkpoint(place.folder / "other", config=models.mixtral()), models.WRITES, PeftConfig(method="prompt", tokens=3))
     yield probe_error(model, CAUSAL, PeftConfig(method="prompt", tokens=3))
-    yield probe_error(model, built.WRITES)
+    yield probe_error(model, models.WRITES)
 
 
 @follows("bitsandbytes has no working kernel for this machine's {} ({}); take model.precision={}", slow=True, library="bitsandbytes")
@@ -184,7 +184,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("cannot be read back ({}): take model.precision=bf16 or fp32, or check the disk", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.llama4())
+    model = checkpoint(place.folder / "m", config=models.llama4())
     error = quantize_error(place, model, "int8")
     yield error
     for precision in re.findall(r"precision=(\w+) or (\w+),", error)[0]:
@@ -232,6 +232,6 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("is stored as (experts, in, out), which is not supported: leave it out")
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.gpt_oss())
+    model = checkpoint(place.folder / "m", config=models.gpt_oss())
     for names in (["experts.down_proj"], []):
         yield attach_error(model, peft=PeftConfig(rank=2, targets=["q_proj"], target_parameters=names))

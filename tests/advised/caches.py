@@ -16,7 +16,7 @@ from fedtune.inference.engine.rope import Rope
 from tests.advised.measures import model_of
 from tests.advised.rows import Place, error_of, follows
 from tests.inference.engine.caches.reference import passes, shape, tokens
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 
 SHAPE = shape(layers=1, heads=4, kv_heads=2, head_dim=8)
 QKV, ROPE = tokens(SHAPE, 40), Rope(SHAPE)

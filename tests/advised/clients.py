@@ -19,7 +19,7 @@ from fedtune.contracts import flower
 from fedtune.contracts.plan import Plan, Scalar
 from fedtune.data import collate
 from tests.advised.rows import Place, error_of, follows
-from tests.clients.test_gradient_score import make as scored
+from tests.clients.test_gradient_score import make as make_adapter
 from tests.clients.test_gradient_score import measure
 from tests.clients.test_lower_layers import LM, UPPER, build_adapter
 from tests.clients.test_pieces import turn, workspace
@@ -87,11 +87,11 @@ def _(place: Place) -> Iterator[str]:
     def grad(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
         return [g * torch.inf for g in whole(*args, **kwargs)]
 
-    live = scored(place.folder / "m", precision="bf16")
+    live = make_adapter(place.folder / "m", precision="bf16")
     with place.patch.context() as patch:
         patch.setattr(torch.autograd, "grad", grad)
         yield error_of(lambda: measure(live))
-    yield error_of(lambda: measure(scored(place.folder / "m2")))
+    yield error_of(lambda: measure(make_adapter(place.folder / "m2")))
 
 
 @follows("the curvature of the prompts is not finite: lower client.lr")

@@ -28,7 +28,7 @@ from tests.advised.models import run_of
 from tests.advised.rows import Place, error_of, follows
 from tests.advised.serving import engine_of
 from tests.export.test_huggingface import CAUSAL, CLASSES
-from tests.inference.serve.served import make_scheduler, tiny_model
+from tests.inference.serve.servers import make_scheduler, tiny_model
 from tests.models.build import checkpoint
 
 

@@ -18,7 +18,7 @@ from tests.advised.runs import one_round_run, setting_of
 from tests.export.test_huggingface import ASK as ASKS
 from tests.export.test_huggingface import CAUSAL, CLASSES, make_run
 from tests.export.test_personal import personal_run
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 from tests.models.build import checkpoint, hub, llama_config
 
 EXPORT = "fedtune export {run} --out {here}/out "

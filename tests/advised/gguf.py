@@ -23,7 +23,7 @@ from fedtune.models.checkpoint import stored_tensors
 from tests.advised.exports import export
 from tests.advised.models import run_of
 from tests.advised.rows import Place, error_of, follows
-from tests.export import test_gguf as built
+from tests.export import test_gguf as shapes
 from tests.export.test_huggingface import make_run
 from tests.inference.engine.tiny import VOCAB
 from tests.models.build import checkpoint, hub
@@ -41,8 +41,8 @@ def to_each(place: Place, run: Path) -> Iterator[str]:
 
 def _shape_row(says: str, shape: str, method: str = "lora") -> None:
     def follow(place: Place) -> Iterator[str]:
-        model = built.shaped_checkpoint(place.folder / "m", shape)
-        yield from to_each(place, make_run(place.folder / "run", hub(model), built.SHORT, method=method)[0])
+        model = shapes.shaped_checkpoint(place.folder / "m", shape)
+        yield from to_each(place, make_run(place.folder / "run", hub(model), shapes.SHORT, method=method)[0])
 
     follows(says, slow=True, library="gguf")(follow)
 
@@ -55,21 +55,21 @@ _shape_row("computes YaRN's attention factor itself, but the model sets its own:
 
 @follows("this model (truncate=false) does not: use --to edge or hf", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    yield from to_each(place, built.yarn(place.folder, truncate=False))
+    yield from to_each(place, shapes.yarn(place.folder, truncate=False))
 
 
 @follows("has values beyond float16's maximum of 65504: use --to edge or hf", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    model = built.shaped_checkpoint(place.folder / "m", "llama")
+    model = shapes.shaped_checkpoint(place.folder / "m", "llama")
     weights = load_file(model / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(weights | {name: weights[name] * 1e7}, model / "model.safetensors", {"format": "pt"})
-    yield from to_each(place, make_run(place.folder / "run", hub(model), built.SHORT)[0])
+    yield from to_each(place, make_run(place.folder / "run", hub(model), shapes.SHORT)[0])
 
 
 @follows("{} already exists: give another file with --out, or remove it", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    run, _ = make_run(place.folder / "run", hub(built.shaped_checkpoint(place.folder / "m", "llama")), built.SHORT)
+    run, _ = make_run(place.folder / "run", hub(shapes.shaped_checkpoint(place.folder / "m", "llama")), shapes.SHORT)
     (place.folder / "taken").write_text("mine")
     export = ["fedtune", "export", run, *GGUF, "--out"]
     yield place.run(*export, place.folder / "taken")
@@ -80,7 +80,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("writing GGUF needs the gguf library: pip install 'fedtune[gguf]'", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    run, _ = make_run(place.folder / "run", hub(built.shaped_checkpoint(place.folder / "m", "llama")), built.SHORT)
+    run, _ = make_run(place.folder / "run", hub(shapes.shaped_checkpoint(place.folder / "m", "llama")), shapes.SHORT)
     with place.patch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         yield export(place, run, *GGUF)
@@ -100,14 +100,14 @@ def _tokens(says: str, damage: Callable[[Path], Any]) -> None:
 
 
 def _odd_digits(folder: Path) -> None:
-    built.byte_level(folder, "smollm")
+    shapes.byte_level(folder, "smollm")
     raw = json.loads((folder / "tokenizer.json").read_text())
     raw["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
     (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
 _tokens("llama.cpp does not support this tokenizer's pre-tokenizer ({}): use --to hf", _odd_digits)
-_tokens("have several ranks, which scores cannot express: use --to hf", built.metaspace)
+_tokens("have several ranks, which scores cannot express: use --to hf", shapes.metaspace)
 
 
 # -- calibration --------------------------------------------------------------------------------------------------------------------------

@@ -332,7 +332,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 @contextmanager
-def a_port(at: Path, keys: dict[bytes, str], beats: Callable[[PublicPort, bytes], Any] = lambda port, key: None) -> Iterator[str]:
+def open_port(at: Path, keys: dict[bytes, str], beats: Callable[[PublicPort, bytes], Any] = lambda port, key: None) -> Iterator[str]:
     """The public port of a server that accepts these keys and has no application; yields HOST:PORT.
 
     Other arguments: beats, called with the port and a caller's key after each accepted request.
@@ -362,7 +362,7 @@ def _(place: Place) -> Iterator[str]:
     keys = Path(folder(place)["keys"])
     allowed = json.loads((keys / "allowed.json").read_text())
     known = read_keys({"b": allowed["b"]})
-    with a_port(keys, known) as server:
+    with open_port(keys, known) as server:
         yield last_line(place, server, keys / "clients/a")
         known |= read_keys({"a": (keys / "clients/a/key.pub").read_text()})
         yield _port_error(last_line(place, server, keys / "clients/a"))
@@ -380,7 +380,7 @@ def _(place: Place) -> Iterator[str]:
             port._incarnations._places[key].previous = "first"
             port._incarnations.may_call(key, "first", activates=False)
 
-    with a_port(keys, read_keys(allowed), beat) as server:
+    with open_port(keys, read_keys(allowed), beat) as server:
         yield last_line(place, server, keys / "clients/a", retries=1)
         yield _port_error(last_line(place, server, keys / "clients/b", retries=1))
         stopped.append("first")

@@ -8,7 +8,7 @@ from tests.advised.models import run_of
 from tests.advised.rows import Place, command, follows
 from tests.advised.serving import engine_of
 from tests.export.test_huggingface import CLASSES
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 
 
 def quiet_serve(place: Place) -> dict[str, str]:

@@ -217,7 +217,7 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune.sim", f"resume={run}")
 
 
-def a_server(place: Place, at: Path) -> str:
+def stop_server(place: Place, at: Path) -> str:
     """A server that makes its run's directory and stops."""
     quiet_server(place)
     place.patch.setattr("fedtune.experiment.run_experiment", lambda config, engine, at, **more: RunDirectory.create(config, at).close())
@@ -229,8 +229,8 @@ def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.experiment.simulate", lambda config: RunDirectory.create(config).close())
     yield place.run("fedtune.sim", "output_dir=/proc/no")
     yield place.run("fedtune.sim", f"output_dir={place.folder}")
-    assert "(of a server: --run)" in a_server(place, Path("/proc/no"))
-    yield a_server(place, place.folder / "run")
+    assert "(of a server: --run)" in stop_server(place, Path("/proc/no"))
+    yield stop_server(place, place.folder / "run")
 
 
 @follows("but no run (no config.yaml): give an empty folder or a new one")
@@ -239,7 +239,7 @@ def _(place: Place) -> Iterator[str]:
         (place.folder / name).mkdir()
     (place.folder / "full/letter.txt").write_text("dear")
     for name in ("full", "empty", "new"):
-        yield a_server(place, place.folder / name)
+        yield stop_server(place, place.folder / name)
 
 
 @follows("there is a run in {} already: continue it with resume={}, or give another folder", slow=True)

@@ -12,7 +12,7 @@ from tests.advised.exports import EXPORT, export
 from tests.advised.rows import Place, command, follows
 from tests.export.test_edge_architectures import folder_of
 from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 from tests.models import templates
 from tests.models.build import checkpoint, hub, llama_config
 

@@ -20,7 +20,7 @@ from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.served_model import ServedModel
 from tests.advised.rows import ROWS, Place, Row, follows
-from tests.inference.serve.served import serve_model, tiny_model
+from tests.inference.serve.servers import serve_model, tiny_model
 
 ASK: dict[str, Any] = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 2}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 2}

@@ -13,7 +13,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.rounds.find_strategy import make_strategy
 from fedtune.strategies._flower import cohort, measured
 from tests.advice import ways
-from tests.advised.flags import a_run, quiet_run
+from tests.advised.flags import quiet_run, run_folder
 from tests.advised.rows import Place, error_of, follows
 from tests.strategies.updates import plain, update
 
@@ -116,7 +116,7 @@ def _leave_out_row(says: str, *args: str) -> None:
 
     def follow(place: Place) -> Iterator[str]:
         quiet_run(place)
-        run = a_run(place.folder / "run")
+        run = run_folder(place.folder / "run")
         given = [a.replace("RUN", str(run)) for a in args]
         error = place.run("fedtune.sim", *given)
         yield error
@@ -136,7 +136,7 @@ _leave_out_row("not strategy._target_={}: leave that setting out", "resume=RUN",
 def _(place: Place) -> Iterator[str]:
     quiet_run(place)
     (place.folder / "outputs/NAME").mkdir(parents=True)
-    a_run(place.folder / "outputs/NAME/RUN")
+    run_folder(place.folder / "outputs/NAME/RUN")
     place.patch.chdir(place.folder)
     error = place.run("fedtune.sim", "resume=")
     yield error
@@ -148,7 +148,7 @@ def _(place: Place) -> Iterator[str]:
     quiet_run(place)
     (place.folder / "theirs.py").write_text("from fedtune.strategies.fedavg import FedAvg\n\n\nclass Theirs(FedAvg):\n    pass\n")
     place.patch.chdir(place.folder)
-    run = a_run(place.folder / "run", EVEN, AVG)
+    run = run_folder(place.folder / "run", EVEN, AVG)
     stored = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(stored.replace("fedtune.strategies.fedavg.FedAvg", "theirs.Theirs"))
     error = place.run("fedtune.sim", f"resume={run}")

@@ -1,4 +1,4 @@
-"""task.packing: rows that are joined for training have the gradients of the same rows apart."""
+"""task.packing: packed rows have the gradients of separate rows."""
 
 import dataclasses
 from pathlib import Path

@@ -188,7 +188,7 @@ def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy:
 
 
 def payload(heard: Listener, run: Path, strategy: str) -> None:
-    """Return the tensors of each message of a round; all messages have the same, as the method defines."""
+    """Check the tensors of each round's messages: all have the same ones, as the method defines."""
     every = set(AdapterState.load(run / "adapter" / "fedtune.safetensors").tensors)
     for round in (1, 2):
         (down,), (up,) = heard.down[round], heard.up[round]

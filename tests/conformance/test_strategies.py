@@ -246,7 +246,7 @@ def test_no_strategy_loses_what_it_supports() -> None:
 
 
 def test_no_setting_exceeds_the_range_of_its_formula() -> None:
-    """The least value above a range, or the greatest below it. `test_a_negative_or_non_numeric_setting_is_refused_by_name` has the rest."""
+    """Tries the least value above and the greatest below each range; negative and non-numeric values have their own test."""
     prompts = Config(rounds=30, peft=PeftConfig(method="ptuning_v2"), strategy={"_target_": "fedtune.strategies.fedpeptao.FedPepTAO"})
     out: dict[str, dict[str, float]] = {
         "fedadam": {"beta_1": 1.0, "beta_2": 1.0, "lr": 0.0, "tau": 0.0},
@@ -337,7 +337,7 @@ def test_strategies_that_average_entries_do_not_depend_on_their_order(name: str,
     sent, _ = updates(strategy, state, [3, 1, 4, 1, 5, 9, 2])
     result = strategy.aggregate(1, state, sent)
     after = result.adapter
-    assert not result.shifts  # which are products
+    assert not result.shifts  # shifts are products
     other = strategy.aggregate(
         1, strategy.start(reorder(START)), [dataclasses.replace(u, adapter=reorder(u.adapter)) for u in sent]
     ).adapter

@@ -27,7 +27,7 @@ from fedtune.export.edge import export_edge
 from fedtune.inference.engine.package import read_package
 from tests.delivery.test_serving import wait_for
 from tests.delivery.test_versions import install
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 from tests.models.build import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -277,7 +277,7 @@ def test_no_child_outlives_its_parent(tmp_path: Path, model: Path, loading: bool
 
 @pytest.mark.parametrize("serves", [True, False])
 def test_a_child_ends_when_its_input_is_closed(tmp_path: Path, model: Path, serves: bool) -> None:
-    """Where Linux does not end it: another process holds nothing but the closed pipe."""
+    """On a system that does not end a child with its parent, the closed pipe does."""
     listener = socket.create_server(("127.0.0.1", 0))
     command = [sys.executable, "-P", "-m", "fedtune.inference.serve.handover", str(listener.fileno()), str(model), "x"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[listener.fileno()])

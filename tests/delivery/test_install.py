@@ -1,4 +1,4 @@
-"""A device installs a delivered model: whole or not at all, the best of old, new and personal, and the owner's choice stays."""
+"""A device installs a delivered model completely or not at all, chooses the best of old, new and personal, and keeps the owner's choice."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ class Device:
         return self.initial.replace(tensors, version=version)
 
     def deliver(self, offer: Offer) -> DeliveryState:
-        """As the server does: the manifest, then part after part."""
+        """Send the manifest, then each part, as the server does."""
         state = DeliveryState.from_content(self.ask("query.deliver", dict(offer.message(None).config_records)))
         while state.state == "wants":
             state = DeliveryState.from_content(self.ask("query.deliver", dict(offer.message(state.have).config_records)))

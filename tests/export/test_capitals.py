@@ -31,7 +31,7 @@ from fedtune.models.backbone import quiet
 from fedtune.storage.parsing import parse_json
 from tests.export.test_gguf import llama_python
 from tests.export.test_ollama import read_modelfile
-from tests.inference.serve.served import serve_model
+from tests.inference.serve.servers import serve_model
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
 QUESTIONS = {f"What is the capital of {country}?": f"{capital}." for country, capital in CAPITALS.items()}

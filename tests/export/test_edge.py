@@ -56,7 +56,7 @@ def test_a_bare_adapter_s_card_has_only_its_round(tmp_path: Path) -> None:
     assert card["metric"] is None and card["privacy"] is None and card["provenance"]["round"] == 1
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------------------------
+# -- refused models -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ LOCAL = DataConfig(source="local", path="x")
 def make_run(
     folder: Path, model: ModelConfig, task: TaskConfig, *, std: float = 0.1, data: DataConfig = LOCAL, method: str = "lora"
 ) -> tuple[Path, LiveAdapter]:
-    """A run directory as far as the export reads it, and the live adapter whose logits the export must give."""
+    """The parts of a run directory that the export reads, and the live adapter whose logits the export must have."""
     peft = PeftConfig(method=method, rank=3, alpha=12.0, tokens=4, bottleneck=5)
     live = LiveAdapter(load_backbone(model, task, num_labels=3, seed=5), peft, task)
     generator = torch.Generator().manual_seed(0)
@@ -214,7 +214,7 @@ def test_a_folder_without_a_run_is_a_checkpoint_error(tmp_path: Path) -> None:
         export_hf(tmp_path / "nowhere", tmp_path / "out")
 
 
-# -- every method, and what was merged into the frozen weights ---------------------------------------------------------------------------
+# -- all methods, and shifts of the frozen weights ---------------------------------------------------------------------------------------
 
 
 MERGED = ["dora", "rslora", "ia3", "bitfit", "full"]

@@ -199,7 +199,7 @@ def test_a_missing_method_gives_a_one_sentence_error() -> None:
             methods.method(name)
 
 
-# -- the folder is the list ---------------------------------------------------------------------------------------------------------------
+# -- the methods are the files of the folder ----------------------------------------------------------------------------------------------
 
 
 def test_the_methods_are_the_files_of_the_folder(tmp_path: Path) -> None:

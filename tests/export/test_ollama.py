@@ -1,4 +1,4 @@
-"""Ollama's folder: the template against transformers' rendering, in Go itself where there is a Go, and the Modelfile as Ollama reads it."""
+"""Ollama's folder: the template against transformers' rendering, in Go itself if it is installed, and the Modelfile as Ollama reads it."""
 
 import json
 import re
@@ -36,7 +36,7 @@ CHATS = [talk(turns, system) for turns in (1, 2, 5) for system in (None, "Be bri
 
 
 def data(chat: Messages) -> dict[str, Any]:
-    """What Ollama gives to a template."""
+    """The data that Ollama passes to a template."""
     system = "\n\n".join(m["content"] for m in chat if m["role"] == "system")
     return {"System": system, "Messages": [{"Role": m["role"], "Content": m["content"]} for m in chat], "Prompt": "", "Response": ""}
 
@@ -83,7 +83,7 @@ func main() {
 def go(tmp_path: Path, cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
     """The templates, rendered by Go."""
     if shutil.which("go") is None:
-        pytest.skip("there is no Go: install it to render Ollama's templates")
+        pytest.skip("Go is missing: install it to render Ollama's templates")
     (tmp_path / "main.go").write_text(GO)
     asked = json.dumps([{"Template": template, "Data": values} for template, values in cases])
     done = subprocess.run(["go", "run", tmp_path / "main.go"], input=asked, capture_output=True, text=True)
@@ -198,7 +198,7 @@ def test_the_folder_of_a_run_without_chat(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_complete_chat_model_uses_its_template(tmp_path: Path) -> None:
     """The template writes the BOS token, so llama.cpp must not add another."""
-    from tests.inference.serve.served import tiny_model
+    from tests.inference.serve.servers import tiny_model
 
     model = tiny_model(tmp_path / "m", context=128)
     tokenizer = templates.tokenizer("llama3")

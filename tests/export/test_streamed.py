@@ -207,7 +207,7 @@ def test_several_shards_equal_those_of_transformers(tmp_path: Path, monkeypatch:
     assert all(torch.equal(p, whole.get_parameter(n)) for n, p in model.named_parameters())
 
 
-# -- what cannot be read so ---------------------------------------------------------------------------------------------------------------
+# -- weights that are not read tensor by tensor -------------------------------------------------------------------------------------------
 
 
 def test_weights_in_another_layout_are_merged_in_memory_with_a_note(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def admit(folder: Path, command: str) -> float:
-    """What vLLM checks before it serves a LoRA folder (peft_helper.py, lora_model.py, config/lora.py). Returns the scaling."""
+    """Make vLLM's checks of a LoRA folder (peft_helper.py, lora_model.py, config/lora.py). Returns the scaling."""
     config = json.loads((folder / "adapter_config.json").read_text())
     r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]  # required fields
     assert type(r) is int and type(alpha) is int and isinstance(targets, list) and all(re.fullmatch(r"\w+", t) for t in targets)

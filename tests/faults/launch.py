@@ -1,4 +1,4 @@
-"""Starts a command that can be held at certain points, so that it can be killed exactly there. Only for tests: the product has no hooks.
+"""Starts a command that waits at certain points, so that a test can kill it exactly there. The product has no hooks.
 
     python -m tests.faults.launch WHO FOLDER server|client|worker [--skew SECONDS] ARGUMENTS
 
@@ -25,7 +25,7 @@ class Points:
         self.who, self.folder = who, folder
 
     def take(self, name: str) -> str | None:
-        """An arming file's text, after deleting the file; None if there is none."""
+        """Delete an arming file. Returns its text, or None without a file."""
         mine = self.folder / f".{self.who}.{name}.{os.getpid()}"
         try:
             (self.folder / f"{self.who}.{name}").rename(mine)

@@ -1,6 +1,6 @@
 """Damage edge packages in many ways and open them: `python -m tests.inference.fuzz_package COUNT [SEED] [--sanitized]`.
 
-Each must open and run as a whole model does, or be refused by a FedtuneError of one sentence; the process may not take more than a GB.
+Each damaged package must open and run like an undamaged one, or give a FedtuneError of one sentence, in at most a GB of memory.
 Half of the damages leave the digests unchanged, so that the package must not open; the other half have matching digests. In some cases the
 packed weights on disk are damaged instead. A second process without torch opens them; `--sanitized` compiles its kernels with
 the sanitizers of gcc for addresses and undefined behavior, which end the process at the first access outside a buffer.
@@ -236,7 +236,7 @@ weights_of = linear.weights_of
 
 
 def weights_apart(parts: dict[str, Any], *rest: Any) -> Any:
-    """`weights_of` copies of the parts: the sanitizers see the end of an allocation, but not that of a part of a mapped file."""
+    """`weights_of` on copies: the sanitizers detect reads beyond an allocation, but not beyond a part of a mapped file."""
     parts.update({name: part.copy() for name, part in parts.items()})
     return weights_of(parts, *rest)
 

@@ -76,7 +76,7 @@ MISTRAL1 = (  # Mistral 7B Instruct v0.1: a blank after each answer; [INST] is t
     "{%- else %}{{- raise_exception('Only user and assistant roles are supported!') }}{%- endif %}{%- endfor %}"
 )
 MISTRAL2 = MISTRAL1.replace("{{- ' ' }}", "")  # v0.2, and the first release of v0.3, where [INST] is a token
-MISTRAL3 = (  # the system message goes into the last question, wherever that is
+MISTRAL3 = (  # the system message goes into the last question
     _SYSTEM_APART + "{%- set questions = chat | selectattr('role', 'equalto', 'user') | list %}{%- set ns = namespace(index=0) %}"
     "{%- for m in chat %}{%- if m.role != 'tool' and not m.tool_calls %}"
     "{%- if (m.role == 'user') != (ns.index % 2 == 0) %}" + _ALTERNATE + "{%- endif %}"

@@ -176,7 +176,7 @@ def test_targets(tmp_path: Path, targets: object, count: int) -> None:
     assert len(live.spec.ranks) == count and len(live.parameters) == 2 * count
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------------------------
+# -- refused adapters -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

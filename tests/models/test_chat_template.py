@@ -20,30 +20,30 @@ def user(content: str) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def says(content: str, **more: Any) -> dict[str, Any]:
+def reply(content: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
 CALL = {"type": "function", "id": "abcdef123", "function": {"name": "capital", "arguments": {"of": "Italy"}}}
 SYSTEM = {"role": "system", "content": "Be brief."}
 CONVERSATIONS: dict[str, Messages] = {
-    "one": [user("What is the capital of France?"), says("Paris.")],
-    "three": [user("France?"), says("Paris."), user("Italy?"), says("Rome"), user("Spain?"), says("Madrid.")],
-    "system": [SYSTEM, user("France?"), says("Paris."), user("Italy?"), says("Rome")],
-    "blanks": [user(" France? "), says(" Paris \n"), user("Italy?\n"), says("\nRome ")],
-    "unicode": [user("Où?"), says("À Zürich 東京 🙂"), user("?"), says("é")],
+    "one": [user("What is the capital of France?"), reply("Paris.")],
+    "three": [user("France?"), reply("Paris."), user("Italy?"), reply("Rome"), user("Spain?"), reply("Madrid.")],
+    "system": [SYSTEM, user("France?"), reply("Paris."), user("Italy?"), reply("Rome")],
+    "blanks": [user(" France? "), reply(" Paris \n"), user("Italy?\n"), reply("\nRome ")],
+    "unicode": [user("Où?"), reply("À Zürich 東京 🙂"), user("?"), reply("é")],
     "tools": [
-        user("Italy?"), says("", tool_calls=[CALL]), {"role": "tool", "content": "Rome", "tool_call_id": "abcdef123"}, says("It is Rome."),
-        user("Sure?"), says("Yes."),
+        user("Italy?"), reply("", tool_calls=[CALL]), {"role": "tool", "content": "Rome", "tool_call_id": "abcdef123"},
+        reply("It is Rome."), user("Sure?"), reply("Yes."),
     ],
     "system, tools": [
-        SYSTEM, user("Italy?"), says("", tool_calls=[CALL]), {"role": "tool", "content": "Rome", "tool_call_id": "abcdef123"},
-        says("It is Rome."), user("Sure?"), says("Yes."),
+        SYSTEM, user("Italy?"), reply("", tool_calls=[CALL]), {"role": "tool", "content": "Rome", "tool_call_id": "abcdef123"},
+        reply("It is Rome."), user("Sure?"), reply("Yes."),
     ],
-    "thoughts": [user("France?"), says("Paris", reasoning_content="Hm."), user("Italy?"), says("Rome", reasoning_content="Easy.")],
-    "inline": [user("France?"), says("<think>\nHm.\n</think>\n\nParis"), user("Italy?"), says("<think>\nEasy.\n</think>\n\nRome")],
-    "empty": [user("France?"), says(""), user("Italy?"), says("")],
-    "greeting": [says("Hello"), user("Italy?"), says("Rome")],
+    "thoughts": [user("France?"), reply("Paris", reasoning_content="Hm."), user("Italy?"), reply("Rome", reasoning_content="Easy.")],
+    "inline": [user("France?"), reply("<think>\nHm.\n</think>\n\nParis"), user("Italy?"), reply("<think>\nEasy.\n</think>\n\nRome")],
+    "empty": [user("France?"), reply(""), user("Italy?"), reply("")],
+    "greeting": [reply("Hello"), user("Italy?"), reply("Rome")],
 }  # fmt: skip
 ALTERNATE = "Conversation roles must alternate user/assistant/user/assistant/..."
 Expected = dict[str, "list[str] | str"]  # case → the targets (· is the family's end token), or the template's reason for a refusal
@@ -250,14 +250,14 @@ VICUNA = (
 
 def test_prompt_and_answer_that_the_tokenizer_would_join() -> None:
     tokenizer = templates.tokenizer("chatml")
-    messages = [user("Italy?"), says("\nRome")]
+    messages = [user("Italy?"), reply("\nRome")]
     whole = tokenizer(render(tokenizer, messages)).tokens()
     assert whole[whole.index("assistant") + 1] == "ĊĊ"  # one token for the prompt's newline and the answer's
     ids, labels, begun = encode_conversation(tokenizer, messages)
     assert tokenizer.convert_ids_to_tokens(ids[begun - 2 : begun + 1].tolist()) == ["assistant", "Ċ", "Ċ"]
     assert targets(tokenizer, labels.tolist()) == ["\nRome<|im_end|>"]
     vicuna = tokenizer_with(templates.remove_marks(VICUNA))
-    ids, _, begun = encode_conversation(vicuna, [user("Italy?"), says("Rome")])
+    ids, _, begun = encode_conversation(vicuna, [user("Italy?"), reply("Rome")])
     assert vicuna.decode(ids[:begun]) == "USER: Italy?\nASSISTANT: "  # without the split " Rome" is one token
     assert ids[:begun].tolist() == vicuna("USER: Italy?\nASSISTANT: ").input_ids
 
@@ -266,7 +266,7 @@ def test_only_joined_answers_are_split() -> None:
     """This tokenizer writes a blank before each text, so a split adds one."""
     tokenizer = templates.bare("llama", "<s>", "</s>")
     tokenizer.chat_template = templates.remove_marks(VICUNA)
-    ids, labels, begun = encode_conversation(tokenizer, [user("France?"), says(" Paris"), user("Italy?"), says("France")])
+    ids, labels, begun = encode_conversation(tokenizer, [user("France?"), reply(" Paris"), user("Italy?"), reply("France")])
     assert targets(tokenizer, labels.tolist()) == [" Paris\n", " France\n</s>"]
     assert (
         ids[:begun].tolist() == tokenizer("USER: France?\nASSISTANT:  Paris\nUSER: Italy?\nASSISTANT: ", add_special_tokens=False).input_ids
@@ -346,13 +346,13 @@ def test_answers_that_the_template_does_not_show() -> None:
     assert targets(tokenizer, labels.tolist()) == ["Rome\nParis.</s>"]
     tokenizer = tokenizer_with("{%- for m in messages %}{%- if m.role == 'user' %}{{- m.content }}{%- endif %}{%- endfor %} END")
     with pytest.raises(DataError, match="^the model's chat template does not show the answer 'Rome': remove the row, or"):
-        encode_conversation(tokenizer, [user("Italy?"), says("Rome")])
+        encode_conversation(tokenizer, [user("Italy?"), reply("Rome")])
 
 
 def test_two_equal_tool_calls_are_two_answers() -> None:
     tokenizer = templates.tokenizer("mistral3")
     called = CONVERSATIONS["tools"][1:3]
-    messages = [SYSTEM, user("Italy?"), *called, *called, says("It is Rome."), user("Sure?"), says("Yes.")]
+    messages = [SYSTEM, user("Italy?"), *called, *called, reply("It is Rome."), user("Sure?"), reply("Yes.")]
     _, labels, _ = encode_conversation(tokenizer, messages)
     call = _MISTRAL_CALL.replace("·", "</s>")
     assert targets(tokenizer, labels.tolist()) == [call, call, " It is Rome.</s>", " Yes.</s>"]

@@ -23,7 +23,7 @@ _A = "base_model.model.{}.lora_A.weight"
 def folded_adapter(
     folder: Path, kind: str, task: TaskConfig, ranks: tuple[int, ...], method: str = "lora"
 ) -> tuple[LiveAdapter, PeftModel]:
-    """The run's own model, its frozen weights shifted once for each rank, and PEFT's on the untouched backbone with the folded adapter."""
+    """The run's model with a shift of each rank, its shifts, and PEFT's model of the untouched backbone with the folded adapter."""
     source = checkpoint(folder / "m", kind)
     run, live = make_run(folder / "run", hub(source), task, method=method)
     shifts = [shift(live, version, rank) for version, rank in enumerate(ranks, 1)]

@@ -10,7 +10,7 @@ from fedtune.models.chat_template import Conversation, encode_conversation
 from fedtune.templates import process
 from fedtune.templates.render import render as render_chats
 from tests.models import templates
-from tests.models.test_chat_template import CONVERSATIONS, VICUNA, render, says, tokenizer_with, user
+from tests.models.test_chat_template import CONVERSATIONS, VICUNA, render, reply, tokenizer_with, user
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,4 @@ def test_a_tool_call_that_is_not_shown_is_found(name: str, hidden: bool) -> None
     tokenizer = templates.tokenizer(name)
     assert Conversation(tokenizer, CONVERSATIONS["tools"]).hides_a_call() == hidden
     assert not Conversation(tokenizer, CONVERSATIONS["empty"]).hides_a_call()
-    assert not Conversation(tokenizer, [user("?"), says("", tool_calls=[])]).hides_a_call()
+    assert not Conversation(tokenizer, [user("?"), reply("", tool_calls=[])]).hides_a_call()

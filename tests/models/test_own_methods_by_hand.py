@@ -251,7 +251,7 @@ def test_merged_weights_are_the_trained_ones(kind: str, peft: PeftConfig) -> Non
         merge(bare, delta.replace({"nowhere.bias": torch.zeros(2)}))
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------------------------
+# -- refused settings -------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_architecture_gives_a_one_sentence_error() -> None:

@@ -1,4 +1,4 @@
-"""Libraries are silent while something loads, and as loud as before afterwards."""
+"""Libraries log nothing while something loads, and log as before afterward."""
 
 import logging
 from collections.abc import Iterator

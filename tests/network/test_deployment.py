@@ -52,11 +52,11 @@ def test_three_clients_with_tls_and_keys_end_with_the_simulation_s_adapter(tmp_p
     assert (deployment.run / "report.html").is_file()
     for who in ("server", *CLIENTS):
         assert "Traceback" not in deployment.output(who)
-    secrets_stay_home(deployment)
+    check_secrets(deployment)
 
 
-def secrets_stay_home(deployment: Deployment) -> None:
-    """No private key in anything that was written, and none readable by others."""
+def check_secrets(deployment: Deployment) -> None:
+    """No written file contains a private key, and other users cannot read the keys."""
     keys = [deployment.keys / "server.key", *(deployment.keys / "clients" / name / "key" for name in CLIENTS)]
     bodies = [re.sub(r"-----[^-]+-----|\s", "", key.read_text())[40:100] for key in keys]
     for key in keys:

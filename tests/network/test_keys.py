@@ -33,7 +33,7 @@ def keys_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def shake(folder: Path, ca: Path, name: str) -> str:
+def handshake(folder: Path, ca: Path, name: str) -> str:
     """Do a TLS handshake on a socket pair as a client of the host `name`; returns the TLS version."""
     there, here = socket.socketpair()
     side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -59,19 +59,19 @@ def shake(folder: Path, ca: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", ["fed.example.org", "192.0.2.7", "localhost", "127.0.0.1", "::1"])
 def test_the_certificate_is_valid_for_each_of_its_names(keys_folder: Path, name: str) -> None:
-    assert shake(keys_folder, keys_folder / "clients" / "a" / "ca.pem", name) == "TLSv1.3"
+    assert handshake(keys_folder, keys_folder / "clients" / "a" / "ca.pem", name) == "TLSv1.3"
 
 
 @pytest.mark.parametrize("name", ["example.org", "192.0.2.8"])
 def test_the_certificate_is_invalid_for_other_names(keys_folder: Path, name: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match="mismatch|not valid for"):
-        shake(keys_folder, keys_folder / "ca.pem", name)
+        handshake(keys_folder, keys_folder / "ca.pem", name)
 
 
 def test_another_ca_is_not_trusted(keys_folder: Path, tmp_path: Path) -> None:
     make_keys(tmp_path / "other", ["fed.example.org"], ["a"])
     with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer|signature"):
-        shake(keys_folder, tmp_path / "other" / "ca.pem", "fed.example.org")
+        handshake(keys_folder, tmp_path / "other" / "ca.pem", "fed.example.org")
 
 
 def test_file_modes_and_private_keys(keys_folder: Path) -> None:
@@ -293,16 +293,16 @@ def test_clients_trust_a_renewed_server_without_changes(tmp_path: Path, capsys: 
     assert main(["keys", "--out", str(out), "--renew-server"]) == 0
     assert "server.pem server.key" in capsys.readouterr().out
     assert before[0] != (out / "server.pem").read_bytes() and before[1] != (out / "server.key").read_bytes()
-    assert shake(out, trusted, "fed.example.org") == shake(out, trusted, "127.0.0.1") == "TLSv1.3"
+    assert handshake(out, trusted, "fed.example.org") == handshake(out, trusted, "127.0.0.1") == "TLSv1.3"
     (out / "ca.key").rename(tmp_path / "kept.key")  # stored on another machine
     with pytest.raises(ConfigError, match="there is no .*ca.key: give the CA's key with --ca-key FILE"):
         renew_server(out, [])
     assert (
         main(["keys", "--out", str(out), "--renew-server", "--server-name", "new.example.org", "--ca-key", str(tmp_path / "kept.key")]) == 0
     )
-    assert shake(out, trusted, "new.example.org") == "TLSv1.3"
+    assert handshake(out, trusted, "new.example.org") == "TLSv1.3"
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(out, trusted, "fed.example.org")
+        handshake(out, trusted, "fed.example.org")
 
 
 def test_only_the_ca_s_own_key_signs_and_not_beyond_its_expiry(tmp_path: Path) -> None:

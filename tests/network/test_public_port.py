@@ -347,7 +347,7 @@ def test_a_slow_but_steady_caller_is_served(impatient_port: int) -> None:
             assert client.post(f"http://127.0.0.1:{impatient_port}/v1/fleet/push-object", content=content).status_code == 200
 
 
-def _babble(port: int, draw: random.Random) -> None:
+def _send_garbage(port: int, draw: random.Random) -> None:
     """Bytes that are not HTTP, or an incomplete request."""
     head = b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n" if draw.random() < 0.5 else b""
     with socket.create_connection(("127.0.0.1", port)) as raw:
@@ -365,7 +365,7 @@ def test_5000_random_bodies_leave_a_real_link_working(tmp_path: Path) -> None:
         with Echo(link.port) as node:
             for number in range(5000):
                 if number % 5 == 4:
-                    _babble(link.port, draw)
+                    _send_garbage(link.port, draw)
                     continue
                 if number % 80 == 0:
                     http = httpx.Client()

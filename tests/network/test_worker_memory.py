@@ -1,4 +1,4 @@
-"""What a device's worker imports before it loads a model, and during a turn."""
+"""The imports of a device's worker before it loads a model and during a turn."""
 
 import json
 import subprocess

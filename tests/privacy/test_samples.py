@@ -25,7 +25,7 @@ CLASSES = TaskConfig(kind="classification", max_length=12)
 
 
 def perturbed_adapter(folder: Path, kind: str, method: str, task: TaskConfig, **changes: Any) -> LiveAdapter:
-    """With every tensor perturbed: LoRA's B starts at zero, where half of the gradients would be zero too."""
+    """An adapter with every tensor perturbed: with LoRA's B at zero, half of the gradients would be zero too."""
     with quiet():
         backbone = load_backbone(hub(checkpoint(folder, kind)), task, num_labels=3 if task is CLASSES else 0)
         live = LiveAdapter(backbone, PeftConfig(**{"method": method, "rank": 3, "tokens": 3, "bottleneck": 5, **changes}), task)
@@ -224,7 +224,7 @@ def test_products_in_bf16_are_hooked_too(tmp_path: Path) -> None:
 
 
 def quantized_adapter(folder: Path, method: str, task: TaskConfig, precision: str) -> LiveAdapter:
-    """Like `built`, with biases and a backbone whose weight rows are multiples of 64."""
+    """Like `perturbed_adapter`, with biases and a backbone whose weight rows are multiples of 64."""
     config = llama_config(Qwen2Config, tie_word_embeddings=False, hidden_size=64, intermediate_size=128)
     settings = hub(checkpoint(folder, "qwen2", config=config), precision=precision, compute="fp32")
     with quiet():

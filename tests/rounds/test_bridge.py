@@ -1,4 +1,4 @@
-"""The bridge over clients without models: which updates count, who is dropped and why, what a restart keeps."""
+"""The bridge over clients without models: which updates count, which are dropped and why, and the state after a restart."""
 
 import dataclasses
 import json

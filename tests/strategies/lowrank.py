@@ -31,7 +31,7 @@ def adapter(seed: int = 0, *, rank: int = 2, alpha: float = 3.0, method: str = "
     return AdapterState(tensors, spec)
 
 
-def still(rank: int, method: str = "lora") -> AdapterState:
+def zero_adapter(rank: int, method: str = "lora") -> AdapterState:
     """A global adapter that adds nothing to the weights: B = 0."""
     state = adapter(rank=rank, method=method)
     return state.replace({n: t * (not n.endswith("_B")) for n, t in state.tensors.items()})

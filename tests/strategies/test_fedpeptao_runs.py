@@ -29,7 +29,7 @@ from tests.fakes import RecordingObserver, fake_bridge
 from tests.strategies.test_fedpeptao import one_round, reply, run
 from tests.tiny import tiny_config
 
-# -- what every strategy owes -------------------------------------------------------------------------------------------------------------
+# -- properties of every strategy ---------------------------------------------------------------------------------------------------------
 
 COHORTS = [{"a": 1, "b": 7, "c": 40}, {"a": 1, "c": 40}, {"b": 7, "c": 40}, {"a": 1, "b": 7}, *[{"a": 1, "b": 7, "c": 40}] * 3]
 

@@ -25,8 +25,8 @@ from tests.strategies.lowrank import (
     delta,
     in_bf16,
     mean,
-    still,
     swap_if_square,
+    zero_adapter,
 )
 
 
@@ -39,7 +39,7 @@ def test_the_product_is_the_weighted_mean_by_hand() -> None:
 
     updates = [rank_one(1, a=1, b=1), rank_one(3, a=5, b=5)]
     after = FLoRA().aggregate(1, FLoRA().start(updates[0].adapter), iter(updates))
-    # by hand: (1*1*1 + 3*5*5) / 4 = 19; averaging a and b apart gives 4 * 4 = 16
+    # by hand: (1*1*1 + 3*5*5) / 4 = 19; averaging a and b separately gives 4 * 4 = 16
     (shift,) = after.shifts
     assert (shift["q.lora_B"] @ shift["q.lora_A"]).item() == 19.0 and shift.spec.scaling == {"q": 1.0} and shift.spec.version == 1
     assert after.adapter["q.lora_B"].item() == 0.0
@@ -49,7 +49,7 @@ def test_the_product_is_the_weighted_mean_by_hand() -> None:
 @given(clients=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 1000)), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_mixed_ranks_counts_and_scalings_are_exact(clients: list[tuple[int, int]], seed: int) -> None:
     updates = cohort([r for r, _ in clients], [n for _, n in clients], seed=seed)
-    after = FLoRA().aggregate(1, FLoRA().start(still(4)), iter(updates))
+    after = FLoRA().aggregate(1, FLoRA().start(zero_adapter(4)), iter(updates))
     assert_equal(change(after), mean(updates))
     # the stack itself if it is no larger than the layer; else its singular vectors above float32's resolution
     total = sum(r for r, _ in clients)

@@ -203,7 +203,7 @@ def test_the_clients_own_rows_decide_not_the_longest_allowed_row() -> None:
 
 
 def test_a_correction_changes_the_choice() -> None:
-    # all but the weights doubled: 4 + 0.4 + 8·0.4 = 7.6 > 7.2; 4 rows: 6
+    # everything but the weights is doubled: 4 + 0.4 + 8·0.4 = 7.6 > 7.2; 4 rows: 6
     assert pick(DeviceClass(memory_mb=8.0), correction=Correction(memory=2.0)).micro == 4
     assert pick(DeviceClass(gflops_per_core=1.0), deadline_s=40.0, correction=Correction(time=2.0)).steps == 2  # ⌊30 / 12.8⌋
 

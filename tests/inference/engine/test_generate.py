@@ -21,8 +21,8 @@ from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
 from fedtune.inference.engine.speculate.lookup_or_recycle import LookupOrRecycle
-from tests.inference.engine.built import build
 from tests.inference.engine.drafters import Oracle, Scribble, Silent, ThirdIsWrong
+from tests.inference.engine.engines import build
 from tests.inference.engine.tiny import VOCAB
 
 

@@ -23,7 +23,7 @@ from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
-from tests.inference.engine.built import build
+from tests.inference.engine.engines import build
 from tests.inference.engine.test_generate import Alone, compare, tokens
 from tests.inference.engine.test_speculate import critical
 

@@ -295,7 +295,7 @@ def test_a_template_is_sandboxed_and_its_faults_give_a_one_sentence_error(tmp_pa
         TEXTS["words"].chat([])
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------------------------
+# -- complete tokenizers ----------------------------------------------------------------------------------------------------------------
 
 
 def test_wrap_is_for_one_field() -> None:

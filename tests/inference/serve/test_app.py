@@ -19,7 +19,7 @@ from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.formats import ResponseFormatter
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.served_model import ServedModel
-from tests.inference.serve.served import Served, answer_alone, serve_model, text_of
+from tests.inference.serve.servers import Served, answer_alone, serve_model, text_of
 
 ASK = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 12}
 

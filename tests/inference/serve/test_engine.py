@@ -19,7 +19,7 @@ from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.serve.adapters import add_adapter, factors
-from tests.inference.serve.served import make_scheduler, serve_model, text_of, tiny_model
+from tests.inference.serve.servers import make_scheduler, serve_model, text_of, tiny_model
 from tests.quick import quick
 
 ASKED = [

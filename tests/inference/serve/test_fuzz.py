@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.serve.limits import Limits
-from tests.inference.serve.served import Served, serve_model
+from tests.inference.serve.servers import Served, serve_model
 
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tiny", "prompt": "a", "max_tokens": 2},

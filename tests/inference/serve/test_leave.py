@@ -14,7 +14,7 @@ import pytest
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.serve.listener import listen, url
 from fedtune.inference.serve.server import HttpServer
-from tests.inference.serve.served import serve_model
+from tests.inference.serve.servers import serve_model
 
 
 class App:

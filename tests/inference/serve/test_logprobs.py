@@ -21,7 +21,7 @@ from fedtune.inference.engine.text import Text
 from fedtune.inference.generate_transformers import HubText
 from fedtune.inference.serve.logprobs import LogprobFormatter, TokenLogprob
 from tests.inference.engine.test_text import TOKENIZERS
-from tests.inference.serve.served import Served, serve_model
+from tests.inference.serve.servers import Served, serve_model
 from tests.quick import quick
 
 TEXTS = {name: Text(make(), bos=None, ends=frozenset({2}), template=None, names={}) for name, make in TOKENIZERS.items()}

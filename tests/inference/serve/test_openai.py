@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.sample import Sampling
-from tests.inference.serve.served import Served, answer_alone, serve_model, text_of
+from tests.inference.serve.servers import Served, answer_alone, serve_model, text_of
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from fedtune.inference.engine.load import Engine
 from fedtune.inference.serve.listener import is_loopback, listen, public_warning, url
 from fedtune.inference.serve.server import Server
 from fedtune.inference.serve.start import make_caches, parse_adapters
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 from tests.inference.serve.soak import ROOT, faults, package, server, soak
 
 

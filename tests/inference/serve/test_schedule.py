@@ -20,7 +20,7 @@ from fedtune.inference.engine.requests import Busy, GenerationRequest, Output, S
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.engine.text import Text
-from tests.inference.serve.served import answer_alone, make_scheduler, text_of
+from tests.inference.serve.servers import answer_alone, make_scheduler, text_of
 
 V, END = 40, 0
 WORDS = Text(Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w1")), bos=None, ends=frozenset({END}), template=None, names={})

@@ -19,7 +19,7 @@ from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.simulations.benchmarks.inference.models import SIZES, VOCABULARY, package
 from fedtune.simulations.benchmarks.inference.widen import Size, widen
-from tests.inference.engine.built import build
+from tests.inference.engine.engines import build
 
 DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../shared/data")).resolve()
 needs_data = pytest.mark.skipif(not (DATA / "models").is_dir(), reason="needs FEDTUNE_DATA with models")

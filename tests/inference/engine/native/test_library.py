@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(autouse=True)
-def _not_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _clear_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("FEDTUNE_NATIVE", raising=False)
     remembered = library._chosen, library._opened
     for function in remembered:
