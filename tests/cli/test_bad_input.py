@@ -151,7 +151,7 @@ def test_bad_input_of_an_export(place: Path, capsys: pytest.CaptureFixture[str],
     assert_one_sentence(fedtune(["export", str(place / "run")]), capsys.readouterr().err, expected)
 
 
-def test_generate_from_a_missing_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generating_from_a_missing_folder_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_one_sentence(fedtune(["generate", str(place / "nowhere"), "hello"]), capsys.readouterr().err, "nowhere")
 
 

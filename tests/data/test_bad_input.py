@@ -231,20 +231,20 @@ def test_bad_folders(tmp_path: Path) -> None:
         load(tmp_path / "a.csv", data={"test_path": str(tmp_path / "a.csv")})
 
 
-def test_two_files_of_one_client(tmp_path: Path) -> None:
+def test_two_files_of_one_client_are_refused(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.ndjson"):
         (tmp_path / name).write_text(Q)
     with pytest.raises(DataError, match="are both client 'a': rename one of them"):
         load(tmp_path, data={"client_from_file": True})
 
 
-def test_a_client_column_beside_client_from_file(tmp_path: Path) -> None:
+def test_a_client_column_beside_client_from_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x", "client": "b"}')
     with pytest.raises(DataError, match="already has a column 'client': set data.client_from_file=false"):
         load(tmp_path, data={"client_from_file": True})
 
 
-def test_an_unknown_test_label(tmp_path: Path) -> None:
+def test_an_unknown_test_label_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(Q)
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "t", "label": "new"}))
     with pytest.raises(DataError, match="test row 1 has the label 'new', but the classes are x: correct it or remove the row$"):

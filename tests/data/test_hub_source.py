@@ -34,7 +34,7 @@ def test_a_saved_data_set_with_its_own_class_names_and_test_split(tmp_path: Path
     assert set(federation.test["label"]) == {0}
 
 
-def test_a_single_saved_split(tmp_path: Path) -> None:
+def test_a_single_saved_split_is_divided(tmp_path: Path) -> None:
     rows(10).save_to_disk(tmp_path / "one")
     federation = load(tmp_path / "one")
     assert (len(federation.rows), len(federation.test)) == (9, 1)

@@ -120,7 +120,7 @@ def test_explicitly_named_columns_are_used() -> None:
     assert messages([row], columns={"prompt": "q", "answer": "a"})[0][0]["content"] == "Other?"
 
 
-def test_roles_and_further_keys() -> None:
+def test_roles_are_mapped_and_tool_keys_are_kept() -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Lima"}}}
     chat = [
         {"role": "developer", "content": "Be brief."},

@@ -167,7 +167,7 @@ def test_model_names_in_requests(device: Device) -> None:
     assert httpx.get(device.url, headers={"Host": "evil.example"}).status_code == 403
 
 
-def test_api_keys(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_server_requires_its_api_key(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_API_KEY", "secret")
     device.serve("a")
     assert device.ask().status_code == 401

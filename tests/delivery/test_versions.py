@@ -41,7 +41,7 @@ def names(versions: Versions) -> list[str]:
     return [version.name for version in versions.names()]
 
 
-def test_a_device_without_a_model(tmp_path: Path) -> None:
+def test_a_device_without_a_model_has_no_versions(tmp_path: Path) -> None:
     versions = Versions(tmp_path)
     assert versions.current() is None and versions.names() == []
     with pytest.raises(CheckpointError, match=r"cannot go back to an earlier model in .*models: no model has been installed there$"):

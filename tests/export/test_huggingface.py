@@ -90,7 +90,7 @@ def test_an_adapter_of_the_embedded_backbone_finds_it_on_another_machine(tmp_pat
     torch.testing.assert_close(model(token_ids()).logits, want, rtol=0, atol=2e-6 * want.abs().max().item())
 
 
-def test_patterns_and_rank_stabilized_scaling_of_other_peoples_adapters(tmp_path: Path) -> None:
+def test_rank_patterns_and_scaling_of_foreign_adapters_are_merged(tmp_path: Path) -> None:
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(0)  # PEFT draws the factors
         base = AutoModelForCausalLM.from_pretrained(checkpoint(tmp_path / "m"))
@@ -203,7 +203,7 @@ def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
         export_hf(run, tmp_path / "out")
 
 
-def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_run_directory_is_refused(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     with pytest.raises(ModelError, match="cannot write"):
         export_hf(run, run / "config.yaml" / "merged")

@@ -92,7 +92,7 @@ def go(tmp_path: Path, cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_go_renders_the_same(tmp_path: Path) -> None:
+def test_go_renders_the_same_texts(tmp_path: Path) -> None:
     cases, want = list[tuple[str, dict[str, Any]]](), list[str]()
     for family in FAMILIES:
         tokenizer = templates.tokenizer(family)
@@ -156,7 +156,7 @@ def test_differences_are_reported() -> None:
         go_template(with_template("{{ raise_exception('no') }}"))
 
 
-def test_a_template_without_a_place_for_the_system_message() -> None:
+def test_a_system_message_without_a_place_in_the_template_is_left_out() -> None:
     template = go_template(with_template(LOOP.replace("%s", "{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endif %}")))[0]
     assert evaluate(template, **data(talk(1, "Be brief."))) == f"user: {ODD} 0?\nA:"
 

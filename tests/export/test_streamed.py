@@ -150,7 +150,7 @@ def test_other_names_in_the_checkpoint(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_tied_embedding_that_is_stored_twice(tmp_path: Path, same: bool) -> None:
+def test_a_tied_embedding_that_is_stored_twice_is_merged_as_in_memory(tmp_path: Path, same: bool) -> None:
     folder = checkpoint(tmp_path / "m")
     path = folder / "model.safetensors"
     stored_tensors = load_file(path)

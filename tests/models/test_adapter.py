@@ -171,7 +171,7 @@ def test_conv1d_is_wrapped_silently(tmp_path: Path, capfd: pytest.CaptureFixture
     ("targets", "count"),
     [("all-linear", 14), ("q_proj", 2), (["q_proj", "v_proj"], 4), ("layers.1.mlp.up_proj", 1), (["q_proj", "q_proj"], 2)],
 )
-def test_targets(tmp_path: Path, targets: object, count: int) -> None:
+def test_the_targets_get_factors(tmp_path: Path, targets: object, count: int) -> None:
     live = make(tmp_path / "m", peft=PeftConfig(targets=targets))
     assert len(live.spec.ranks) == count and len(live.parameters) == 2 * count
 
@@ -185,7 +185,7 @@ def test_targets(tmp_path: Path, targets: object, count: int) -> None:
      ("lm_head", "called 'lm_head'"), ("embed_tokens", "called 'embed_tokens'"), ([], "must be all-linear"), (3, "must be all-linear"),
      (["q_proj", 3], "must be all-linear")],
 )  # fmt: skip
-def test_targets_that_match_nothing(tmp_path: Path, targets: object, words: str) -> None:
+def test_targets_that_match_nothing_are_refused(tmp_path: Path, targets: object, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         make(tmp_path / "m", peft=PeftConfig(targets=targets))
     with pytest.raises(ModelError, match=words):

@@ -221,7 +221,7 @@ def expect_error(config: ModelConfig, words: str, task: TaskConfig = CAUSAL, num
     assert "\n" not in str(bad.value)
 
 
-def test_folders_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expect_error(hub(tmp_path / "nowhere"), "no such folder; give a local folder or a hub name")
     (tmp_path / "file").write_text("x")
     expect_error(hub(tmp_path / "file"), "is a file")
@@ -239,7 +239,7 @@ def test_folders_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPat
      ('{"model_type": "bert"}', "is an encoder, which does not support task.kind=causal_lm"),
      ('{"model_type": "llama", "hidden_size": "wide"}', "not a valid 'llama' config")],
 )  # fmt: skip
-def test_configs_that_are_invalid(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_configs_are_refused(tmp_path: Path, text: str, words: str) -> None:
     folder = checkpoint(tmp_path / "m")
     (folder / "config.json").write_text(text)
     expect_error(hub(folder), words)
@@ -254,7 +254,7 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_are_missing_or_pickled(tmp_path: Path) -> None:
+def test_missing_or_pickled_weights_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     os.rename(folder / "model.safetensors", tmp_path / "kept")
     expect_error(hub(folder), "has no weights")
@@ -262,7 +262,7 @@ def test_weights_that_are_missing_or_pickled(tmp_path: Path) -> None:
     expect_error(hub(folder), r"only pickled weights \(pytorch_model.bin\)")
 
 
-def test_shards_that_are_missing_or_elsewhere(tmp_path: Path) -> None:
+def test_missing_or_outside_shards_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", max_shard_size="4KB")
     first = sorted(folder.glob("*.safetensors"))[0]
     first.unlink()
@@ -274,7 +274,7 @@ def test_shards_that_are_missing_or_elsewhere(tmp_path: Path) -> None:
     expect_error(hub(folder), "must be JSON with a weight_map")
 
 
-def test_safetensors_that_are_damaged(tmp_path: Path) -> None:
+def test_damaged_safetensors_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     path = folder / "model.safetensors"
     data = path.read_bytes()
@@ -289,7 +289,7 @@ def test_safetensors_that_are_damaged(tmp_path: Path) -> None:
         expect_error(hub(folder), words)
 
 
-def test_weights_and_config_that_do_not_belong_together(tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_config_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     llama_config(num_hidden_layers=3).save_pretrained(folder)
     expect_error(hub(folder), "is missing from")
@@ -302,7 +302,7 @@ def test_weights_and_config_that_do_not_belong_together(tmp_path: Path) -> None:
     expect_error(hub(bare), "'bert.pooler.dense.bias' has another shape in", CLASSES, 3)
 
 
-def test_tokenizers_that_are_missing_damaged_or_too_large(tmp_path: Path) -> None:
+def test_missing_damaged_and_too_large_tokenizers_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     shutil.copytree(folder, tmp_path / "large")
     words = tokenizer()
@@ -315,7 +315,7 @@ def test_tokenizers_that_are_missing_damaged_or_too_large(tmp_path: Path) -> Non
     expect_error(hub(folder), "has no tokenizer")
 
 
-def test_tasks_that_do_not_fit(tmp_path: Path) -> None:
+def test_tasks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     expect_error(hub(folder), "at least 2 classes", CLASSES, 1)
     expect_error(hub(folder), "task.max_length=65 is more than the context", TaskConfig(kind="causal_lm", max_length=65))
@@ -328,7 +328,7 @@ def test_tasks_that_do_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device(tmp_path: Path) -> None:
+def test_cuda_without_a_device_is_refused(tmp_path: Path) -> None:
     config = hub(checkpoint(tmp_path / "m"))
     config.device = "cuda"
     expect_error(config, "no CUDA device")
@@ -348,6 +348,6 @@ def test_real_weights_load_as_decoder_and_as_classifier() -> None:
     ("name", "there", "device"),
     [("auto", True, "cuda"), ("auto", False, "cpu"), ("cuda", True, "cuda"), ("cpu", True, "cpu"), ("cpu", False, "cpu")],
 )
-def test_the_selected_device(monkeypatch: pytest.MonkeyPatch, name: str, there: bool, device: str) -> None:
+def test_the_selected_device_follows_the_setting(monkeypatch: pytest.MonkeyPatch, name: str, there: bool, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert pick_device(name) == torch.device(device)

@@ -78,7 +78,7 @@ def test_later_turns_that_do_not_fit_are_left_out_whole_and_counted(backbone: Ba
     assert "later turns of 1 of 1 conversations are left out, and 0 conversations whose first answer does not fit" in caplog.text
 
 
-def test_a_conversation_without_a_fitting_answer(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_conversation_without_a_fitting_answer_is_left_out(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
     short = turns("?", "!")
     with caplog.at_level(logging.WARNING):
         (kept,) = encode(backbone, turns(" ".join(ASKED), "Rome."), short, max_length=16)

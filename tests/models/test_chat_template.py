@@ -331,7 +331,7 @@ def test_marks_that_include_the_role() -> None:
     assert tokenizer.decode(ids[begun:]) == "Paris.<|im_end|>"
 
 
-def test_answers_that_the_template_does_not_show() -> None:
+def test_answers_that_the_template_does_not_show_are_not_targets() -> None:
     chatml = templates.remove_marks(templates.CHATML)
     tokenizer = tokenizer_with(chatml.replace("in messages", "in messages[-2:]"), "<|im_end|>", "<|im_start|>")
     _, labels, _ = encode_conversation(tokenizer, CONVERSATIONS["three"])

@@ -60,7 +60,7 @@ def test_the_error_is_the_tail_of_the_singular_values(tmp_path: Path, kind: str,
         check_start(wide(tmp_path / method, kind), precision, dataclasses.replace(PEFT, method=method, rank_pattern=pattern))
 
 
-def test_random_backbones(tmp_path: Path) -> None:
+def test_the_start_of_a_random_backbone(tmp_path: Path) -> None:
     check_start(wide(tmp_path / "m"), "nf4", init="random")
 
 

@@ -230,7 +230,7 @@ def test_a_slot_with_nonzero_padding_is_detected(tmp_path: Path, monkeypatch: py
         test_a_smaller_rank_in_the_slot_is_exact(tmp_path, "lora", "llama")
 
 
-def test_ranks_by_module_and_the_scaling_of_each_method(tmp_path: Path) -> None:
+def test_each_module_has_its_rank_and_each_method_its_scaling(tmp_path: Path) -> None:
     pattern = {"q_proj": 4, "layers.1.self_attn.q_proj": 9, "mlp.up_proj": 2}
     checkpoint(tmp_path / "m")
     for name, scale in {"lora": lambda r: 6 / r, "dora": lambda r: 6 / r, "rslora": lambda r: 6 / r**0.5}.items():

@@ -65,7 +65,7 @@ def test_houlsby_adapts_attention_too_and_shared_layers_once(kind: str, places: 
     assert len(t5) == 2 * 2 + 2 * 3  # the encoder's attention and feed-forward; the decoder's two attentions and feed-forward
 
 
-def test_initial_values_of_adapters() -> None:
+def test_initial_values_of_adapters_have_the_stated_range() -> None:
     draw = torch.Generator().manual_seed(0)
     initial = method("adapter").initial("x.adapter_down.weight", (3, 16), PFEIFFER, draw, 0.02)
     assert 0.5 / 4 < initial.abs().max() <= 1 / 4  # kaiming_uniform(a=√5): U(±1/√16)

@@ -225,7 +225,7 @@ def test_a_key_that_is_not_allowed_is_reported_and_the_node_retries(
     assert not any(line.startswith("-----") or key.read_text()[40:60] in line for line in client.reports)  # the key is never printed
 
 
-def test_plain_http_to_a_tls_port_and_tls_to_a_plain_one(
+def test_plain_http_to_a_tls_port_and_tls_to_a_plain_port_are_reported(
     safe_server: Server, server: Server, tls_files: Certificates, running: Start, tmp_path: Path
 ) -> None:
     plain = running(safe_server.address)

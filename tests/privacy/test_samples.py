@@ -109,7 +109,7 @@ QUICK = [case for case in CASES if (case[1] == "llama" and case[2] is LM) or cas
 
 
 @pytest.mark.parametrize(("method", "kind", "task", "way"), quick(CASES, *QUICK), ids=[f"{m}-{k}-{t.kind}" for m, k, t, _ in CASES])
-def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, way: str | None) -> None:
+def test_the_gradients_of_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, way: str | None) -> None:
     live = perturbed_adapter(tmp_path / "m", kind, method, task)
     names, batch, before = list(live.parameters), rows(task, live.backbone.seq2seq), hooks(live)
     chosen = samples.find_way(live, names, task)
@@ -143,7 +143,7 @@ def test_the_loop_matches_single_backward_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_part_of_the_tensors(tmp_path: Path) -> None:
+def test_gradients_of_a_part_of_the_tensors(tmp_path: Path) -> None:
     live = perturbed_adapter(tmp_path / "m", "llama", "dora", LM)
     names = [n for n in live.parameters if n.endswith(".lora_B")]
     for n, p in live.parameters.items():

@@ -93,7 +93,7 @@ def test_the_tracker_reaches_the_median(start: float, noise: float) -> None:
     assert sum(seen[-50:]) / 50 == pytest.approx(1.06, rel=0.1)
 
 
-def test_counting_clipped_updates_instead_diverges() -> None:
+def test_counting_clipped_instead_of_unclipped_updates_diverges() -> None:
     # Flower's sign: C falls where it should rise
     sizes, clip, tracker = [1.0] * 10, 0.1, Tracker(noise=0.0)
     for _ in range(60):

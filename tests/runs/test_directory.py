@@ -121,7 +121,7 @@ def test_a_missing_run_is_reported(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path / "nothing")
 
 
-def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_output_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot create the run directory"):
         RunDirectory.create(Config(output_dir=str(tmp_path / "file")))

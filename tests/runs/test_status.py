@@ -114,7 +114,7 @@ def test_a_simulated_run(tmp_path: Path) -> None:
     assert "has finished: round 2 of 2" in show(read_status(run))
 
 
-def test_before_the_first_round_and_after_a_damaged_checkpoint(tmp_path: Path) -> None:
+def test_status_before_the_first_round_and_after_a_damaged_checkpoint(tmp_path: Path) -> None:
     run = run_folder(tmp_path)
     (run / "metrics.jsonl").unlink()
     (run / "checkpoints" / "round-0002" / "checkpoint.json").write_text("{")
@@ -164,7 +164,7 @@ def control() -> Iterator[str]:
         thread.join()
 
 
-def test_status_from_a_server_s_private_port(tmp_path: Path, control: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_is_read_from_a_server_s_private_port(tmp_path: Path, control: str, capsys: pytest.CaptureFixture[str]) -> None:
     Answers.body = b""
     assert main(["status", "--control", control]) == 2
     assert "answers 404" in capsys.readouterr().err

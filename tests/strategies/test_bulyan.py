@@ -17,7 +17,7 @@ from tests.strategies.updates import close, flower_result, plain, random_adapter
 LINE = (0.0, 1.0, 2.5, 4.5, 7.0, 10.0, 1000.0)
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     updates = [update(f"c{i}", plain(x), examples=i + 1) for i, x in enumerate(LINE)]
     # f = 1, n = 7: scores over the 4 closest, by hand 0: 1 + 6.25 + 20.25 + 49 = 76.5; 1: 1 + 2.25 + 12.25 + 36 = 51.5;
     # 2.5: 2.25 + 4 + 6.25 + 20.25 = 32.75; 4.5: 4 + 6.25 + 12.25 + 20.25 = 42.75; 7: 6.25 + 9 + 20.25 + 36 = 71.5; 10: far

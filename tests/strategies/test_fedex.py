@@ -55,7 +55,7 @@ def test_unequal_counts_are_exact(counts: list[int], rank: int, seed: int) -> No
     assert all(torch.equal(after.adapter[n], averaged[n]) for n in averaged.tensors)
 
 
-def test_exact_on_gpt2_layers() -> None:
+def test_the_result_is_exact_on_gpt2_layers() -> None:
     assert_exact_on_conv1d(FedEx())
 
 

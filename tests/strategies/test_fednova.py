@@ -15,7 +15,7 @@ from fedtune.strategies.fednova import FedNova
 from tests.strategies.updates import close, plain, random_adapter, update
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     updates = [update("a", plain(-1.0), 1, lr_sum=0.1), update("b", plain(4.0), 3, lr_sum=0.4)]
     # d_a = (0 + 1) / .1 = 10, d_b = −4 / .4 = −10; Σ p d = (10 − 30) / 4 = −5; Σ p‖a‖ = (.1 + 3·.4) / 4 = .325; w = 0 + 1.625
     out = FedNova().aggregate(1, ServerState(adapter=plain(0.0)), iter(updates))

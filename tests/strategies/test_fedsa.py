@@ -72,7 +72,7 @@ def test_only_factor_a_is_sent_and_the_rest_is_kept() -> None:
     assert assignments["a"].adapter is assignments["b"].adapter  # encoded once
 
 
-def test_rounds_over_the_wire(tmp_path: Path) -> None:
+def test_two_rounds_over_the_wire_by_hand(tmp_path: Path) -> None:
     config = Config(rounds=2, clients_per_round=2)
     bridge, observer = fake_bridge(
         tmp_path / "run", fake_client_app({"a": 1, "b": 3}), 2, config, strategy=FedSA(), initial=lora_state(fill=0.0)

@@ -106,7 +106,7 @@ def test_a_square_module_costs_half_the_bytes() -> None:
     assert assignments["a"].adapter.nbytes * 2 == state.adapter.nbytes
 
 
-def test_rounds_over_the_wire(tmp_path: Path) -> None:
+def test_two_rounds_over_the_wire_by_hand(tmp_path: Path) -> None:
     start = lora_state(fill=0.0).replace({n: t + n.endswith("lora_A") for n, t in lora_state(fill=0.0).tensors.items()})
     bridge, observer = fake_bridge(
         tmp_path / "run",

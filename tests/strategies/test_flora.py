@@ -57,7 +57,7 @@ def test_mixed_ranks_counts_and_scalings_are_exact(clients: list[tuple[int, int]
         assert rank == total if total <= min(SHAPES[module]) else rank <= min(SHAPES[module])
 
 
-def test_exact_on_gpt2_layers() -> None:
+def test_the_result_is_exact_on_gpt2_layers() -> None:
     assert_exact_on_conv1d(FLoRA())
 
 

@@ -12,7 +12,7 @@ from fedtune.strategies.krum import Krum
 from tests.strategies.updates import close, plain, random_adapter, update, with_other_factors
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     updates = [update(c, plain(x)) for c, x in (("a", 0.0), ("b", 1.0), ("c", 2.5), ("d", 4.5), ("e", 100.0))]
     # f = 1, n = 5: the 2 closest. a: 1 + 6.25; b: 1 + 2.25; c: 2.25 + 4; d: 4 + 12.25; e: far
     out = Krum(malicious=1).aggregate(1, ServerState(adapter=plain(0.0)), iter(updates))

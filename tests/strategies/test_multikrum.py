@@ -21,7 +21,7 @@ def line() -> list:
     return [update(c, plain(x), n) for c, x, n in (("a", 0.0, 1), ("b", 1.0, 1), ("c", 2.5, 3), ("d", 4.5, 1), ("e", 100.0, 90))]
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     # f = 1, n = 5: the 2 closest. a: 7.25; b: 3.25; c: 6.25; d: 16.25; e: far. The best two are b and c: (1·1 + 3·2.5) / 4
     out = MultiKrum(malicious=1, select=2).aggregate(1, ServerState(adapter=plain(0.0)), iter(line()))
     assert out.adapter["w"].item() == 2.125

@@ -30,7 +30,7 @@ def check_by_hand() -> None:
     assert QFedAvg(q=1.0, lr=0.5).aggregate(1, START, iter(updates)).adapter["w"].item() == pytest.approx(2 / 3)
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     check_by_hand()
 
 

@@ -54,7 +54,7 @@ def test_c_is_the_mean_of_the_clients_seen_for_any_participation() -> None:
     assert len(own["head.weight"]) == 4
 
 
-def test_the_servers_rate() -> None:
+def test_the_server_s_rate_scales_the_step() -> None:
     out = SCAFFOLD(lr=0.5).aggregate(
         1, ServerState(adapter=plain(2.0)), [update("a", plain(4.0), lr_sum=1.0), update("b", plain(8.0), lr_sum=1.0)]
     )

@@ -116,7 +116,7 @@ LEAN = dataclasses.replace(SHAPES, layers=4, hidden=50, inner=200, query=50, key
         (5.2, 1, 1),  # 4.59 ≤ 4.68 < 4.85
     ],
 )
-def test_fewer_kept_layers_or_smaller_micro_batches(memory_mb: float, micro: int, kept: int | None) -> None:
+def test_little_memory_gives_fewer_kept_layers_or_smaller_micro_batches(memory_mb: float, micro: int, kept: int | None) -> None:
     choice = choose(DeviceClass(memory_mb=memory_mb), LEAN, WORK, rank=8, precisions=["fp32"])
     assert (choice.micro, choice.kept_layers) == (micro, kept)
     # with checkpointing no layer keeps anything, so a smaller micro-batch is the only way
@@ -144,7 +144,7 @@ def test_the_operations_and_bytes_of_a_step_by_hand() -> None:
         (1.0, "nf4", 25, 1),  # 0.9449 > 0.9; a quarter: 0.8949
     ],
 )
-def test_reductions_for_memory(memory_mb: float | None, precision: str, length: int, micro: int) -> None:
+def test_a_memory_limit_reduces_precision_length_or_micro_batch(memory_mb: float | None, precision: str, length: int, micro: int) -> None:
     choice = pick(DeviceClass(memory_mb=memory_mb))
     assert (choice.precision, choice.length, choice.micro, choice.batch, choice.steps) == (precision, length, micro, 16, 12)
 
@@ -175,7 +175,7 @@ def test_a_row_that_does_not_fit_is_declined_with_a_reason() -> None:
         (1.0, 1, 1),  # 0.4 ≤ 0.75 < 0.8
     ],
 )
-def test_reductions_for_time(deadline_s: float | None, batch: int, steps: int) -> None:
+def test_a_deadline_reduces_batch_or_steps(deadline_s: float | None, batch: int, steps: int) -> None:
     choice = pick(DeviceClass(gflops_per_core=1.0), deadline_s=deadline_s)
     assert (choice.batch, choice.steps, choice.micro, choice.precision, choice.length) == (batch, steps, batch, "fp32", 100)
     assert choice.seconds == pytest.approx(0.4 * batch * steps)

@@ -39,7 +39,7 @@ def theirs(model: Any, ids: Tensor, **more: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_full_pass(name: str, tmp_path: Path) -> None:
+def test_a_full_pass_equals_transformers(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     ids = some_ids(41)
     cache = engine.cache(limit=41)
@@ -49,7 +49,7 @@ def test_a_full_pass(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_single_tokens_and_chunks(name: str, tmp_path: Path) -> None:
+def test_single_tokens_and_chunks_equal_transformers(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     ids = some_ids(30, 1)
     for sizes in ([1] * 30, [11, 1, 7, 2, 9]):
@@ -141,7 +141,7 @@ def test_an_early_exit_and_its_continuation(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(actual, theirs(model, torch.cat([ids, ids[:3]]))[-1:], **CLOSE)
 
 
-def test_embeddings_in_place_of_ids(tmp_path: Path) -> None:
+def test_embeddings_give_the_result_of_their_ids(tmp_path: Path) -> None:
     _, engine = both("llama", tmp_path)
     ids = some_ids(6)
     one, other = (engine.cache(limit=6) for _ in range(2))
@@ -238,7 +238,7 @@ def test_rows_that_belong_to_no_span_and_unknown_tokens_are_refused(tmp_path: Pa
     assert cache.length == 0
 
 
-def test_masks() -> None:
+def test_the_causal_mask_by_hand() -> None:
     # two queries, at positions 2 and 3 of four keys; a window of two sees itself and the one before
     assert causal_mask(2, 4, None).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert causal_mask(2, 4, 2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]

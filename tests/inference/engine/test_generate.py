@@ -79,7 +79,7 @@ def test_greedy_text_equals_that_of_transformers(tmp_path: Path, name: str, opti
         assert tokens(Generation(engine, ids, Sampling(**options), 20)) == theirs[0, len(ids) :].tolist()
 
 
-def test_a_text_prompt_and_its_pieces(engine: Engine) -> None:
+def test_a_text_prompt_gives_pieces_that_join_to_the_answer(engine: Engine) -> None:
     run = Generation(engine, "w5 w6 w7", max_new_tokens=6)
     pieces = list(run)
     assert [p.end for p in pieces] == [None] * 5 + ["length"]

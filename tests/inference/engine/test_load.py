@@ -138,7 +138,7 @@ def test_a_quantized_package_opens_dequantized_but_is_not_rounded_again(tmp_path
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama_yarn_mscale"])
 @pytest.mark.parametrize("policy", ["full", "window"])
-def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
+def test_a_package_with_a_prefix_equals_peft(name: str, policy: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
     model: Any = get_peft_model(tiny_model(name, tmp_path / "x"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
     state = model.get_prompt(1)
@@ -155,7 +155,7 @@ def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
         engine.start(cache)
 
 
-def test_prompt_tuning(tmp_path: Path) -> None:
+def test_a_package_with_a_prompt_equals_peft(tmp_path: Path) -> None:
     torch.manual_seed(5)
     model: Any = get_peft_model(tiny_model("llama", tmp_path / "x"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     write_package_of(tmp_path / "edge", "llama", "fp32", **{"prompt.embeds": model.get_prompt(1)[0].detach().clone()})

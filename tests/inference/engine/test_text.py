@@ -298,7 +298,7 @@ def test_a_template_is_sandboxed_and_its_faults_give_a_one_sentence_error(tmp_pa
 # -- complete tokenizers ----------------------------------------------------------------------------------------------------------------
 
 
-def test_wrap_is_for_one_field() -> None:
+def test_a_request_is_wrapped_in_a_template_of_one_field() -> None:
     assert wrap("hi", "Q: {q}\nA:") == "Q: hi\nA:" and wrap("Q: hi", "Q: {q}") == "Q: hi" and wrap("hi", None) == "hi"
 
 
@@ -323,13 +323,13 @@ def agree(folder: Path, samples: list[str]) -> None:
 SAMPLES = ["Once upon a time", " two  spaces ", "naïve café → 😀👩🏽‍🚀", "tab\tnew\nline", "</s> in the text"]
 
 
-def test_the_nano_tokenizer_as_in_transformers() -> None:
+def test_the_nano_tokenizer_equals_transformers() -> None:
     agree(NANO, SAMPLES)
 
 
 @pytest.mark.skipif(not (DATA / "models").is_dir(), reason="needs FEDTUNE_DATA with models")
 @pytest.mark.parametrize("name", ["stories260k", "babyllama_tok105"])
-def test_real_tokenizers_as_in_transformers(name: str) -> None:
+def test_real_tokenizers_equal_transformers(name: str) -> None:
     agree(DATA / "models" / name / "hf", SAMPLES)
 
 

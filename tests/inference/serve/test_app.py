@@ -127,7 +127,7 @@ def test_without_a_seed_answers_differ(here: Served) -> None:
     assert post(here, free).json()["choices"][0]["text"] != post(here, free).json()["choices"][0]["text"]
 
 
-def test_routes(here: Served) -> None:
+def test_each_route_answers(here: Served) -> None:
     listed = httpx.get(f"{here.url}/v1/models").json()["data"]
     assert [card["id"] for card in listed] == ["tiny"]
     assert httpx.get(f"{here.url}/v1/models/tiny").json() == listed[0]
@@ -194,7 +194,7 @@ def test_a_foreign_host_name_is_refused(here: Served, host: str) -> None:
     assert post(here, ASK, headers={"host": host}).status_code == 403
 
 
-def test_keys(engine: Engine) -> None:
+def test_requests_need_the_key(engine: Engine) -> None:
     with serve_model(engine, keys=("secret",)) as server:
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert httpx.get(server.url).status_code == 200  # the page asks for the key itself

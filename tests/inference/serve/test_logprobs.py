@@ -182,7 +182,7 @@ def ask(here: Served, *, chat: bool, stream: bool, **more: Any) -> tuple[str, li
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("seed", quick(range(3), 0))
-def test_offsets_and_bytes_over_the_server(here: Served, stream: bool, seed: int) -> None:
+def test_offsets_and_bytes_over_the_server_match_the_text(here: Served, stream: bool, seed: int) -> None:
     letters = random.Random(seed).sample("etaoin", 2)
     for stop in (None, "".join(letters), letters[0]):
         options: dict[str, Any] = {"temperature": 1.5, "seed": seed, "max_tokens": 60, "stop": stop, "stream": stream}

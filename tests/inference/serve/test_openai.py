@@ -24,12 +24,12 @@ def client(here: Served) -> Iterator[openai.OpenAI]:
         yield openai_client
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_the_served_model_is_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "fedtune"
 
 
-def test_completions(here: Served, client: openai.OpenAI) -> None:
+def test_completions_equal_the_scheduler_s_answer(here: Served, client: openai.OpenAI) -> None:
     ids = here.engine.text.encode("turn on")
     answer = client.completions.create(model="tiny", prompt="turn on", temperature=0, max_tokens=8, logprobs=2)
     outputs = answer_alone(here.engine, ids, Sampling(), 8, rivals=2, joins=True)
@@ -47,7 +47,7 @@ def test_completions(here: Served, client: openai.OpenAI) -> None:
     assert chunks[-1].usage == answer.usage
 
 
-def test_chats(here: Served, client: openai.OpenAI) -> None:
+def test_chats_equal_the_scheduler_s_answer(here: Served, client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     ids = here.engine.text.encode("user: hello\nassistant:", begin=False)
     wanted = text_of(answer_alone(here.engine, ids, Sampling(temperature=0.9, top_p=0.8, seed=7), 10)).lstrip()
@@ -97,7 +97,7 @@ def test_the_streaming_helper(client: openai.OpenAI) -> None:
     assert "".join(parts) == final == plain[: plain.index(plain[6:9])]
 
 
-def test_stop_strings(here: Served, client: openai.OpenAI) -> None:
+def test_a_stop_string_ends_the_answer(here: Served, client: openai.OpenAI) -> None:
     plain = text_of(answer_alone(here.engine, here.engine.text.encode("warm"), Sampling(temperature=1.0, seed=3), 20, joins=True))
     stop = plain[5:8]
     choice = client.completions.create(model="tiny", prompt="warm", temperature=1, seed=3, max_tokens=20, stop=[stop, "~~"]).choices[0]

@@ -42,7 +42,7 @@ def test_the_policy_names_the_pages_own_script(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_trying_the_model(engine: Engine, tmp_path: Path) -> None:
+def test_the_page_completes_chats_and_escapes(engine: Engine, tmp_path: Path) -> None:
     with serve_model(engine) as server, open_page(server.url) as page:
         ready(page)
         _check_completion(server, page)

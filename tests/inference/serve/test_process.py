@@ -119,13 +119,13 @@ def test_a_public_address_gives_a_warning() -> None:
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
-def test_ipv6() -> None:
+def test_an_ipv6_address_has_brackets_in_its_url() -> None:
     with listen("::1", 0) as home:
         assert is_loopback(home)
         assert url(home).startswith("http://[::1]:")
 
 
-def test_names_of_adapters() -> None:
+def test_names_of_adapters_are_parsed() -> None:
     assert parse_adapters(["a=x", "b-1.c=y=z"]) == {"a": Path("x"), "b-1.c": Path("y=z")}
     for wrong in (["a"], ["=x"], ["a="], ["a b=x"], ["/a=x"], ["a=x", "a=y"]):
         with pytest.raises(ConfigError, match="--adapters"):

@@ -212,7 +212,7 @@ def test_an_answer_joins_its_prompt_or_stands_alone(prompt: list[int]) -> None:
     assert texts[1] == " " + texts[0]  # words are joined by spaces, and the prompt's last word stands before the first
 
 
-def test_limits_of_the_queue() -> None:
+def test_a_full_queue_refuses_requests() -> None:
     scheduler = new_scheduler(max_running=1, max_waiting=1)
     running, waiting = request([1]), request([2])
     scheduler.submit(running)

@@ -144,7 +144,7 @@ def test_greedy_equals_generate(here: Here, folder: Path) -> None:
     assert generate_text(folder, PROMPT, max_new_tokens=12) == text.decode(tokens)
 
 
-def test_the_real_client(here: Here, gpt2: HubModel) -> None:
+def test_the_openai_client_works_with_transformers(here: Here, gpt2: HubModel) -> None:
     client = openai.OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
     ask: Any = {"model": "tiny", "prompt": PROMPT, "temperature": 1.0, "seed": 3, "max_tokens": 20, "top_p": 0.9}
@@ -192,7 +192,7 @@ def test_a_chat_in_the_runs_template(gpt2: HubModel, folder: Path) -> None:
         ({"prompt": "turn", "max_tokens": 2000}, "exceed this server's limit of 1024"),
     ],
 )
-def test_limits_of_a_request(here: Here, change: dict[str, Any], why: str) -> None:
+def test_requests_beyond_the_limits_are_refused(here: Here, change: dict[str, Any], why: str) -> None:
     refused = here.post(ASKED | change)
     assert (refused.status_code, why in refused.json()["error"]["message"]) == (400, True)
 
@@ -314,7 +314,7 @@ def test_an_adapter_beside_its_model_is_served(tmp_path: Path, kind: str, method
     assert server.scheduler.limit == (CONTEXT if kind == "t5" else 64 - (0 if method == "adapter" else card["peft"]["tokens"]))
 
 
-def test_a_chat_template_of_transformers(tmp_path: Path) -> None:
+def test_a_chat_template_of_transformers_is_used(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "tiny", "gpt2")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}{{ bos_token }}")
     model = load_model(folder, {})
@@ -327,7 +327,7 @@ def test_a_chat_template_of_transformers(tmp_path: Path) -> None:
         assert answer["choices"][0]["message"]["content"] == text_of(answer_alone(model, [3, 4, 6, 0], Sampling(), 5))
 
 
-def test_a_tokenizer_without_tokenizer_json(tmp_path: Path) -> None:
+def test_a_tokenizer_without_tokenizer_json_is_served(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=260, n_embd=8, n_layer=1, n_head=2, n_positions=40, bos_token_id=257, eos_token_id=257)
     folder = checkpoint(tmp_path / "tiny", "gpt2", config=config)
     for file in folder.glob("*token*"):
@@ -359,7 +359,7 @@ def test_options_of_the_engine_are_refused(folder: Path, options: list[str], cap
 
 
 @pytest.mark.slow
-def test_the_page(gpt2: HubModel, folder: Path) -> None:
+def test_the_page_works_with_transformers(gpt2: HubModel, folder: Path) -> None:
     with serve_model(gpt2, prompt="set {q} to") as server, open_page(server.url) as page:
         ready(page)
         ask(page, "lamp", temperature="0", tokens="7")  # a chat: the run's template is there
@@ -375,7 +375,7 @@ def test_the_page(gpt2: HubModel, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_serve_command_uses_transformers(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with process(folder) as (address, running):
         answer = httpx.post(f"{address}/v1/completions", json=ASKED, timeout=60).json()
         assert answer["choices"][0]["finish_reason"] == "length"

@@ -58,7 +58,7 @@ def test_kivi_equals_the_reference_algorithm(bits: int, group: int, sizes: list[
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_the_bits_matter() -> None:
+def test_more_bits_give_a_smaller_error() -> None:
     full = passes(FullCache(SHAPE, 41), ROPE, QKV, [41])
     off = [(passes(KiviCache(SHAPE, 41, bits, residual=6, undo=2), ROPE, QKV, [41]) - full).abs().mean().item() for bits in (8, 4, 2)]
     assert off[0] < off[1] / 8 < off[2] / 16  # a step is 16 and 5 times as wide
@@ -176,7 +176,7 @@ def test_the_models_own_window_applies(cuts: list[int]) -> None:
 
 @pytest.mark.parametrize("head_dim", [2, 6, 26, 34, 48, 74])
 @pytest.mark.parametrize("bits", [8, 2])
-def test_any_head_size(head_dim: int, bits: int) -> None:
+def test_any_head_size_is_supported_or_refused(head_dim: int, bits: int) -> None:
     odd = shape(layers=1, heads=2, kv_heads=1, head_dim=head_dim)
     qkv, rope = tokens(odd, 50), Rope(odd)
     if bits == 2 and head_dim == 2:

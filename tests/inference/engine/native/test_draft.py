@@ -90,7 +90,7 @@ def test_a_draft_in_one_call_is_that_of_single_passes(name: str, kind: str, inst
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_the_settings_of_a_draft(name: str, tmp_path: Path) -> None:
+def test_the_settings_of_a_draft_take_effect(name: str, tmp_path: Path) -> None:
     decoder = native_engine(name, tmp_path, "fp32").decoder
     how = Guessing(most=6, vocabulary=VOCAB)
     free = both(decoder, [5], how)
