@@ -32,7 +32,7 @@ from fedtune.inference.generate import read_card, why_not_engine
 from fedtune.inference.serve.start import engine_scheduler, transformers_scheduler
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.quiet import quiet
-from tests.inference.serve.servers import over
+from tests.inference.serve.servers import run_server
 from tests.tiny import texts, tiny_config, write_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -211,7 +211,7 @@ def _expected_answer(model: Any, tokenizer: Any, ids: torch.Tensor) -> str:
 def _answer(made: tuple[Any, Any, str]) -> str:
     """The answer of a server over HTTP."""
     scheduler, offer, _ = made
-    with over(scheduler, replace(offer, name="tiny", prompt=None)) as (url, _):
+    with run_server(scheduler, replace(offer, name="tiny", prompt=None)) as (url, _):
         asked = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
         reply = httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
     assert reply.status_code == 200, reply.text

@@ -22,7 +22,7 @@ from tests.advised.backbones import ASKS, CAUSAL, CLASSES, LORA, attach_error, c
 from tests.advised.rows import Place, error_of, follows
 from tests.models import test_architectures as models
 from tests.models.build import checkpoint, hub
-from tests.models.test_sparse import first
+from tests.models.test_sparse import first_state
 from tests.test_trust import add_code
 
 
@@ -195,7 +195,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     model = wide(place, intermediate_size=172)
     place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
-    state = first(model, CAUSAL)
+    state = first_state(model, CAUSAL)
     for precision, targets in (("nf4", "all-linear"), ("bf16", "all-linear"), ("nf4", "down_proj")):
         peft = PeftConfig(rank=3, targets=targets)
         live = LiveAdapter(load_backbone(hub(model, precision=precision, compute="fp32"), CAUSAL), peft, CAUSAL)

@@ -25,7 +25,7 @@ from tests.advised.rows import Place, error_of, follows
 from tests.models.build import checkpoint, hub, llama_config
 from tests.models.test_adapter import random_state
 from tests.models.test_shift import shift
-from tests.models.test_sparse import first
+from tests.models.test_sparse import first_state
 
 CAUSAL, CLASSES = TaskConfig(kind="causal_lm", max_length=16), TaskConfig(kind="classification", max_length=16)
 ASKS = TaskConfig(kind="instruction", max_length=16, max_new_tokens=6)
@@ -368,7 +368,7 @@ _shift("a shift changes '{}' by {}, but the backbone's is {}: load the same chec
 def _(place: Place) -> Iterator[str]:
     for number, seed in enumerate((3, 0)):
         live = LiveAdapter(load_backbone(hub(checkpoint(place.folder / str(number), seed=seed)), CAUSAL), PeftConfig(rank=3), CAUSAL)
-        own = first(place.folder / str(number), CAUSAL)
+        own = first_state(place.folder / str(number), CAUSAL)
         if not number:
             other = LiveAdapter(load_backbone(hub(checkpoint(place.folder / "own")), CAUSAL), PeftConfig(rank=3), CAUSAL)
             own = own.replace(base=other.backbone.fingerprint)
@@ -378,7 +378,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("the sparse state {} '{}' ({} such), unlike the model: see peft.targets and the task", slow=True)
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
-    state = first(model, CAUSAL)
+    state = first_state(model, CAUSAL)
     for targets in ("q_proj", "all-linear"):
         live = LiveAdapter(load_backbone(hub(model), CAUSAL), PeftConfig(rank=3, targets=targets), CAUSAL)
         yield error_of(lambda live=live: SparseSlot(live, state.spec).load(state))
@@ -387,7 +387,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("but the model has no LoRA adapter: take peft=lora", slow=True)
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
-    state = first(model, CAUSAL)
+    state = first_state(model, CAUSAL)
     for name in ("ia3", "lora"):
         live = LiveAdapter(load_backbone(hub(model), CAUSAL), PeftConfig(method=name, rank=3), CAUSAL)
         yield error_of(lambda live=live: SparseSlot(live, state.spec))

@@ -29,7 +29,7 @@ from tests.tiny import texts, tiny_config, tiny_llama, write_rows
 from tests.working import work_in
 
 
-def hello(config: Config, place: Place, **own: Any) -> str:
+def hello_error(config: Config, place: Place, **own: Any) -> str:
     """The error of a device that gets a server's experiment; "" if there is none."""
     return error_of(lambda: own_config(config, Device(client="home-000", state=place.folder, **own), []))
 
@@ -37,21 +37,21 @@ def hello(config: Config, place: Place, **own: Any) -> str:
 @follows("and a device runs no code from a model repository: set it to false")
 def _(place: Place) -> Iterator[str]:
     for trust in (True, False):
-        yield hello(Config(model=ModelConfig(trust_remote_code=trust)), place)
+        yield hello_error(Config(model=ModelConfig(trust_remote_code=trust)), place)
 
 
 @follows("(data.source={}): give this device's rows with --data")
 def _(place: Place) -> Iterator[str]:
     config = Config(data=DataConfig(source="local", path="theirs.jsonl", prompt="{question}", answer="{reply}"))
-    yield hello(config, place)
-    yield hello(config, place, data=str(write_rows(place.folder / "own.jsonl", texts(4))))
+    yield hello_error(config, place)
+    yield hello_error(config, place, data=str(write_rows(place.folder / "own.jsonl", texts(4))))
 
 
 @follows("and the device opens no path that only the server names: give the folder of the backbone with --model")
 def _(place: Place) -> Iterator[str]:
     config = Config(model=ModelConfig(source="hub", name="/models/llama"))
-    yield hello(config, place)
-    yield hello(config, place, model=str(tiny_llama(place.folder / "m")))
+    yield hello_error(config, place)
+    yield hello_error(config, place, model=str(tiny_llama(place.folder / "m")))
 
 
 @follows("client {} cannot write its tensors to {}: {}; free the disk")
@@ -120,7 +120,7 @@ def _(place: Place) -> Iterator[str]:
     yield save_error("gone")
 
 
-def _odd(says: str, **config: Any) -> None:
+def _config_row(says: str, **config: Any) -> None:
     """A backbone whose config has these values."""
 
     def follow(place: Place) -> Iterator[str]:
@@ -133,8 +133,8 @@ def _odd(says: str, **config: Any) -> None:
     follows(says, slow=True)(follow)
 
 
-_odd("has no single stack of layers: set it to 0", num_hidden_layers=99)
-_odd("so no row can be cached: set it to 0", attention_dropout=0.1)
+_config_row("has no single stack of layers: set it to 0", num_hidden_layers=99)
+_config_row("so no row can be cached: set it to 0", attention_dropout=0.1)
 
 
 def _prompt_space(place: Place, name: str) -> Workspace:
@@ -151,7 +151,7 @@ def _(place: Place) -> Iterator[str]:
         yield error_of(lambda space=space, batch=batch: layer_scores(space.live, batch, space.config.task))
 
 
-def _sparse(says: str, turn: str, params: dict[str, Scalar], name: str) -> None:
+def _sparse_row(says: str, turn: str, params: dict[str, Scalar], name: str) -> None:
     """A turn that measures, while the client holds the sparse stage's tensors."""
 
     def follow(place: Place) -> Iterator[str]:
@@ -164,9 +164,9 @@ def _sparse(says: str, turn: str, params: dict[str, Scalar], name: str) -> None:
     follows(says, slow=True)(follow)
 
 
-_sparse("the turn 'fedpeptao' measures prompts, but the adapter has method 'sparse': set peft=ptuning_v2 on the server",
+_sparse_row("the turn 'fedpeptao' measures prompts, but the adapter has method 'sparse': set peft=ptuning_v2 on the server",
         "fedpeptao", {"share": False}, "ptuning_v2")  # fmt: skip
-_sparse("the turn 'slora' measures gradients with a LoRA adapter, but the adapter has method 'sparse': set peft=lora",
+_sparse_row("the turn 'slora' measures gradients with a LoRA adapter, but the adapter has method 'sparse': set peft=lora",
         "slora", {"stage": "gradient"}, "lora")  # fmt: skip
 
 

@@ -31,14 +31,14 @@ from tests.network.loopback import free_port
 # -- the SuperLink ------------------------------------------------------------------------------------------------------------------------
 
 
-def _listens(host: str, port: int) -> str:
+def _listen_error(host: str, port: int) -> str:
     return error_of(lambda: superlink._listen(host, port).close())
 
 
 def _other_address(place: Place, host: str, port: int) -> Iterator[str]:
     place.patch.setattr(superlink, "PORT_WAIT_S", 0.0)
-    yield _listens(host, port)
-    yield _listens("127.0.0.1", free_port())
+    yield _listen_error(host, port)
+    yield _listen_error("127.0.0.1", free_port())
 
 
 @follows("the port is in use; stop the other server or give --address")
@@ -46,7 +46,7 @@ def _(place: Place) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         yield from _other_address(place, "127.0.0.1", port)
-    yield _listens("127.0.0.1", port)
+    yield _listen_error("127.0.0.1", port)
 
 
 @follows("only root may use this port; give --address with one above 1023")
@@ -129,7 +129,7 @@ def _(place: Place) -> Iterator[str]:
     yield error_of(lambda: SuperLink(_settings(place.folder, insecure=False, certificates=files)))
 
 
-def _starts(settings: LinkSettings) -> str:
+def _start_error(settings: LinkSettings) -> str:
     link = SuperLink(settings)
     try:
         return error_of(link.start)
@@ -139,8 +139,8 @@ def _starts(settings: LinkSettings) -> str:
 
 @follows("cannot start the SuperLink: {}: {}; free the disk or move the run directory", slow=True)
 def _(place: Place) -> Iterator[str]:
-    yield _starts(_settings(place.folder, log=Path("/proc/no/superlink.jsonl")))
-    yield _starts(_settings(place.folder))
+    yield _start_error(_settings(place.folder, log=Path("/proc/no/superlink.jsonl")))
+    yield _start_error(_settings(place.folder))
 
 
 def _log_of(error: str) -> str:
@@ -152,7 +152,7 @@ def _log_of(error: str) -> str:
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(link.sys, "executable", "/bin/false")
     (place.folder / "superlink").mkdir()
-    error = _starts(_settings(place.folder))
+    error = _start_error(_settings(place.folder))
     yield error
     yield _log_of(error)
 

@@ -166,7 +166,7 @@ def _full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def _broken(place: Place, target: str, how: Any, *argv: str) -> str:
+def _error_with(place: Place, target: str, how: Any, *argv: str) -> str:
     """The error while something does not work, then "" when it works again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, how, raising=False)
@@ -175,21 +175,21 @@ def _broken(place: Place, target: str, how: Any, *argv: str) -> str:
 
 @follows("stopped; continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    message = _broken(place, "fedtune.rounds.bridge.Bridge.loop", _interrupt)
+    message = _error_with(place, "fedtune.rounds.bridge.Bridge.loop", _interrupt)
     yield message
     yield place.run("fedtune.sim", setting_of(message))
 
 
 @follows("{}: free disk space and continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    message = _broken(place, "fedtune.experiment.write_card", _full)
+    message = _error_with(place, "fedtune.experiment.write_card", _full)
     yield message
     yield place.run("fedtune.sim", setting_of(message))
 
 
 @follows("cannot write the checkpoint {}: {}; free disk space and continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    message = _broken(place, "fedtune.runs.directory.save_file", _full)
+    message = _error_with(place, "fedtune.runs.directory.save_file", _full)
     yield message
     yield place.run("fedtune.sim", setting_of(message))
 
@@ -197,14 +197,14 @@ def _(place: Place) -> Iterator[str]:
 @follows("cannot write {}: {}; make the run's folder writable", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = one_round_run(place)
-    yield _broken(place, "fedtune.runs.directory.write_text", _full, "fedtune.sim", f"resume={run}")
+    yield _error_with(place, "fedtune.runs.directory.write_text", _full, "fedtune.sim", f"resume={run}")
     yield place.run("fedtune.sim", f"resume={run}")
 
 
 @follows("cannot open the run {}: {}; make the run's folder writable", slow=True)
 def _(place: Place) -> Iterator[str]:
     run = one_round_run(place)
-    yield _broken(place, "fedtune.runs.directory.open", _full, "fedtune.sim", f"resume={run}")
+    yield _error_with(place, "fedtune.runs.directory.open", _full, "fedtune.sim", f"resume={run}")
     yield place.run("fedtune.sim", f"resume={run}")
 
 

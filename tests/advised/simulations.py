@@ -28,7 +28,7 @@ from tests.tiny import tiny_config
 SGD = {"optimizer": "sgd", "clip_norm": None}
 
 
-def together(place: Place, lr: float, **plan: Any) -> str:
+def batch_error(place: Place, lr: float, **plan: Any) -> str:
     """The first error of two clients that train at once; "" if there is none."""
     folder = place.keep("batched", lambda path: (path.mkdir(), tiny_config(path)))
     space = Workspace(tiny_config(folder))
@@ -39,11 +39,11 @@ def together(place: Place, lr: float, **plan: Any) -> str:
 
 @follows("the training loss became {} in {}: lower client.lr", slow=True)
 def _(place: Place) -> Iterator[str]:
-    yield together(place, 1e30, **SGD)
-    yield together(place, 1e-2, **SGD)
+    yield batch_error(place, 1e30, **SGD)
+    yield batch_error(place, 1e-2, **SGD)
     for plan in ({**SGD, "clip_norm": 1.0}, {"clip_norm": 1.0}):  # clipping does not keep a step at this rate short
-        assert "lower client.lr" in together(place, 1e30, **plan)
-        yield together(place, 1e-2, **plan)
+        assert "lower client.lr" in batch_error(place, 1e30, **plan)
+        yield batch_error(place, 1e-2, **plan)
 
 
 @follows("the gradient's norm became {} in {}: lower client.lr")
@@ -54,8 +54,8 @@ def _(place: Place) -> Iterator[str]:
         return real(stack) * (torch.inf if stack.flat.abs().max() > 1e3 else 1.0)  # such large weights make gradients overflow
 
     place.patch.setattr(batched._Stack, "_gradient", gradient)
-    yield together(place, 1e4)
-    yield together(place, 1e-2)
+    yield batch_error(place, 1e4)
+    yield batch_error(place, 1e-2)
 
 
 @follows("the backbone draws dropout for the whole batch ({}): set model.dropout=false")

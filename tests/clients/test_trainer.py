@@ -306,12 +306,12 @@ def test_a_failing_turn_ends_that_clients_round_only(
 
     real = app.train
 
-    def breaking(work: Work, *more: Any, **how: Any) -> Any:
+    def break_turn(work: Work, *more: Any, **how: Any) -> Any:
         if work.plan.client == "c1":
             raise error
         return real(work, *more, **how)
 
-    monkeypatch.setattr(app, "train", breaking)
+    monkeypatch.setattr(app, "train", break_turn)
     config = tiny_config(tmp_path)
     space = workspace(json.dumps(to_dict(config)))
     bridge, observer = make_bridge(tmp_path / "r", make_client_app(host_for(config, loaded=space)), 4, config, initial=space.initial)

@@ -20,7 +20,7 @@ from tests.faults.forking import FORK, preload
 SHORT = ("kill-client training", "kill-child uploading", "kill-superlink plan", "kill-both aggregating", "cut 1", "lie huge")
 
 
-def chosen(only: Sequence[str]) -> list[Cell]:
+def select_cells(only: Sequence[str]) -> list[Cell]:
     """The cells of these names or kinds; all cells if `only` is empty."""
     cells = [c for c in all_cells() if not only or any(str(c) == o or c.kind == o for o in only)]
     if not cells:
@@ -64,7 +64,7 @@ def main() -> int:
         preload()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as nowhere:
-        outcomes = conduct(chosen(args.only), args.keep or Path(nowhere))
+        outcomes = conduct(select_cells(args.only), args.keep or Path(nowhere))
     text = table(outcomes)
     report(f"\n{text}\n\n{len(outcomes)} cells in {time.monotonic() - began:.0f} s at load {os.getloadavg()[1]:.1f}")
     if args.out:

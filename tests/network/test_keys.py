@@ -98,13 +98,13 @@ def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pyte
     opened: dict[str, int] = {}
     real = os.open
 
-    def opening(path: Path, flags: int, *mode: int, **how: Any) -> int:
+    def record_open(path: Path, flags: int, *mode: int, **how: Any) -> int:
         handle = real(path, flags, *mode, **how)
         if flags & os.O_CREAT:
             opened[str(path)] = os.fstat(handle).st_mode
         return handle
 
-    monkeypatch.setattr(files.os, "open", opening)
+    monkeypatch.setattr(files.os, "open", record_open)
     try:
         make_keys(tmp_path / "keys", ["h"], ["a"])
     finally:

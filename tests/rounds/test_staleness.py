@@ -176,7 +176,7 @@ def reshape(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, st
     return ArrayRecord({**arrays, "q.lora_A": Array(torch.zeros(5, 2))}), text
 
 
-def far(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
+def move_far(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
     return ArrayRecord({**arrays, "head.weight": Array(torch.full((4, 7), 1e6))}), text
 
 
@@ -189,7 +189,7 @@ def misreport(**changes: Any) -> Any:
     [
         (put_nan, "not finite"),
         (reshape, "is float32 (5, 2), wanted float32 (2, 5)"),
-        (far, "it was not trained with this plan"),
+        (move_far, "it was not trained with this plan"),
         (misreport(base_version=1), "the update is for base_version 1, wanted 0"),
         (misreport(round=2), "the update is for round 2, wanted 1"),
         (misreport(client="a"), "the update is for client a, wanted b"),

@@ -200,10 +200,10 @@ def test_a_limit_below_all_clients_stops_the_run_at_its_start(tmp_path: Path) ->
 
 
 def test_a_reply_over_the_limit_is_refused(tmp_path: Path) -> None:
-    def swollen(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
+    def enlarge_reply(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
         return ArrayRecord({**arrays, "more": Array(torch.zeros(9000))}), text
 
-    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": swollen}), 2, limit_config(0.03))
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": enlarge_reply}), 2, limit_config(0.03))
     bridge.loop()
     (b,) = (c for c in observer.clients if c["round"] == 1 and c["client"] == "b")
     assert b["dropped"].startswith("refused: 0.00") and "0.039" not in b["dropped"].split(" MB down")[0]

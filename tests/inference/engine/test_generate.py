@@ -183,26 +183,26 @@ def test_a_long_prompt_runs_in_chunks(engine: Engine, monkeypatch: pytest.Monkey
 # -- speculation --------------------------------------------------------------------------------------------------------------------------
 
 
-Alone = dict[tuple[tuple[int, ...], Sampling, int], list[int]]
+Answers = dict[tuple[tuple[int, ...], Sampling, int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def alone() -> Alone:
+def plain_answers() -> Answers:
     """The answers of `engine` without speculation."""
     return {}
 
 
 def compare(
-    engine: Engine, small: Engine, alone: Alone, kind: str, count: int, sampling: Sampling, adapt: Adapt, length: int = 16
+    engine: Engine, small: Engine, plain_answers: Answers, kind: str, count: int, sampling: Sampling, adapt: Adapt, length: int = 16
 ) -> tuple[int, int]:
     """Compare every prompt's answer with and without speculation. Returns the numbers of drafted and accepted tokens."""
     speculation, drafted, accepted = Speculation(drafter(kind, engine, small), adapt), 0, 0
     for ids in prompts(count):
         run = Generation(engine, ids, sampling, length, speculation=speculation)
         key = (tuple(ids), sampling, length)
-        if key not in alone:
-            alone[key] = tokens(Generation(engine, ids, sampling, length))
-        assert tokens(run) == alone[key]
+        if key not in plain_answers:
+            plain_answers[key] = tokens(Generation(engine, ids, sampling, length))
+        assert tokens(run) == plain_answers[key]
         assert run.report.close == []
         drafted, accepted = drafted + run.report.drafted, accepted + run.report.accepted
     return drafted, accepted
@@ -211,30 +211,32 @@ def compare(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
 def test_greedy_answers_are_the_same_token_for_token(
-    engine: Engine, small: Engine, alone: Alone, kind: str, options: dict[str, Any]
+    engine: Engine, small: Engine, plain_answers: Answers, kind: str, options: dict[str, Any]
 ) -> None:
-    drafted, _ = compare(engine, small, alone, kind, 12, Sampling(**options), Adapt(fixed=4))
+    drafted, _ = compare(engine, small, plain_answers, kind, 12, Sampling(**options), Adapt(fixed=4))
     assert drafted > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guesses", [1, 4, 10, None])
-def test_greedy_answers_of_two_hundred_prompts(engine: Engine, small: Engine, alone: Alone, kind: str, guesses: int | None) -> None:
-    drafted, accepted = compare(engine, small, alone, kind, 200, Sampling(), Adapt(fixed=guesses))
+def test_greedy_answers_of_two_hundred_prompts(
+    engine: Engine, small: Engine, plain_answers: Answers, kind: str, guesses: int | None
+) -> None:
+    drafted, accepted = compare(engine, small, plain_answers, kind, 200, Sampling(), Adapt(fixed=guesses))
     assert drafted > (200 if guesses else 0) and (accepted > 0 or kind == "random" or not guesses)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drafts_keep_the_text_of_the_seed(engine: Engine, small: Engine, alone: Alone, kind: str) -> None:
+def test_drafts_keep_the_text_of_the_seed(engine: Engine, small: Engine, plain_answers: Answers, kind: str) -> None:
     for seed in range(4):
         sampling = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=seed)
-        compare(engine, small, alone, kind, 4, sampling, Adapt(fixed=1 + seed))
+        compare(engine, small, plain_answers, kind, 4, sampling, Adapt(fixed=1 + seed))
 
 
 @pytest.mark.parametrize("fixed", [None, 3])
-def test_a_drafter_without_a_draft_changes_nothing(engine: Engine, small: Engine, alone: Alone, fixed: int | None) -> None:
-    assert compare(engine, small, alone, "silent", 3, Sampling(), Adapt(fixed=fixed), 30) == (0, 0)
+def test_a_drafter_without_a_draft_changes_nothing(engine: Engine, small: Engine, plain_answers: Answers, fixed: int | None) -> None:
+    assert compare(engine, small, plain_answers, "silent", 3, Sampling(), Adapt(fixed=fixed), 30) == (0, 0)
 
 
 def test_the_repetition_penalty_counts_drafted_tokens_for_later_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

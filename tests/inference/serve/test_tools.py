@@ -139,7 +139,7 @@ def body(**more: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [USER], **more}
 
 
-def saying(**function: Any) -> dict[str, Any]:
+def call_of(**function: Any) -> dict[str, Any]:
     return {"messages": [USER, {**SAYS, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"} | function}]}, USER]}
 
 
@@ -153,8 +153,8 @@ def saying(**function: Any) -> dict[str, Any]:
         ({"tools": [TOOL], "tool_choice": "required"}, "this server does not force tool calls: give 'tool_choice' as auto or none"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "capital"}}}, "does not force tool calls"),
         ({"tools": [TOOL], "parallel_tool_calls": False}, "does not limit the number of tool calls: leave out 'parallel_tool_calls'"),
-        (saying(arguments="[]"), "the 'arguments' of a tool call must be the JSON text of an object"),
-        (saying(arguments="{"), "the 'arguments' of a tool call must be the JSON text of an object"),
+        (call_of(arguments="[]"), "the 'arguments' of a tool call must be the JSON text of an object"),
+        (call_of(arguments="{"), "the 'arguments' of a tool call must be the JSON text of an object"),
         ({"messages": [{**USER, "tool_calls": SAYS["tool_calls"]}]}, "message of the assistant has tool calls: leave out 'tool_calls'"),
         ({"messages": [USER, SAYS, {"role": "tool", "content": "Rome"}]}, "'tool_call_id' belongs to a message of the role 'tool'"),
         ({"messages": [{**USER, "tool_call_id": "1"}]}, "'tool_call_id' belongs to a message of the role 'tool'"),
@@ -170,6 +170,6 @@ def test_schemas_and_calls_count_as_characters_of_the_prompt() -> None:
     assert read(ChatRequest, body()).characters == len("Italy?")
     assert read(ChatRequest, body(tools=[TOOL])).characters == len("Italy?") + len(json.dumps([TOOL]))
     assert read(ChatRequest, body(tools=[TOOL], tool_choice="none")).characters == len("Italy?")
-    assert read(ChatRequest, body(**saying(arguments='{"a": 1}'))).characters == 2 * len("Italy?") + 8
+    assert read(ChatRequest, body(**call_of(arguments='{"a": 1}'))).characters == 2 * len("Italy?") + 8
     schema = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"default": None, "enum": [None, 1]}}}}}
     assert read(ChatRequest, body(tools=[schema])).schemas == [schema]

@@ -33,7 +33,7 @@ from fedtune.inference.serve.served_model import ServedModel
 from fedtune.inference.serve.server import Server
 from tests.export.test_huggingface import ASK, make_run
 from tests.inference.serve.chromium import open_page
-from tests.inference.serve.servers import continuation, over, text_of
+from tests.inference.serve.servers import continuation, run_server, text_of
 from tests.inference.serve.soak import server as process
 from tests.inference.serve.test_page import ask, ready
 from tests.inference.test_generate import TEMPLATE
@@ -74,7 +74,7 @@ def serve_model(
 ) -> Iterator[Here]:
     model = Slow(**vars(model), pace=pace) if pace else model
     scheduler = SequentialScheduler(model, max_waiting=queue)
-    with over(scheduler, ServedModel(name="tiny", text=model.text, prompt=prompt), limits) as (where, server):
+    with run_server(scheduler, ServedModel(name="tiny", text=model.text, prompt=prompt), limits) as (where, server):
         yield Here(where, scheduler, server)
 
 

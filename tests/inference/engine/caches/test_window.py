@@ -14,29 +14,29 @@ QKV = tokens(SHAPE, 23)
 ROPE = Rope(SHAPE)
 
 
-def streaming(window: int, sinks: int) -> torch.Tensor:
+def streaming_attention(window: int, sinks: int) -> torch.Tensor:
     """StreamingLLM from its description: each query attends to the sinks and its window, with positions in the cache."""
 
-    def seen(p: int) -> list[int]:
+    def visible(p: int) -> list[int]:
         return sorted({*range(min(sinks, p + 1)), *range(max(0, p - window + 1), p + 1)})
 
     def place(p: int, j: int) -> tuple[int, int]:
-        kept = seen(p)
+        kept = visible(p)
         return len(kept) - 1, kept.index(j)
 
-    return reference_attention(ROPE, QKV, seen, place)
+    return reference_attention(ROPE, QKV, visible, place)
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 3])
 @pytest.mark.parametrize("cuts", [[23], [1] * 23, [9, 1, 7, 2, 1, 1, 2], [2, 20, 1]])
 def test_a_text_beyond_the_length_equals_the_reference_window(sinks: int, cuts: list[int]) -> None:
     got = passes(WindowCache(SHAPE, 23, 5, sinks, undo=3), ROPE, QKV, cuts)
-    torch.testing.assert_close(got, streaming(5, sinks), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, streaming_attention(5, sinks), atol=1e-5, rtol=1e-5)
 
 
 def test_without_sinks_cache_positions_and_absolute_positions_give_the_same_scores() -> None:
     plain = reference_attention(ROPE, QKV, lambda p: list(range(max(0, p - 4), p + 1)))
-    torch.testing.assert_close(streaming(5, 0), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(streaming_attention(5, 0), plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(passes(WindowCache(SHAPE, 23, 5, 0), ROPE, QKV, [11, 1, 11]), plain, atol=1e-5, rtol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
 
 def test_bfloat16_stays_close_and_does_not_depend_on_the_passes() -> None:
     whole = passes(WindowCache(SHAPE, 23, 5, 2, dtype="bfloat16"), ROPE, QKV, [23])
-    assert (whole - streaming(5, 2)).abs().max() < 0.03  # numbers around 1 with 8 bits
+    assert (whole - streaming_attention(5, 2)).abs().max() < 0.03  # numbers around 1 with 8 bits
     steps = passes(WindowCache(SHAPE, 23, 5, 2, dtype="bfloat16"), ROPE, QKV, [1] * 23)
     torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
 

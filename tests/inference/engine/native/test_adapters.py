@@ -22,7 +22,7 @@ from fedtune.inference.engine.layout import linears
 from fedtune.inference.engine.lora import make_lora
 from fedtune.inference.engine.native.library import SETS, kernels
 from fedtune.inference.engine.native.structures import LoraPiece, LoraStructure
-from tests.inference.engine.native.test_kernels import of
+from tests.inference.engine.native.test_kernels import kernels_of
 from tests.inference.engine.native.test_step import CACHES, EXACT, by_torch, decoder_of, native_engine, texts
 from tests.inference.engine.tiny import SHAPES
 
@@ -96,7 +96,7 @@ def test_every_architecture_gives_torchs_logits(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
+    kernels_of(instructions)
     decoder = adapt_all(native_engine(name, tmp_path, kind, instructions).decoder)
     found, expected = both(decoder, lambda: pass_logits(decoder, CACHES["paged"](decoder.shape)))
     off = ((found - expected).abs() / expected.abs().max()).amax(1)
@@ -138,7 +138,7 @@ def test_every_cache(cache: str) -> None:
 @pytest.mark.parametrize("sizes", [(300, 5, 1, 64, 530), (33, 1, 1, 4, 7)])
 def test_every_rank_and_awkward_sizes(sizes: Sequence[int], ranks: Sequence[int], instructions: str) -> None:
     """More ranks and columns than one thread takes at once, and fewer than a vector has."""
-    of(instructions)
+    kernels_of(instructions)
     decoder = one_layer(instructions, *sizes)
     adapt(decoder, mine=factors(decoder, 1, ranks))
     for rows in (4, 19):
@@ -170,7 +170,7 @@ def test_two_pieces_of_the_same_columns_are_both_added() -> None:
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("cache", EXACT)
 def test_a_row_does_not_depend_on_how_a_text_is_split_on_other_sequences_or_on_threads(cache: str, instructions: str) -> None:
-    of(instructions)
+    kernels_of(instructions)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions}):
         decoder = adapt_all(decoder_of(290, 6, 2, 12, 150, window=45))
     a, b = torch.randint(37, (2, 100), generator=torch.Generator().manual_seed(7))

@@ -14,7 +14,7 @@ from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.decoder import Decoder
 from fedtune.inference.engine.guess import Guesses, Guessing, guess
 from fedtune.inference.engine.native.library import SETS, kernels
-from tests.inference.engine.native.test_kernels import of
+from tests.inference.engine.native.test_kernels import kernels_of
 from tests.inference.engine.native.test_step import CACHES, native_engine, some_ids
 from tests.inference.engine.tiny import VOCAB
 
@@ -32,7 +32,7 @@ def logits_one_by_one(decoder: Decoder, cache: str, text: list[int]) -> np.ndarr
 @pytest.mark.parametrize("cache", ["full", "full bf16", "paged"])
 @pytest.mark.parametrize("name", NAMES[:4])
 def test_a_fork_sees_the_rows_before_it_and_itself(name: str, cache: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
+    kernels_of(instructions)
     decoder = native_engine(name, tmp_path, "fp32", instructions).decoder
     for held in (0, 1, 29, 31, 32):  # attention works in tiles of 32 tokens
         text, other = some_ids(VOCAB, 60, held).tolist(), some_ids(VOCAB, 12, held + 1).tolist()
@@ -78,7 +78,7 @@ def both(decoder: Decoder, ids: list[int], how: Guessing, held: int = 5, layers:
 @pytest.mark.parametrize("kind", ["fp32", "int4"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_draft_in_one_call_is_that_of_single_passes(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
+    kernels_of(instructions)
     decoder = native_engine(name, tmp_path, kind, instructions).decoder
     how = Guessing(most=6, vocabulary=VOCAB)
     for ids in ([5], [4, 9, 30]):

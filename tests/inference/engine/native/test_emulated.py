@@ -20,7 +20,7 @@ from fedtune.inference.engine.native import build
 from fedtune.inference.engine.native.library import SETS
 from fedtune.inference.engine.native.pack import PACKED, weights_of
 from fedtune.models.checkpoint import NANO
-from tests.inference.engine.native.test_kernels import Case, cases, of, product
+from tests.inference.engine.native.test_kernels import Case, cases, kernels_of, product
 
 QEMU = {m: shutil.which(f"qemu-{m}-static") or shutil.which(f"qemu-{m}") for m in build.ZIG_CPUS}
 pytestmark = [
@@ -123,7 +123,7 @@ def product_results(folder: Path, products: dict[str, list[Case]]) -> dict[tuple
 def test_products_of_every_set_equal_those_in_float64(
     kind: str, folder: Path, products: dict[str, list[Case]], product_results: dict[tuple[str, str, str], bytes]
 ) -> None:
-    ran = [(machine, name) for machine, name, of in product_results if of == kind]
+    ran = [(machine, name) for machine, name, which in product_results if which == kind]
     assert set(ran) == {("aarch64", s) for s in ("portable", "dotprod", "i8mm")} | {("x86_64", s) for s in ("portable", "avx2")}
     for machine, name in ran:
         several = list(zip(products[kind], outputs(folder / f"{machine}-{name}-{kind}", products[kind]), strict=True))
@@ -153,7 +153,7 @@ def test_sets_that_add_in_one_order_give_the_same_bits(
 def test_this_cpu_gives_the_bits_of_aarch64(
     kind: str, instructions: str, folder: Path, products: dict[str, list[Case]], product_results: dict[tuple[str, str, str], bytes]
 ) -> None:
-    here, several = of(instructions), products[kind]
+    here, several = kernels_of(instructions), products[kind]
     for case, y in list(zip(several, outputs(folder / f"aarch64-i8mm-{kind}", several), strict=True))[:-3]:
         assert torch.equal(product(here, case.parts, kind, case.x, case.n_out), y)
 

@@ -22,7 +22,7 @@ MANY = 137  # rows: two tiles of 64 and some
 pytestmark = pytest.mark.skipif(isinstance(library._opened(), str), reason=f"run `{build.COMMAND}`: {why_not()}")
 
 
-def of(instructions: str) -> Kernels:
+def kernels_of(instructions: str) -> Kernels:
     opened = library._opened()
     if not opened.fedtune_supports(SETS.index(instructions)):
         pytest.skip(f"this CPU has no {instructions}")
@@ -131,7 +131,7 @@ def cases(kind: str) -> Iterator[Case]:
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("kind", PACKED)
 def test_products_equal_those_in_float64(kind: str, instructions: str) -> None:
-    run = of(instructions)
+    run = kernels_of(instructions)
     for case in cases(kind):
         case.assert_close(product(run, case.parts, kind, case.x, case.n_out))
 
@@ -139,7 +139,7 @@ def test_products_equal_those_in_float64(kind: str, instructions: str) -> None:
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("kind", PACKED)
 def test_a_row_does_not_depend_on_other_rows_or_on_threads(kind: str, instructions: str) -> None:
-    run = of(instructions)
+    run = kernels_of(instructions)
     n_out, n_in = 517, 100
     parts = pack(kind, portable(kind, torch.randn(n_out, n_in)), n_in, 32)
     x = activations(MANY, n_in)
@@ -154,7 +154,7 @@ def test_a_row_does_not_depend_on_other_rows_or_on_threads(kind: str, instructio
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_numbers_affect_only_their_row(instructions: str, bad: float) -> None:
-    run = of(instructions)
+    run = kernels_of(instructions)
     for kind in PACKED:
         parts = pack(kind, portable(kind, torch.randn(40, 70)), 70, 32)
         x = torch.randn(3, 70)
@@ -176,7 +176,7 @@ def test_all_instruction_sets_round_activations_alike(kind: str) -> None:
         codes = as_array(weight.to(torch.uint8) + 8)
         tensors["packed"] = codes[:, ::2] | codes[:, 1::2] << 4
     parts = pack(kind, tensors, 64, 32)
-    found = [product(of(name), parts, kind, x, 64) for name in SETS if library._opened().fedtune_supports(SETS.index(name))]
+    found = [product(kernels_of(name), parts, kind, x, 64) for name in SETS if library._opened().fedtune_supports(SETS.index(name))]
     assert len(found) > 1 and all(torch.equal(y, found[0]) for y in found)
     torch.testing.assert_close(found[0].double(), round_activations(x, kind), rtol=1e-6, atol=0)
 
@@ -231,7 +231,7 @@ def put(name: str, value: int) -> Change:
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_match_are_refused(change: Change) -> None:
-    run = of("portable")
+    run = kernels_of("portable")
     parts = pack("int4", portable("int4", torch.randn(16, 96)), 96, 32)
     x, y = torch.randn(2, 96), torch.zeros(2, 16)
     weights = weights_of(parts, "int4", 96, 16)
@@ -242,7 +242,7 @@ def test_sizes_that_do_not_match_are_refused(change: Change) -> None:
 
 
 def test_sizes_of_activations_that_do_not_match_are_refused() -> None:
-    run = of("portable")
+    run = kernels_of("portable")
     parts = pack("int8", portable("int8", torch.randn(16, 96)), 96, 32)
     x, y = torch.randn(2, 96), torch.zeros(2, 16)
     weights = weights_of(parts, "int8", 96, 16)

@@ -28,7 +28,7 @@ from fedtune.inference.engine.native.library import SETS, kernels
 from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.shape import RopeShape, Shape
 from fedtune.inference.engine.step import NativeStep
-from tests.inference.engine.native.test_kernels import of
+from tests.inference.engine.native.test_kernels import kernels_of
 from tests.inference.engine.tiny import SHAPES, VOCAB, tiny_model
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="needs the native kernels")
@@ -116,7 +116,7 @@ def test_every_architecture_gives_torchs_logits(name: str, cache: str, tmp_path:
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
+    kernels_of(instructions)
     decoder = native_engine(name, tmp_path, kind, instructions).decoder
     found = pass_logits(decoder, CACHES["full"](decoder.shape))
     with by_torch(decoder):
@@ -126,7 +126,7 @@ def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str,
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("cache", ["full bf16", "paged bf16"])
 def test_entries_of_16_bits_lose_no_more_than_their_rounding(cache: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
+    kernels_of(instructions)
     decoder = native_engine("qwen3_biases", tmp_path, "bf16", instructions).decoder
     found, exact = (pass_logits(decoder, CACHES[name](decoder.shape)) for name in (cache, "full"))
     off = np.abs(found - exact) / np.abs(exact).max()
@@ -189,7 +189,7 @@ def test_awkward_sizes_over_several_tiles(hidden: int, heads: int, kv_heads: int
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("cache", EXACT)
 def test_a_row_does_not_depend_on_how_a_text_is_split_or_on_other_sequences(cache: str, instructions: str) -> None:
-    of(instructions)
+    kernels_of(instructions)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions}):
         decoder = decoder_of(48, 6, 2, 12, 80, window=45)
     a, b = some_ids(37, (2, 100), 7)
@@ -228,7 +228,7 @@ def test_an_early_exit_continues_where_it_ended(tmp_path: Path) -> None:
 @pytest.mark.parametrize("window", [None, 39])
 @pytest.mark.parametrize("cache", [name for name in CACHES if name not in EXACT])
 def test_windows_and_codes_are_read_as_torch_reads_them(cache: str, window: int | None, instructions: str) -> None:
-    of(instructions)
+    kernels_of(instructions)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions}):
         decoder = decoder_of(48, 6, 2, 40, 80, window, count=1)  # one layer, so that a difference of rounding does not grow
     ids = some_ids(37, 150, 3)
