@@ -32,7 +32,7 @@ from fedtune.inference.generate import read_card, why_not_engine
 from fedtune.inference.serve.start import engine_scheduler, transformers_scheduler
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.quiet import quiet
-from tests.inference.serve.served import over
+from tests.inference.serve.servers import run_server
 from tests.tiny import texts, tiny_config, write_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -172,7 +172,7 @@ def measure(row: Row, folder: Path) -> dict[str, Cell]:
     with _refusable(cells, "edge", folder):
         card = read_card(out)
         if why := why_not_engine(out, card):
-            assert _answer(transformers_scheduler(out, card, 4)) == _wanted(merged, live.backbone.tokenizer, ids)
+            assert _answer(transformers_scheduler(out, card, 4)) == _expected_answer(merged, live.backbone.tokenizer, ids)
             cells["edge"] = Cell("transformers", why)
         else:
             engine = load_engine(export_edge(result.path, result.path / "edge"))
@@ -186,7 +186,7 @@ def measure(row: Row, folder: Path) -> dict[str, Cell]:
     with _refusable(cells, "serves", folder):
         package = result.path / "edge"
         made = engine_scheduler(package, None, None, 4, 4, {}) if package.is_dir() else transformers_scheduler(out, read_card(out), 4)
-        assert _answer(made) == _wanted(merged, live.backbone.tokenizer, ids)
+        assert _answer(made) == _expected_answer(merged, live.backbone.tokenizer, ids)
         cells["serves"] = Cell("yes")
     return cells
 
@@ -199,7 +199,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def _wanted(model: Any, tokenizer: Any, ids: torch.Tensor) -> str:
+def _expected_answer(model: Any, tokenizer: Any, ids: torch.Tensor) -> str:
     """The text of transformers' greedy answer."""
     if model.config.is_encoder_decoder:
         ids = torch.tensor([[*ids[0].tolist(), tokenizer.eos_token_id]])  # as in training
@@ -211,7 +211,7 @@ def _wanted(model: Any, tokenizer: Any, ids: torch.Tensor) -> str:
 def _answer(made: tuple[Any, Any, str]) -> str:
     """The answer of a server over HTTP."""
     scheduler, offer, _ = made
-    with over(scheduler, replace(offer, name="tiny", prompt=None)) as (url, _):
+    with run_server(scheduler, replace(offer, name="tiny", prompt=None)) as (url, _):
         asked = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
         reply = httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
     assert reply.status_code == 200, reply.text
@@ -258,7 +258,7 @@ def read_table(text: str) -> dict[str, dict[str, Cell]]:
     return found
 
 
-def written() -> str:
+def generated_part() -> str:
     """The generated part of the page."""
     return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
 

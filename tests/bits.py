@@ -1,7 +1,7 @@
 """Short runs that together use every turn, exchange, codec and task, and digests of their results.
 
     python -m tests.bits --write before.json      # at the commit to compare with
-    python -m tests.bits --compare before.json    # at the other; prints the differences and ends with 1
+    python -m tests.bits --compare before.json    # at the other; prints the differences and exits with 1
 
 A digest covers names, shapes, dtypes and bytes of the tensors: of the final adapter and of the shifts of the frozen weights. The runs use
 one thread. Another processor may round differently, so no digests are stored here.

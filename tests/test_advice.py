@@ -53,14 +53,14 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
     return parser._option_string_actions.keys() | {flag for choice in inner for action in choice.values() for flag in flags(action)}
 
 
-def advised() -> Iterator[tuple[str, str, str]]:
+def settings_in_advice() -> Iterator[tuple[str, str, str]]:
     for sentence in product_sentences():
         for key, value in SETTING.findall(sentence.text):
             yield sentence.where, key, value
 
 
 def test_advice_is_found() -> None:
-    assert len(product_sentences()) > 1000 and len(list(advised())) > 200
+    assert len(product_sentences()) > 1000 and len(list(settings_in_advice())) > 200
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_every_setting_in_advice_exists() -> None:
     roots = to_dict(Config()).keys() | {"conf"}
     arguments = {name for choice in choices("strategy") for name in compose([f"strategy={choice}"])[0].config.strategy}
     wrong = []
-    for where, key, _ in advised():
+    for where, key, _ in settings_in_advice():
         path = key.replace(HOLE, "text").split(".")
         if path[0] not in roots:
             continue
@@ -83,7 +83,7 @@ def test_every_setting_in_advice_exists() -> None:
 @pytest.mark.slow
 def test_every_value_in_advice_is_valid() -> None:
     roots, wrong, tried = to_dict(Config()).keys(), [], set()
-    for where, key, value in advised():
+    for where, key, value in settings_in_advice():
         value = value.rstrip(".")
         if HOLE in key + value or not value or re.fullmatch(r"[A-Z]+|%s|\S*[\[\]|+]\S*", value) or key.split(".")[0] not in roots:
             continue

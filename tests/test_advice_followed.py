@@ -50,24 +50,24 @@ COVERED = [*(row.says for row in ROWS), *NOT_FOLLOWED, *OTHER_TESTS]
 
 
 @functools.cache
-def followed() -> list[Sentence]:
+def sentences_to_follow() -> list[Sentence]:
     return [s for s in advice(PARTS) if not s.where.startswith(tuple(NO_ADVICE))]
 
 
-def shown(sentence: Sentence) -> str:
+def as_in_tables(sentence: Sentence) -> str:
     return sentence.text.replace(HOLE, "{}")
 
 
 def texts_of(says: str) -> Set[str]:
     """The sentences that contain this text: one, which may occur at several places."""
-    found = {sentence.text: shown(sentence) for sentence in followed() if says in shown(sentence)}
+    found = {sentence.text: as_in_tables(sentence) for sentence in sentences_to_follow() if says in as_in_tables(sentence)}
     return {text for text, full in found.items() if full == says} or found.keys()
 
 
 def test_all_advice_is_followed() -> None:
-    assert len(followed()) > 600
+    assert len(sentences_to_follow()) > 600
     known = set[str]().union(*(texts_of(says) for says in COVERED))
-    missing = [f"{s.where}: {shown(s)}" for s in followed() if s.text not in known]
+    missing = [f"{s.where}: {as_in_tables(s)}" for s in sentences_to_follow() if s.text not in known]
     assert not missing, "\n".join(missing)
 
 
@@ -79,13 +79,13 @@ def test_each_row_is_about_one_sentence() -> None:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kept")
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: Path) -> Place:
-    return Place(tmp_path, monkeypatch, capsys, kept)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shared_folder: Path) -> Place:
+    return Place(tmp_path, monkeypatch, capsys, shared_folder)
 
 
 @pytest.mark.parametrize("row", [pytest.param(r, marks=[pytest.mark.slow] if r.slow else [], id=r.says[:60]) for r in ROWS])

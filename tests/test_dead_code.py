@@ -81,7 +81,7 @@ class Uses:
                 self.bare.update([node.value] if words else ())  # an annotation in quotes
 
 
-def unused(trees: Mapping[str, ast.Module], outside: Counter[str]) -> list[str]:
+def find_unused(trees: Mapping[str, ast.Module], outside: Counter[str]) -> list[str]:
     """`file name` of each definition that is used only within itself.
 
     Args:
@@ -119,7 +119,7 @@ def test_the_product_has_no_code_only_for_tests() -> None:
     for file in (*(ROOT / "conf").rglob("*.yaml"), ROOT / "pyproject.toml"):
         outside.update(re.findall(r"[A-Za-z_]\w*", file.read_text(encoding="utf-8")))
     assert len(trees) > 200
-    assert sorted(unused(trees, outside)) == sorted(CALLED_BY_OTHERS)
+    assert sorted(find_unused(trees, outside)) == sorted(CALLED_BY_OTHERS)
 
 
 def test_the_search_detects_dead_code() -> None:
@@ -140,5 +140,5 @@ class Derived(Theirs):
 def start(x: "Base"): return called(), Derived().method
 """
     trees = {"fedtune/a.py": ast.parse(code), "fedtune/b.py": ast.parse("from fedtune.a import start\nfrom fedtune.c import LOST\nstart")}
-    assert unused(trees, Counter()) == ["fedtune/a.py LOST", "fedtune/a.py again", "fedtune/a.py nobody"]
-    assert unused(trees, Counter(["again", "nobody", "LOST"])) == []
+    assert find_unused(trees, Counter()) == ["fedtune/a.py LOST", "fedtune/a.py again", "fedtune/a.py nobody"]
+    assert find_unused(trees, Counter(["again", "nobody", "LOST"])) == []

@@ -60,7 +60,7 @@ def _requires(name: str, extra: str) -> list[str]:
         return []
 
 
-def declared(lines: Iterable[str]) -> set[str]:
+def names_in(lines: Iterable[str]) -> set[str]:
     return {canonicalize_name(Requirement(line).name) for line in lines}
 
 
@@ -70,8 +70,8 @@ def modules() -> dict[str, set[str]]:
     return {name: {canonicalize_name(d) for d in found} for name, found in metadata.packages_distributions().items()}
 
 
-def blocked() -> list[str]:
-    """The import names that an environment with the base alone does not have."""
+def missing() -> list[str]:
+    """The import names that are missing in an environment with only the base dependencies."""
     base = closure(BASE)
     return sorted(name for name, found in modules().items() if not found & base and name.isidentifier() and name != "fedtune")
 
@@ -82,12 +82,12 @@ def blocked() -> list[str]:
 def test_a_device_installs_no_training_library() -> None:
     assert not closure(BASE) & NOT_ON_A_DEVICE and closure(["fedtune[edge]"]) == closure(BASE) | {"fedtune"}
     assert closure(["fedtune[train]", "fedtune[ray]"]) >= NOT_ON_A_DEVICE  # so the names are spelled correctly
-    assert {"flwr", "transformers", "torch"} <= set(blocked()) and not {"numpy", "tokenizers", "safetensors"} & set(blocked())
+    assert {"flwr", "transformers", "torch"} <= set(missing()) and not {"numpy", "tokenizers", "safetensors"} & set(missing())
 
 
 @pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"edge", "train"}))
 def test_every_other_extra_installs_the_training_libraries(extra: str) -> None:
-    assert closure([f"fedtune[{extra}]"]) >= declared(EXTRAS["train"])
+    assert closure([f"fedtune[{extra}]"]) >= names_in(EXTRAS["train"])
 
 
 OF_TRAINING = {
@@ -114,7 +114,7 @@ def third_party(file: Path) -> Iterator[str]:
 
 
 def test_every_imported_library_is_declared() -> None:
-    looked, base, everything = 0, declared(BASE), declared([*BASE, *EXTRAS["train"]])
+    looked, base, everything = 0, names_in(BASE), names_in([*BASE, *EXTRAS["train"]])
     for module, file in files():
         for name in set(third_party(file)) - OTHERS:
             distributions = {"protobuf"} if name == "google" else modules()[name]
@@ -128,7 +128,7 @@ def test_every_imported_library_is_declared() -> None:
 
 
 def test_the_sentence_covers_every_training_library() -> None:
-    assert {canonicalize_name(d) for d in _OF_TRAINING.values()} == declared(EXTRAS["train"])
+    assert {canonicalize_name(d) for d in _OF_TRAINING.values()} == names_in(EXTRAS["train"])
     for name, distribution in _OF_TRAINING.items():
         assert canonicalize_name(distribution) in modules()[name.partition(".")[0]]
 
@@ -157,9 +157,9 @@ sys.meta_path[:] = [Installed(list(sys.meta_path), set(json.loads(sys.argv.pop()
 """
 
 
-def without(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+def run_without(code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
     """Run Python with only the base dependencies importable."""
-    command = [sys.executable, "-c", WITHOUT + code, *args, json.dumps(blocked())]
+    command = [sys.executable, "-c", WITHOUT + code, *args, json.dumps(missing())]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
@@ -174,7 +174,7 @@ STARTS |= {
 @pytest.mark.parametrize("name", quick(STARTS, "python -m fedtune.sim"))
 def test_a_program_that_trains_says_what_to_install(name: str) -> None:
     program, code = STARTS[name]
-    process = without(code, "--help")
+    process = run_without(code, "--help")
     assert (process.returncode, process.stdout) == (2, ""), process.stderr
     assert process.stderr.startswith(f"{program}: this needs ") and process.stderr.endswith(f", which is not installed: {ADVICE}\n")
     assert process.stderr.count("\n") == 1
@@ -255,7 +255,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     save_file(factors, place / "edge" / "adapters" / "apart.safetensors", base)
     checkpoint(place / "other", "gpt2")
     RunDirectory.create(Config(), place / "run").close()
-    process = without(DEVICE, place, *REFUSED)
+    process = run_without(DEVICE, place, *REFUSED)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 

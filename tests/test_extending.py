@@ -79,7 +79,7 @@ def test_the_document_has_the_signatures_of_the_base_class() -> None:
         ("mine.Picky", "cannot be constructed: ValueError: no"),
     ],
 )
-def test_an_unusable_strategy_is_one_sentence(away: Path, target: str, sentence: str) -> None:
+def test_an_unusable_strategy_gives_a_one_sentence_error(away: Path, target: str, sentence: str) -> None:
     with (away / "mine.py").open("a") as f:
         f.write("\nclass Bare(Strategy): pass\nclass Picky(PartialStep):\n  def __init__(self): raise ValueError('no')\n")
     (away / "broken.py").write_text("1 / 0\n")
@@ -101,7 +101,7 @@ def test_code_inside_a_run_directory_is_refused_before_it_is_imported(away: Path
 
 
 @pytest.mark.slow
-def test_all_three_commands_run_it(away: Path) -> None:
+def test_all_three_commands_run_the_strategy(away: Path) -> None:
     settings = ["conf=trial.yaml", "rounds=1", "clients_per_round=1", "client.steps=1", "eval.clients=0", "inference.samples=0"]
     bin, port = Path(sys.executable).parent, free_port()
     env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}

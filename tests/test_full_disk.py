@@ -45,7 +45,9 @@ def points(config: Config, folder: Path) -> Iterator[tuple[int, Config]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [OSError, Killed], ids=["disk full", "killed"])
-def test_a_full_disk_is_one_sentence_and_resumable(tmp_path: Path, stop: type[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_gives_a_one_sentence_error_and_the_run_resumes(
+    tmp_path: Path, stop: type[BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(tmp_path, rounds=2, eval=EvalConfig(where="server", clients=2))
     expected = (simulate(config) / "adapter" / "fedtune.safetensors").read_bytes()
     stopped = 0

@@ -67,7 +67,7 @@ def package_of(module: str) -> str:
 
 
 @functools.cache
-def imported(file: Path) -> frozenset[str]:
+def imports_of(file: Path) -> frozenset[str]:
     """The fedtune modules that a file imports, named after `fedtune.`: at the top, in functions, and for type checkers."""
     found: set[str] = set()
     for node in nodes(file):
@@ -85,26 +85,26 @@ def imported(file: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def allowed(of: str) -> set[str]:
+def allowed_packages(of: str) -> set[str]:
     """The packages that a package may import."""
     return set(LOW[: LOW.index(of) + 1]) if of in LOW else {of, *LOW, *MAY_IMPORT[of]}
 
 
 @pytest.mark.parametrize(("module", "file"), list(files()), ids=lambda v: str(v.relative_to(ROOT)) if isinstance(v, Path) else "")
 def test_a_file_imports_only_what_its_package_may(module: str, file: Path) -> None:
-    excess = {name for name in imported(file) if package_of(name) not in allowed(package_of(module))}
+    excess = {name for name in imports_of(file) if package_of(name) not in allowed_packages(package_of(module))}
     assert not excess, f"{file.relative_to(ROOT)} imports {excess}: a package imports only the packages below it"
 
 
 def test_the_package_order_has_no_cycle() -> None:
-    tuple(TopologicalSorter({of: allowed(of) - {of} for of in (*LOW, *MAY_IMPORT)}).static_order())
-    used = {(package_of(module), package_of(name)) for module, file in files() for name in imported(file)}
+    tuple(TopologicalSorter({of: allowed_packages(of) - {of} for of in (*LOW, *MAY_IMPORT)}).static_order())
+    used = {(package_of(module), package_of(name)) for module, file in files() for name in imports_of(file)}
     unused = {(of, other) for of, others in MAY_IMPORT.items() for other in others} - used
     assert not unused, f"the table allows what nobody needs: {unused}"
 
 
 def test_the_import_graph_has_no_cycle() -> None:
-    assert cycle({module: imported(file) - {module} for module, file in files()}) is None
+    assert cycle({module: imports_of(file) - {module} for module, file in files()}) is None
 
 
 def cycle(graph: Mapping[str, Set[str]]) -> list[str] | None:
@@ -118,9 +118,9 @@ def cycle(graph: Mapping[str, Set[str]]) -> list[str] | None:
 
 def test_the_import_rules_detect_violations(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("import fedtune.data.demo\ndef f():\n    from fedtune import clients, models\n    import fedtune.plan")
-    assert imported(tmp_path / "x.py") == {"data.demo", "clients", "models", "plan"}
+    assert imports_of(tmp_path / "x.py") == {"data.demo", "clients", "models", "plan"}
     (tmp_path / "y.py").write_text("if TYPE_CHECKING:\n    from fedtune.data import local\n    from fedtune.data.hub import read_hub")
-    assert imported(tmp_path / "y.py") == {"data.local", "data.hub"}
+    assert imports_of(tmp_path / "y.py") == {"data.local", "data.hub"}
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None and cycle({"a": {"b", "c"}, "b": {"c"}}) is None
 
 
@@ -133,7 +133,7 @@ def test_a_bare_name_cannot_be_imported(name: str, monkeypatch: pytest.MonkeyPat
     assert importlib.import_module(f"fedtune.{name}").__name__ == f"fedtune.{name}"
 
 
-def test_the_root() -> None:
+def test_the_version_and_the_typing_links() -> None:
     assert fedtune.__version__.count(".") == 2
     assert {f.name for f in (ROOT / "typings" / "fedtune").iterdir()} == set(BARE)
 

@@ -109,7 +109,7 @@ def no_turns_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(all_turns, "TURNS", Registry("fedtune.clients.turns", "fedtune.clients.turns._base.Turn"))
 
 
-def far(a: AdapterState, b: AdapterState) -> float:
+def distance(a: AdapterState, b: AdapterState) -> float:
     return max(float((a[n] - b[n]).abs().max()) for n in a.tensors)
 
 
@@ -119,9 +119,8 @@ def test_a_strategy_and_a_turn_from_a_notebook_need_no_file(tmp_path: Path) -> N
     for share in (0.0, 0.5, 1.0):
         result = fedtune.run(tiny_config(tmp_path, rounds=1), strategy=Uniform(share=share), turns={"halved": Halved})
         adapters.append(result.adapter)
-    assert (
-        far(adapters[1], adapters[0]) == pytest.approx(far(adapters[2], adapters[0]) / 2, rel=1e-4) and far(adapters[2], adapters[0]) > 1e-3
-    )
+    half, whole = distance(adapters[1], adapters[0]), distance(adapters[2], adapters[0])
+    assert half == pytest.approx(whole / 2, rel=1e-4) and whole > 1e-3
     assert result.config.strategy == {"_target_": f"{__name__}.Uniform", "share": 1.0, "stop": None}
 
 
@@ -136,10 +135,10 @@ def test_stopping_a_run_keeps_the_process_alive(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no adapter yet: continue the run with resume="):
         _ = part.adapter
     on = fedtune.run(dataclasses.replace(part.config, resume=path), strategy=Uniform(), turns=turns)
-    assert str(on.path) == path and far(on.adapter, whole.adapter) == 0.0
+    assert str(on.path) == path and distance(on.adapter, whole.adapter) == 0.0
 
 
-def test_invalid_calls_are_one_sentence(tmp_path: Path) -> None:
+def test_invalid_calls_give_a_one_sentence_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a turn cannot be called 'fedprox'"):
         fedtune.run(tiny_config(tmp_path), strategy=Uniform(), turns={"fedprox": Halved})
     ray: Config = fedtune.configure("engine=ray")

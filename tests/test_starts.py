@@ -99,7 +99,7 @@ def test_a_start_is_repeatable(tmp_path: Path, what: str, stop: type[BaseExcepti
     assert operations >= 2
 
 
-def test_a_non_empty_folder_is_not_taken_for_a_run(tmp_path: Path) -> None:
+def test_a_non_empty_folder_is_not_accepted_as_a_run(tmp_path: Path) -> None:
     RunDirectory.create(Config(), tmp_path / "run").close()
     with pytest.raises(RunError, match="there is a run in .* already: continue it with resume="):
         RunDirectory.create(Config(), tmp_path / "run")
@@ -137,11 +137,11 @@ def test_an_incomplete_database_is_created_again(tmp_path: Path, left: str) -> N
 
 
 def test_a_kill_during_the_migrations_leaves_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(engine: Any) -> None:
+    def kill(engine: Any) -> None:
         half(Path(engine.url.database))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedtune.network._flwr.run_migrations", killed)
+    monkeypatch.setattr("fedtune.network._flwr.run_migrations", kill)
     with pytest.raises(KeyboardInterrupt):
         make_database(tmp_path / "superlink.db", 1.0)
     assert not (tmp_path / "superlink.db").exists()

@@ -45,7 +45,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
-def bring_code(folder: Path, marker: Path) -> None:
+def add_code(folder: Path, marker: Path) -> None:
     (folder / "mine.py").write_text(_CODE.format(marker=str(marker)))
     body = json.loads((folder / "config.json").read_text())
     body |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}}
@@ -56,7 +56,7 @@ def bring_code(folder: Path, marker: Path) -> None:
 def run(tmp_path: Path, modules: None) -> Path:
     """A finished run whose model afterward got its own code, and whose config.yaml got trust_remote_code: true."""
     path = simulate(tiny_config(tmp_path, rounds=1))
-    bring_code(tmp_path / "model", tmp_path / "ran")
+    add_code(tmp_path / "model", tmp_path / "ran")
     change(path, lambda values: values["model"].update(trust_remote_code=True))
     return path
 
@@ -92,7 +92,7 @@ def test_no_command_obeys_a_run_directory_s_trust(run: Path, tmp_path: Path, cap
 def test_the_command_line_allows_remote_code(tmp_path: Path, modules: None) -> None:
     # the merged model has the run's trust setting
     config = tiny_config(tmp_path, rounds=1, inference=InferenceConfig(samples=0, export="hf"))
-    bring_code(tmp_path / "model", tmp_path / "ran")
+    add_code(tmp_path / "model", tmp_path / "ran")
     config.model.trust_remote_code = True
     run = simulate(config)
     assert (tmp_path / "ran").exists() and sim([f"resume={run}", "rounds=2"]) == 2
@@ -126,7 +126,7 @@ def test_a_strategy_beside_the_run_is_not_imported(tmp_path: Path, monkeypatch: 
         (["model.trust_remote_code=maybe"], "model.trust_remote_code=maybe has the wrong type: wanted true or false"),
     ],
 )
-def test_settings_that_cannot_be_allowed(tmp_path: Path, settings: list[str], expected: str) -> None:
+def test_settings_that_the_command_line_cannot_allow(tmp_path: Path, settings: list[str], expected: str) -> None:
     RunDirectory.create(tiny_config(tmp_path), tmp_path / "run").close()
     with pytest.raises(FedtuneError, match=expected):
         compose([f"resume={tmp_path / 'run'}", *settings])

@@ -31,7 +31,7 @@ WORDS = ["lamp", "kettle", "door", "window", "garden", "stairs", "radio", "oven"
 
 def tiny_llama(folder: Path, *, seed: int = 0) -> Path:
     """A random Llama (hidden 24, 2 layers, grouped-query attention) with the nano backbone's tokenizer."""
-    made = _made(seed)
+    made = _cached_checkpoint(seed)
     torch.manual_seed(seed)  # the same state after making and after copying the checkpoint
     return Path(shutil.copytree(made, folder))
 
@@ -40,7 +40,7 @@ _kept = tempfile.TemporaryDirectory(prefix="fedtune-tests-", ignore_cleanup_erro
 
 
 @functools.cache
-def _made(seed: int) -> Path:
+def _cached_checkpoint(seed: int) -> Path:
     folder = Path(_kept.name) / str(seed)
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -18,21 +18,21 @@ from fedtune.models.backbone import checkpoint_activations
 from fedtune.models.methods import ptuning_v2
 from fedtune.models.probe import probe
 from fedtune.models.sparse import SparseSlot
-from tests.advised.backbones import ASKS, CAUSAL, CLASSES, LORA, chosen, started
-from tests.advised.rows import Place, follows, raised
-from tests.models import test_architectures as built
+from tests.advised.backbones import ASKS, CAUSAL, CLASSES, LORA, attach_error, choices_in
+from tests.advised.rows import Place, error_of, follows
+from tests.models import test_architectures as models
 from tests.models.build import checkpoint, hub
-from tests.models.test_sparse import first
-from tests.test_trust import bring_code
+from tests.models.test_sparse import first_state
+from tests.test_trust import add_code
 
 
-def probed(folder: Path, task: TaskConfig, peft: PeftConfig = LORA) -> str:
-    return raised(lambda: probe(LiveAdapter(load_backbone(hub(folder), task, num_labels=3), peft, task), task))
+def probe_error(folder: Path, task: TaskConfig, peft: PeftConfig = LORA) -> str:
+    return error_of(lambda: probe(LiveAdapter(load_backbone(hub(folder), task, num_labels=3), peft, task), task))
 
 
-def quantized(place: Place, folder: Path, precision: str, **more: Any) -> str:
+def quantize_error(place: Place, folder: Path, precision: str, **more: Any) -> str:
     place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
-    return started(folder, precision=precision, compute="fp32", **more)
+    return attach_error(folder, precision=precision, compute="fp32", **more)
 
 
 def wide(place: Place, **changes: Any) -> Path:
@@ -46,12 +46,12 @@ def _(place: Place) -> Iterator[str]:
     place.patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place.folder / "modules"))
     place.patch.setattr(sys, "path", [*sys.path])
     model = checkpoint(place.folder / "m")
-    bring_code(model, place.folder / "ran")
-    error = started(model)
+    add_code(model, place.folder / "ran")
+    error = attach_error(model)
     yield error
     ((name, value),) = re.findall(r"model\.(\w+)=(\w+)", error)
     allowed: Any = {name: {"true": True}[value]}
-    yield started(model, **allowed)
+    yield attach_error(model, **allowed)
     assert (place.folder / "ran").exists()
 
 
@@ -59,8 +59,8 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     model = load_backbone(hub(checkpoint(place.folder / "m")), CAUSAL).model
     place.patch.setattr(type(model), "supports_gradient_checkpointing", False)
-    yield raised(lambda: checkpoint_activations(model))
-    yield started(place.folder / "m", checkpointing=False)
+    yield error_of(lambda: checkpoint_activations(model))
+    yield attach_error(place.folder / "m", checkpointing=False)
 
 
 @follows("model.precision=nf4 and int8 need bitsandbytes ({}): install it, or take bf16", slow=True, library="bitsandbytes")
@@ -68,9 +68,9 @@ def _(place: Place) -> Iterator[str]:
     model = wide(place)
     with place.patch.context() as patch:
         patch.setitem(sys.modules, "fedtune.models.quantize", None)
-        yield quantized(place, model, "nf4")
-        yield quantized(place, model, "bf16")
-    yield quantized(place, model, "int8")  # bitsandbytes is installed again
+        yield quantize_error(place, model, "nf4")
+        yield quantize_error(place, model, "bf16")
+    yield quantize_error(place, model, "int8")  # bitsandbytes is installed again
 
 
 @follows("none of the adapted layers is quantized with model.precision={}: take peft.init=default", slow=True, library="bitsandbytes")
@@ -80,7 +80,7 @@ def _(place: Place) -> Iterator[str]:
     for init in ("loftq", "default"):
         peft = PeftConfig(targets="down_proj", init=init)
         config = hub(model, precision="nf4", compute="fp32")
-        yield raised(lambda peft=peft, config=config: initial_adapter(config, CAUSAL, peft, num_labels=0, seed=5))
+        yield error_of(lambda peft=peft, config=config: initial_adapter(config, CAUSAL, peft, num_labels=0, seed=5))
 
 
 @follows("has none of that name and shape: take peft.init=default", slow=True, library="bitsandbytes")
@@ -89,30 +89,30 @@ def _(place: Place) -> Iterator[str]:
     place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
     place.patch.setattr("fedtune.models.loftq._stored", lambda *_: None)  # as for an architecture that renames its weights
     for init in ("loftq", "default"):
-        yield raised(lambda init=init: initial_adapter(config, CAUSAL, PeftConfig(init=init), num_labels=0, seed=5))
+        yield error_of(lambda init=init: initial_adapter(config, CAUSAL, PeftConfig(init=init), num_labels=0, seed=5))
 
 
 @follows("does not fit the architecture '{}': {}: name other layers in peft.targets, or take another peft.method", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.mamba())
-    yield started(model)
-    yield started(model, peft=PeftConfig(rank=2, targets=["in_proj", "x_proj"]))
-    yield started(model, peft=PeftConfig(method="full"))
+    model = checkpoint(place.folder / "m", config=models.mamba())
+    yield attach_error(model)
+    yield attach_error(model, peft=PeftConfig(rank=2, targets=["in_proj", "x_proj"]))
+    yield attach_error(model, peft=PeftConfig(method="full"))
 
 
 @follows("but PEFT {} '{}' ({} such): set peft.targets=[{}]", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.qwen3_moe())
-    error = started(model)
+    model = checkpoint(place.folder / "m", config=models.qwen3_moe())
+    error = attach_error(model)
     yield error
-    yield started(model, peft=PeftConfig(rank=2, targets=error.partition("peft.targets=[")[2].removesuffix("]").split(",")))
+    yield attach_error(model, peft=PeftConfig(rank=2, targets=error.partition("peft.targets=[")[2].removesuffix("]").split(",")))
 
 
 @follows("have no known names: set peft.targets to a list of them", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.mamba())
+    model = checkpoint(place.folder / "m", config=models.mamba())
     for targets in ("all-linear", ["in_proj", "x_proj"]):
-        yield started(model, peft=PeftConfig(method="ia3", targets=targets))
+        yield attach_error(model, peft=PeftConfig(method="ia3", targets=targets))
 
 
 @follows("works with sdpa or eager attention, but the model has '{}': take peft=prefix", slow=True)
@@ -121,15 +121,15 @@ def _(place: Place) -> Iterator[str]:
     live = LiveAdapter(load_backbone(hub(model), CAUSAL), PeftConfig(method="ptuning_v2", tokens=3), CAUSAL)
     live.backbone.model.config._attn_implementation = "flash_attention_2"
     q = torch.zeros(1, 4, 2, 4)
-    yield raised(lambda: ptuning_v2._attend(live.backbone.model.get_submodule("model.layers.0.self_attn"), q, q, q, None))
-    yield started(model, peft=PeftConfig(method="prefix", tokens=3))
+    yield error_of(lambda: ptuning_v2._attend(live.backbone.model.get_submodule("model.layers.0.self_attn"), q, q, q, None))
+    yield attach_error(model, peft=PeftConfig(method="prefix", tokens=3))
 
 
 @follows("cannot do a training step: {}: name other layers in peft.targets, or take another peft.method", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.llama4())
+    model = checkpoint(place.folder / "m", config=models.llama4())
 
-    def stepped(peft: PeftConfig) -> str:
+    def step_error(peft: PeftConfig) -> str:
         live = LiveAdapter(load_backbone(hub(model), CAUSAL), peft, CAUSAL)
         if any("o_proj" in name for name in live.parameters):  # as if the model's code did not take an adapter there
 
@@ -137,38 +137,38 @@ def _(place: Place) -> Iterator[str]:
                 raise KeyError("no such key")
 
             live.backbone.model.register_forward_pre_hook(fail)
-        return raised(lambda: probe(live, CAUSAL))
+        return error_of(lambda: probe(live, CAUSAL))
 
-    yield stepped(LORA)
-    yield stepped(PeftConfig(rank=2, targets=["q_proj", "v_proj"]))
-    yield stepped(PeftConfig(method="prompt", tokens=3))
+    yield step_error(LORA)
+    yield step_error(PeftConfig(rank=2, targets=["q_proj", "v_proj"]))
+    yield step_error(PeftConfig(method="prompt", tokens=3))
 
 
 @follows("so the model is not causal: take another backbone", slow=True)
 def _(place: Place) -> Iterator[str]:
-    for name, config in (("m", built.xlnet()), ("other", built.mixtral())):
-        yield probed(checkpoint(place.folder / name, config=config), CAUSAL)
+    for name, config in (("m", models.xlnet()), ("other", models.mixtral())):
+        yield probe_error(checkpoint(place.folder / name, config=config), CAUSAL)
 
 
 @follows("would learn from padding: take another backbone{}another task.kind{}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    model = built.composite(place.folder / "m", built.gemma3())
-    error = probed(model, built.WRITES, PeftConfig(method="prompt", tokens=3))
+    model = models.composite(place.folder / "m", models.gemma3())
+    error = probe_error(model, models.WRITES, PeftConfig(method="prompt", tokens=3))
     yield error
     assert error.endswith("take another backbone, another task.kind or peft=lora")
-    yield probed(checkpoint(place.folder / "other", config=built.mixtral()), built.WRITES, PeftConfig(method="prompt", tokens=3))
-    yield probed(model, CAUSAL, PeftConfig(method="prompt", tokens=3))
-    yield probed(model, built.WRITES)
+    yield probe_error(checkpoint(place.folder / "other", config=models.mixtral()), models.WRITES, PeftConfig(method="prompt", tokens=3))
+    yield probe_error(model, CAUSAL, PeftConfig(method="prompt", tokens=3))
+    yield probe_error(model, models.WRITES)
 
 
 @follows("bitsandbytes has no working kernel for this machine's {} ({}); take model.precision={}", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.models.quantize._why_not", lambda precision, *_: "no symbol" if precision == "nf4" else "")
     model = wide(place)
-    error = quantized(place, model, "nf4")
+    error = quantize_error(place, model, "nf4")
     yield error
     for precision in error.rpartition("model.precision=")[2].split(" or "):
-        yield quantized(place, model, precision)
+        yield quantize_error(place, model, precision)
 
 
 @follows(
@@ -176,48 +176,48 @@ def _(place: Place) -> Iterator[str]:
 )
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
-    error = quantized(place, model, "nf4")
+    error = quantize_error(place, model, "nf4")
     yield error
-    for precision in chosen(error):
-        yield quantized(place, model, precision)
+    for precision in choices_in(error):
+        yield quantize_error(place, model, precision)
 
 
 @follows("cannot be read back ({}): take model.precision=bf16 or fp32, or check the disk", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.llama4())
-    error = quantized(place, model, "int8")
+    model = checkpoint(place.folder / "m", config=models.llama4())
+    error = quantize_error(place, model, "int8")
     yield error
     for precision in re.findall(r"precision=(\w+) or (\w+),", error)[0]:
-        yield quantized(place, model, precision)
+        yield quantize_error(place, model, precision)
 
 
 @follows("has no floating-point matrix to train: see model.precision and peft.targets", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
     model = wide(place, intermediate_size=172)
     place.patch.setenv("XDG_CACHE_HOME", str(place.folder / "cache"))
-    state = first(model, CAUSAL)
+    state = first_state(model, CAUSAL)
     for precision, targets in (("nf4", "all-linear"), ("bf16", "all-linear"), ("nf4", "down_proj")):
         peft = PeftConfig(rank=3, targets=targets)
         live = LiveAdapter(load_backbone(hub(model, precision=precision, compute="fp32"), CAUSAL), peft, CAUSAL)
-        yield raised(lambda live=live: SparseSlot(live, state.spec))
+        yield error_of(lambda live=live: SparseSlot(live, state.spec))
 
 
 @follows("does not fit data=demo, take task=instruction or classification")
 def _(place: Place) -> Iterator[str]:
-    def checked(kind: str) -> str:
+    def check_error(kind: str) -> str:
         task = dataclasses.replace(ASKS, kind=kind)
-        return raised(lambda: task_of(task).check(Config(task=task, data=DataConfig(source="demo"), model=ModelConfig())))
+        return error_of(lambda: task_of(task).check(Config(task=task, data=DataConfig(source="demo"), model=ModelConfig())))
 
-    error = checked("causal_lm")
+    error = check_error("causal_lm")
     yield error
     for kind in error.rpartition("task=")[2].split(" or "):
-        yield checked(kind)
+        yield check_error(kind)
 
 
 @follows("a classifier needs at least 2 classes, but the data has {}: see data.columns.label")
 def _(place: Place) -> Iterator[str]:
     for labels in (1, 2):  # numbers of classes
-        yield started(checkpoint(place.folder / "m"), CLASSES, labels=labels)
+        yield attach_error(checkpoint(place.folder / "m"), CLASSES, labels=labels)
 
 
 @follows("the tokenizer has no end token, so the row has no target: remove such rows")
@@ -227,11 +227,11 @@ def _(place: Place) -> Iterator[str]:
     rows = [{"prompt": "turn on", "answer": "light"}, {"prompt": "turn", "answer": ""}]
     for kept in (rows, rows[:1]):
         table = RowSet({name: [row[name] for row in kept] for name in kept[0]})
-        yield raised(lambda table=table: task_of(ASKS).encode(table, tokens, encoder_decoder=False, keep_short=False))
+        yield error_of(lambda table=table: task_of(ASKS).encode(table, tokens, encoder_decoder=False, keep_short=False))
 
 
 @follows("is stored as (experts, in, out), which is not supported: leave it out")
 def _(place: Place) -> Iterator[str]:
-    model = checkpoint(place.folder / "m", config=built.gpt_oss())
+    model = checkpoint(place.folder / "m", config=models.gpt_oss())
     for names in (["experts.down_proj"], []):
-        yield started(model, peft=PeftConfig(rank=2, targets=["q_proj"], target_parameters=names))
+        yield attach_error(model, peft=PeftConfig(rank=2, targets=["q_proj"], target_parameters=names))

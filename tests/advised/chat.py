@@ -17,7 +17,7 @@ from fedtune.export.distill import read_texts
 from fedtune.models import LiveAdapter, load_backbone
 from fedtune.models.chat_template import encode_conversation, ensure_template
 from fedtune.models.probe import probe_packing
-from tests.advised.rows import Place, follows, raised
+from tests.advised.rows import Place, error_of, follows
 from tests.export.test_capitals import chatml
 from tests.models.build import checkpoint, hub
 from tests.tiny import tiny_config
@@ -42,7 +42,7 @@ def _(place: Place) -> Iterator[str]:
     config = json.loads((model / "tokenizer_config.json").read_text())
     for end in (None, "</s>"):
         (model / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": end}))
-        yield raised(lambda: ensure_template(AutoTokenizer.from_pretrained(model)))
+        yield error_of(lambda: ensure_template(AutoTokenizer.from_pretrained(model)))
 
 
 @follows("the model's chat template does not show the answer {}: remove the row, or correct the template")
@@ -51,11 +51,11 @@ def _(place: Place) -> Iterator[str]:
     shown = tokenizer.chat_template
     hidden = shown.replace("+ m.content", "+ (m.content if m.content != 'Rome.' else '')")
     tokenizer.chat_template = hidden.replace("'<|im_end|>\\n' }}", "'' }}")
-    yield raised(lambda: encode_conversation(tokenizer, TURNS))
+    yield error_of(lambda: encode_conversation(tokenizer, TURNS))
     other = [*TURNS[:1], {"role": "assistant", "content": "Lima."}]
-    yield raised(lambda: encode_conversation(tokenizer, other))
+    yield error_of(lambda: encode_conversation(tokenizer, other))
     tokenizer.chat_template = shown
-    yield raised(lambda: encode_conversation(tokenizer, TURNS))
+    yield error_of(lambda: encode_conversation(tokenizer, TURNS))
 
 
 class Slow(PreTrainedTokenizer):
@@ -82,19 +82,19 @@ class Slow(PreTrainedTokenizer):
 def _(place: Place) -> Iterator[str]:
     slow = Slow(eos_token="$")
     ensure_template(slow)
-    yield raised(lambda: encode_conversation(slow, TURNS))
+    yield error_of(lambda: encode_conversation(slow, TURNS))
     folder = chatml(place.folder / "m").name  # this model has a tokenizer.json
-    yield raised(lambda: encode_conversation(AutoTokenizer.from_pretrained(folder), TURNS))
+    yield error_of(lambda: encode_conversation(AutoTokenizer.from_pretrained(folder), TURNS))
 
 
 @follows("cannot train packed rows: {}: set task.packing=false")
 def _(place: Place) -> Iterator[str]:
     task, model = TaskConfig(kind="causal_lm", max_length=16, packing=True), hub(checkpoint(place.folder / "m"))
     live = LiveAdapter(load_backbone(model, task), PeftConfig(method="prompt", tokens=3), task)
-    yield raised(lambda: probe_packing(live, task))
+    yield error_of(lambda: probe_packing(live, task))
     rows = [{"text": "red lamp", "client": c} for c in "abcd" for _ in range(4)]
     config = tiny_config(place.folder / "run", rows, model=model, peft=PeftConfig(method="prompt", tokens=3), rounds=1)
-    yield raised(lambda: simulate(dataclasses.replace(config, task=dataclasses.replace(task, packing=False))))
+    yield error_of(lambda: simulate(dataclasses.replace(config, task=dataclasses.replace(task, packing=False))))
 
 
 def error_of_run(place: Place, rows: list[list[dict[str, Any]]], template: str | None = None, **task: Any) -> str:
@@ -106,7 +106,7 @@ def error_of_run(place: Place, rows: list[list[dict[str, Any]]], template: str |
         (folder / "chat" / "chat_template.jinja").write_text(template)
     data = dataclasses.replace(config.data, test_path=None, held_out=0.0, test_fraction=0.0)
     changes = TaskConfig(kind="chat", **{"max_length": 64, "max_new_tokens": 4, **task})
-    return raised(lambda: Workspace(dataclasses.replace(config, model=model, data=data, task=changes)).check_examples())
+    return error_of(lambda: Workspace(dataclasses.replace(config, model=model, data=data, task=changes)).check_examples())
 
 
 @follows("none of {} conversations fits into task.max_length={}; the shortest needs {} tokens: raise task.max_length", slow=True)
@@ -145,7 +145,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     for date in ("today", "2026-01-01"):
         task = TaskConfig(kind="chat", date=date)
-        yield raised(lambda task=task: task_of(task).check(Config(task=task)))
+        yield error_of(lambda task=task: task_of(task).check(Config(task=task)))
 
 
 @follows("none of {} rows has two tokens or more: give longer rows", slow=True)
@@ -155,7 +155,7 @@ def _(place: Place) -> Iterator[str]:
         path = Path(config.model.name) / "tokenizer_config.json"  # a tokenizer that adds no token to a text
         path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token": None, "eos_token": None, "pad_token": "e"}))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_path=None, held_out=0.0, test_fraction=0.0))
-        yield raised(lambda config=config: Workspace(config).check_examples())
+        yield error_of(lambda config=config: Workspace(config).check_examples())
 
 
 @follows("{}:{} has messages, but the model has no chat template: give rows with `text`")
@@ -164,4 +164,4 @@ def _(place: Place) -> Iterator[str]:
     file = place.folder / "a.jsonl"
     for row in ({"messages": TURNS}, {"text": "Hello? Rome."}):
         file.write_text(json.dumps(row))
-        yield raised(lambda: read_texts(file, tokenizer, None, 64))
+        yield error_of(lambda: read_texts(file, tokenizer, None, 64))

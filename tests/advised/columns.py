@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from fedtune.config import from_dict
 from fedtune.data import load_federation, load_test
 from fedtune.data.values import names_of
-from tests.advised.data import CLS, LM, ROWS, data, dealt, raised, refusal_of, rows
+from tests.advised.data import CLS, LM, ROWS, data, deal, error_of, refusal_of, rows
 from tests.advised.rows import Place, follows
 from tests.data.test_bad_input import ASK
 
@@ -38,13 +38,13 @@ rows("needs 'messages', but the {} rows have only {}: set data.columns.messages,
      lines({"dialog": TURNS, "q": "why?", "a": "so"}), CHAT, data(CHAT, columns={"messages": "dialog"}),
      data(CHAT, prompt="{q}", answer="{a}"))  # fmt: skip
 SPOKEN = lines(*({**row, "speaker": "ann"} for row in TEXT))
-rows("set data.columns.client or data.client_from_file=true, or take partition.kind=iid", "a.jsonl", SPOKEN, dealt(CLS, kind="natural"),
-     data(dealt(CLS, kind="natural"), columns={"client": "speaker"}), data(dealt(CLS, kind="natural"), client_from_file=True),
-     dealt(CLS, kind="iid", clients=1))  # fmt: skip
+rows("set data.columns.client or data.client_from_file=true, or take partition.kind=iid", "a.jsonl", SPOKEN, deal(CLS, kind="natural"),
+     data(deal(CLS, kind="natural"), columns={"client": "speaker"}), data(deal(CLS, kind="natural"), client_from_file=True),
+     deal(CLS, kind="iid", clients=1))  # fmt: skip
 TOPICS = lines({"text": "a", "topic": "x"}, {"text": "b", "topic": "y"})
 rows("splits rows by label, but these rows have none: set data.columns.label or take iid", "a.jsonl", TOPICS,
-     dealt(LM, kind="dirichlet", clients=2), data(dealt(LM, kind="dirichlet", clients=2), columns={"label": "topic"}),
-     dealt(LM, kind="iid", clients=2))  # fmt: skip
+     deal(LM, kind="dirichlet", clients=2), data(deal(LM, kind="dirichlet", clients=2), columns={"label": "topic"}),
+     deal(LM, kind="iid", clients=2))  # fmt: skip
 rows("data.columns.messages is a template: name the column with the conversations", "a.jsonl", lines({"dialog": TURNS}),
      data(CHAT, columns={"messages": "{dialog}"}), data(CHAT, columns={"messages": "dialog"}))  # fmt: skip
 rows("(data.columns.messages), only {}: correct the name", "a.jsonl", lines({"dialog": TURNS}), data(CHAT, columns={"messages": "talk"}),
@@ -91,7 +91,7 @@ rows("take templates with a part that is text, such as 'data.prompt=\"{}\"' 'dat
 @follows("{} row {} has class id {}, but there are {} classes: remove the row")
 def _(place: Place) -> Iterator[str]:
     for ids in ([0, 1, 2], [0, 1]):
-        yield raised(lambda ids=ids: names_of(ids, ("x", "y"), "training"))
+        yield error_of(lambda ids=ids: names_of(ids, ("x", "y"), "training"))
 
 
 # -- conversations ------------------------------------------------------------------------------------------------------------------------
@@ -139,10 +139,10 @@ def _(place: Place) -> Iterator[str]:
 
 # -- clients, tests and sources -----------------------------------------------------------------------------------------------------------
 
-NATURAL = dealt(CLS, kind="natural")
+NATURAL = deal(CLS, kind="natural")
 
 
-def _owned(*classes: str) -> str:
+def _class_rows(*classes: str) -> str:
     return lines(*({**TEXT[i % 2], "client": "ann", "device_class": name} for i, name in enumerate(classes)))
 
 
@@ -153,22 +153,22 @@ rows("{} training row is too few for data.test_fraction={}: set it to 0", "a.jso
      data(LM, test_fraction=0.0))  # fmt: skip
 PHONES: dict[str, Any] = {"devices": {"classes": {"phone": {}}}}
 BOTH: dict[str, Any] = {"devices": {"classes": {"phone": {}, "laptop": {}}}}
-rows("client '{}' has rows of device_class '{}' and '{}': give all its rows one class", "a.jsonl", _owned("phone", "laptop"),
-     NATURAL | BOTH, _owned("phone", "phone"))  # fmt: skip
-rows("client '{}' has device_class '{}', but devices.classes has only {}: add it", "a.jsonl", _owned("laptop", "laptop"), NATURAL | PHONES,
-     NATURAL | BOTH)  # fmt: skip
+rows("client '{}' has rows of device_class '{}' and '{}': give all its rows one class", "a.jsonl", _class_rows("phone", "laptop"),
+     NATURAL | BOTH, _class_rows("phone", "phone"))  # fmt: skip
+rows("client '{}' has device_class '{}', but devices.classes has only {}: add it", "a.jsonl", _class_rows("laptop", "laptop"),
+     NATURAL | PHONES, NATURAL | BOTH)  # fmt: skip
 
 
 @follows("name the classes: set data.labels to the names in the order of their ids, or set data.test_path")
 def _(place: Place) -> Iterator[str]:
     (place.folder / "test.jsonl").write_text(ROWS)
     for more in ({}, {"labels": ["x", "y"]}, {"test_path": str(place.folder / "test.jsonl")}):
-        yield raised(lambda more=more: load_test(from_dict(CLS | {"data": {"source": "local", **more}})))
+        yield error_of(lambda more=more: load_test(from_dict(CLS | {"data": {"source": "local", **more}})))
 
 
 def _hub(place: Place, settings: dict[str, Any], **values: Any) -> str:
     found = {"source": "hub", "name": str(place.folder / "set"), "test_fraction": 0.0, **values}
-    return raised(lambda: load_federation(from_dict(settings | {"data": found})))
+    return error_of(lambda: load_federation(from_dict(settings | {"data": found})))
 
 
 @follows("data.name={} has no split '{}': choose from {}")

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from fedtune.config import from_dict
 from fedtune.data import load_federation
-from tests.advised.rows import Place, follows, raised
-from tests.data.test_bad_input import CLS, LM, data, dealt
+from tests.advised.rows import Place, error_of, follows
+from tests.data.test_bad_input import CLS, LM, data, deal
 
 Content = str | bytes
 A, B = '{"text": "a", "label": "x"}\n', '{"text": "b", "label": "y"}\n'
@@ -28,7 +28,7 @@ def refusal_of(place: Place, settings: dict[str, Any], files: dict[str, Content]
     values = settings | {"data": {"source": "local", "path": str(folder / path)} | settings.get("data", {})}
     if "test_path" in values["data"]:
         values["data"] = values["data"] | {"test_path": str(folder / values["data"]["test_path"])}
-    return raised(lambda: load_federation(from_dict(values)))
+    return error_of(lambda: load_federation(from_dict(values)))
 
 
 def rows(says: str, name: str, bad: Content, settings: dict[str, Any], *mends: Content | dict[str, Any]) -> None:
@@ -93,26 +93,26 @@ _files("has only test files (data.test_path={}): add a training file", data(CLS,
 # -- clients ------------------------------------------------------------------------------------------------------------------------------
 
 EVERY = {"test_fraction": 0.0}
-rows("{} has an empty client: give every row a client, or take partition.kind=iid", "a.jsonl", _client(" "), dealt(CLS, kind="natural"),
-     _client("c"), dealt(CLS, kind="iid", clients=2))  # fmt: skip
-rows("is more than the {} training rows: take fewer clients or more rows", "a.jsonl", ROWS, dealt(CLS, kind="iid", clients=20),
-     dealt(CLS, kind="iid", clients=3), ROWS * 3)  # fmt: skip
-rows("leaves no client, since the largest has {} rows: lower it", "a.jsonl", _client("c"), dealt(CLS, kind="natural", min_examples=30),
-     dealt(CLS, kind="natural", min_examples=3))  # fmt: skip
-rows("leaves the smallest of {} clients none of {} rows: lower it", "a.jsonl", ROWS, dealt(CLS, kind="size", clients=4, alpha=9.0),
-     dealt(CLS, kind="size", clients=4, alpha=0.5))  # fmt: skip
-rows("classes of the training rows: lower it", "a.jsonl", ROWS, dealt(CLS, kind="pathological", clients=2, classes_per_client=3),
-     dealt(CLS, kind="pathological", clients=2, classes_per_client=2))  # fmt: skip
-rows("the client id '{}' of {} {}: give it another, or take partition.kind=iid", "a.jsonl", _client("x" * 300), dealt(CLS, kind="natural"),
-     _client("x"), dealt(CLS, kind="iid", clients=2))  # fmt: skip
+rows("{} has an empty client: give every row a client, or take partition.kind=iid", "a.jsonl", _client(" "), deal(CLS, kind="natural"),
+     _client("c"), deal(CLS, kind="iid", clients=2))  # fmt: skip
+rows("is more than the {} training rows: take fewer clients or more rows", "a.jsonl", ROWS, deal(CLS, kind="iid", clients=20),
+     deal(CLS, kind="iid", clients=3), ROWS * 3)  # fmt: skip
+rows("leaves no client, since the largest has {} rows: lower it", "a.jsonl", _client("c"), deal(CLS, kind="natural", min_examples=30),
+     deal(CLS, kind="natural", min_examples=3))  # fmt: skip
+rows("leaves the smallest of {} clients none of {} rows: lower it", "a.jsonl", ROWS, deal(CLS, kind="size", clients=4, alpha=9.0),
+     deal(CLS, kind="size", clients=4, alpha=0.5))  # fmt: skip
+rows("classes of the training rows: lower it", "a.jsonl", ROWS, deal(CLS, kind="pathological", clients=2, classes_per_client=3),
+     deal(CLS, kind="pathological", clients=2, classes_per_client=2))  # fmt: skip
+rows("the client id '{}' of {} {}: give it another, or take partition.kind=iid", "a.jsonl", _client("x" * 300), deal(CLS, kind="natural"),
+     _client("x"), deal(CLS, kind="iid", clients=2))  # fmt: skip
 rows("raise partition.clients or partition.classes_per_client", "a.csv", "text,label\n" + "".join(f"t,{i % 20}\n" for i in range(60)),
-     data(dealt(CLS, kind="pathological", clients=3, classes_per_client=4), **EVERY),
-     data(dealt(CLS, kind="pathological", clients=5, classes_per_client=4), **EVERY),
-     data(dealt(CLS, kind="pathological", clients=3, classes_per_client=7), **EVERY))  # fmt: skip
+     data(deal(CLS, kind="pathological", clients=3, classes_per_client=4), **EVERY),
+     data(deal(CLS, kind="pathological", clients=5, classes_per_client=4), **EVERY),
+     data(deal(CLS, kind="pathological", clients=3, classes_per_client=7), **EVERY))  # fmt: skip
 rows("but it has {} rows: take fewer clients or another partition.kind", "a.csv", "text,label\nt,0\n" + "t,1\n" * 5,
-     data(dealt(CLS, kind="pathological", clients=4, classes_per_client=1), **EVERY),
-     data(dealt(CLS, kind="pathological", clients=2, classes_per_client=1), **EVERY),
-     data(dealt(CLS, kind="iid", clients=4), **EVERY))  # fmt: skip
+     data(deal(CLS, kind="pathological", clients=4, classes_per_client=1), **EVERY),
+     data(deal(CLS, kind="pathological", clients=2, classes_per_client=1), **EVERY),
+     data(deal(CLS, kind="iid", clients=4), **EVERY))  # fmt: skip
 rows("{} already has a column 'client': set data.client_from_file=false, or rename the column", "a.jsonl", _client("c"),
      data(CLS, client_from_file=True), data(CLS, client_from_file=False), _client("c").replace("client", "owner"))  # fmt: skip
 rows("has values of several types ({}): give all its values one type", "a.jsonl", '{"text": "a"}\n{"text": 1}\n' * 3, LM,
@@ -123,7 +123,7 @@ rows("{}: two columns are called '{}' in the header line: rename one", "a.csv", 
 
 @follows("data.client_from_file: {} and {} are both client '{}': rename one of them")
 def _(place: Place) -> Iterator[str]:
-    each, settings = gzip.compress(ROWS.encode()), data(dealt(CLS, kind="natural"), client_from_file=True)
+    each, settings = gzip.compress(ROWS.encode()), data(deal(CLS, kind="natural"), client_from_file=True)
     for other in ("a.jsonl.gz", "b.jsonl.gz"):
         yield refusal_of(place, settings, {"a.jsonl": ROWS, other: each}, "")
 

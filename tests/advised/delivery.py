@@ -12,7 +12,7 @@ from fedtune.delivery.download import Downloads
 from fedtune.delivery.signing import Signer, Verifier
 from fedtune.rounds.delivery import Delivery
 from tests.advised.keys import client_of, folder, quiet_client, quiet_server, server_of
-from tests.advised.rows import Place, follows, raised
+from tests.advised.rows import Place, error_of, follows
 from tests.delivery.offers import delivery, fake_host, prepare, write_keys
 from tests.fakes import lora_state
 from tests.rounds.test_delivery import CLIENTS, Devices, run
@@ -84,12 +84,12 @@ def _key_file(kind: type[Signer] | type[Verifier], name: str, place: Place, wron
     (keys / name).unlink()
     if wrong is not None:
         (keys / name).write_bytes(wrong)
-    yield raised(lambda: kind(keys / name))
+    yield error_of(lambda: kind(keys / name))
     if wrong is None:
         place.run("fedtune", "keys", "--out", keys, "--renew-signing-key")
     else:
         (keys / name).write_bytes(good)
-    yield raised(lambda: kind(keys / name))
+    yield error_of(lambda: kind(keys / name))
 
 
 @follows("cannot read the signing key {}: {}; `fedtune keys` makes one, signing.key")
@@ -112,18 +112,18 @@ def _(place: Place) -> Iterator[str]:
     yield from _key_file(Verifier, "signing.pub", place, b"text")
 
 
-def accepted(place: Place, server: Delivery, device: Device) -> str:
+def refusal_of(place: Place, server: Delivery, device: Device) -> str:
     """Why the device does not accept the server's model; "" if it does."""
     offer = prepare(server, 1, lora_state(version=1))
-    return raised(lambda: Downloads(device).accept(offer.text, offer.signature, fake_host()))
+    return error_of(lambda: Downloads(device).accept(offer.text, offer.signature, fake_host()))
 
 
 @follows("this device installs no model: start it with --signing-pub signing.pub, which `fedtune keys` makes")
 def _(place: Place) -> Iterator[str]:
     private, public = write_keys(place.folder)
     server, state = delivery(place.folder, private), place.folder / "state"
-    yield accepted(place, server, Device(client="a", state=state))
-    yield accepted(place, server, Device(client="a", state=state, signing_pub=str(public)))
+    yield refusal_of(place, server, Device(client="a", state=state))
+    yield refusal_of(place, server, Device(client="a", state=state, signing_pub=str(public)))
 
 
 @follows("cannot read {}, which keeps older models from being offered as new: remove it if you trust the server")
@@ -132,9 +132,9 @@ def _(place: Place) -> Iterator[str]:
     device = Device(client="a", state=place.folder / "state", signing_pub=str(public))
     (seen := device.state / "models/seen.json").parent.mkdir(parents=True)
     seen.write_text("{")
-    yield accepted(place, delivery(place.folder, private), device)
+    yield refusal_of(place, delivery(place.folder, private), device)
     seen.unlink()
-    yield accepted(place, delivery(place.folder, private), device)
+    yield refusal_of(place, delivery(place.folder, private), device)
 
 
 @follows("cannot store the model in {}: {}; free the disk or give another --state")
@@ -142,10 +142,10 @@ def _(place: Place) -> Iterator[str]:
     private, public = write_keys(place.folder)
     device = Device(client="a", state=place.folder / "state", signing_pub=str(public))
     (file := device.state).write_text("a file")
-    yield accepted(place, delivery(place.folder, private), device)
-    yield accepted(place, delivery(place.folder, private), Device(client="a", state=place.folder / "other", signing_pub=str(public)))
+    yield refusal_of(place, delivery(place.folder, private), device)
+    yield refusal_of(place, delivery(place.folder, private), Device(client="a", state=place.folder / "other", signing_pub=str(public)))
     file.unlink()
-    yield accepted(place, delivery(place.folder, private), device)
+    yield refusal_of(place, delivery(place.folder, private), device)
 
 
 @follows("cannot install the model in {}: {}; free the disk or give another --state")
@@ -178,9 +178,9 @@ def _(place: Place) -> Iterator[str]:
     server = delivery(place.folder, private)
     server.folder.mkdir()
     (server.folder / "manifest.json").write_text("{")
-    yield raised(lambda: prepare(server, 1, lora_state(version=1)))
+    yield error_of(lambda: prepare(server, 1, lora_state(version=1)))
     shutil.rmtree(server.folder)
-    yield raised(lambda: prepare(server, 1, lora_state(version=1)))
+    yield error_of(lambda: prepare(server, 1, lora_state(version=1)))
 
 
 @follows("not delivered to {}: start the server again with --run {} to deliver the run's model later")
@@ -199,4 +199,4 @@ def _(place: Place) -> Iterator[str]:
     downloads = Downloads(Device(client="anna", state=place.folder / "state", signing_pub=str(public)))
     for name in ("../../etc", "etc"):
         offer = prepare(delivery(place.folder / name.strip("./"), private, name), 1, lora_state(version=1))
-        yield raised(lambda offer=offer: downloads.accept(offer.text, offer.signature, fake_host()))
+        yield error_of(lambda offer=offer: downloads.accept(offer.text, offer.signature, fake_host()))

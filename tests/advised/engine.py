@@ -25,18 +25,18 @@ from fedtune.inference.generate_transformers import load_model
 from fedtune.storage.tensor_files import read_header
 from fedtune.templates import render
 from tests.advised.models import run_of
-from tests.advised.rows import Place, follows, raised
+from tests.advised.rows import Place, error_of, follows
 from tests.advised.serving import engine_of
 from tests.export.test_huggingface import CAUSAL, CLASSES
-from tests.inference.serve.served import make_scheduler, tiny_model
+from tests.inference.serve.servers import make_scheduler, tiny_model
 from tests.models.build import checkpoint
 
 
-def loaded(folder: Path, kind: str | None = None) -> str:
-    return raised(lambda: load_engine(folder, kind, keep=False))
+def load_error(folder: Path, kind: str | None = None) -> str:
+    return error_of(lambda: load_engine(folder, kind, keep=False))
 
 
-def exported(place: Place, run: Path, *flags: str) -> Path:
+def export_as_advised(place: Place, run: Path, *flags: str) -> Path:
     """The folder of the export that an error advises."""
     shutil.rmtree(place.folder / "out", ignore_errors=True)
     assert not place.run("fedtune", "export", run, "--out", place.folder / "out", *flags)
@@ -48,26 +48,26 @@ def exported(place: Place, run: Path, *flags: str) -> Path:
 
 @follows("{} cannot be read ({}): give a model folder")
 def _(place: Place) -> Iterator[str]:
-    yield loaded(place.folder)
-    yield loaded(run_of(place).parent / "m")
+    yield load_error(place.folder)
+    yield load_error(run_of(place).parent / "m")
 
 
-def _damaged(says: str, name: str, content: str | int) -> None:
-    """A file of a model has this content, or ends at this byte; then the model is exported."""
+def _damage_row(says: str, name: str, content: str | int) -> None:
+    """Add a row: a file of a model has this content, or ends at this byte; then the model is exported again."""
 
     def follow(place: Place) -> Iterator[str]:
         model = Path(shutil.copytree(run_of(place).parent / "m", place.folder / "m"))
         file = model / name
         file.write_bytes(content.encode() if isinstance(content, str) else file.read_bytes()[:content])
-        yield loaded(model)
-        yield loaded(exported(place, run_of(place)))
+        yield load_error(model)
+        yield load_error(export_as_advised(place, run_of(place)))
 
     follows(says)(follow)
 
 
-_damaged("{} is not JSON: export the model again", "config.json", "{")
-_damaged("{} does not hold a JSON object: export the model again", "config.json", "[]")
-_damaged("{} is not a valid safetensors file ({}): download or export it again", "model.safetensors", 900)
+_damage_row("{} is not JSON: export the model again", "config.json", "{")
+_damage_row("{} does not hold a JSON object: export the model again", "config.json", "[]")
+_damage_row("{} is not a valid safetensors file ({}): download or export it again", "model.safetensors", 900)
 
 
 @follows("config.json's rope_parameters of rope_type={} give no finite rotations: export it again")
@@ -76,20 +76,20 @@ def _(place: Place) -> Iterator[str]:
     config = json.loads((model / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 1e-320}
     (model / "config.json").write_text(json.dumps(config))
-    yield loaded(model)
-    yield loaded(exported(place, run_of(place)))
+    yield load_error(model)
+    yield load_error(export_as_advised(place, run_of(place)))
 
 
 @follows("the model's tokenizer cannot encode this text ({}): export the model again")
 def _(place: Place) -> Iterator[str]:
-    out = exported(place, run_of(place))
+    out = export_as_advised(place, run_of(place))
     whole = (out / "tokenizer.json").read_text()
     document = json.loads(whole)
     document["model"] = {"type": "WordLevel", "vocab": {"on": 0}, "unk_token": "?"}  # damaged: it lacks the token for unknown words
     document["pre_tokenizer"] = document["normalizer"] = document["post_processor"] = document["decoder"] = None
     (out / "tokenizer.json").write_text(json.dumps(document | {"added_tokens": []}))
-    yield raised(lambda: read_text(out).encode("turn"))
-    yield raised(lambda: read_text(exported(place, run_of(place))).encode("turn"))
+    yield error_of(lambda: read_text(out).encode("turn"))
+    yield error_of(lambda: read_text(export_as_advised(place, run_of(place))).encode("turn"))
 
 
 @follows("{} holds {} numbers, which the engine cannot read: export the model again")
@@ -97,7 +97,7 @@ def _(place: Place) -> Iterator[str]:
     file = place.folder / "x.safetensors"  # a GPTQ checkpoint: nothing before it checks its dtypes
     for dtype in (torch.uint32, torch.int32):
         save_file({"qweight": torch.ones(4, dtype=dtype)}, file)
-        yield raised(read_header(file)[0]["qweight"].read)
+        yield error_of(read_header(file)[0]["qweight"].read)
 
 
 @follows("{} has no tensor {}: give a merged model, as written by `fedtune export`")
@@ -105,56 +105,56 @@ def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
     weights = load_file(model / "model.safetensors")  # weights of the body without its head: their names lack the first part
     save_file({name.removeprefix("model."): weight for name, weight in weights.items()}, model / "model.safetensors")
-    yield loaded(model)
-    yield loaded(exported(place, run_of(place)))
+    yield load_error(model)
+    yield load_error(export_as_advised(place, run_of(place)))
 
 
 @follows("{} has an unmerged adapter: export it with `--to edge` for the engine")
 def _(place: Place) -> Iterator[str]:
     run = run_of(place, CAUSAL, method="prompt")
-    yield loaded(exported(place, run))
-    yield loaded(exported(place, run, "--to", "edge"))
+    yield load_error(export_as_advised(place, run))
+    yield load_error(export_as_advised(place, run, "--to", "edge"))
 
 
 @follows("{} does not generate text: give a causal language model")
 def _(place: Place) -> Iterator[str]:
-    yield loaded(exported(place, run_of(place, CLASSES)))
-    yield loaded(exported(place, run_of(place)))
+    yield load_error(export_as_advised(place, run_of(place, CLASSES)))
+    yield load_error(export_as_advised(place, run_of(place)))
 
 
 @follows("the engine does not support quantization_config: give the merged model in 16 or 32 bits")
 def _(place: Place) -> Iterator[str]:
-    config = exported(place, run_of(place)) / "config.json"
+    config = export_as_advised(place, run_of(place)) / "config.json"
     whole = json.loads(config.read_text())
     for changes in ({"quantization_config": {"quant_method": "gptq"}}, {}, {"dtype": "bfloat16"}):
         config.write_text(json.dumps(whole | changes))
-        yield loaded(place.folder / "out")
+        yield load_error(place.folder / "out")
 
 
 @follows("there is no kind {}: choose {}")
 def _(place: Place) -> Iterator[str]:
     model = run_of(place).parent / "m"
-    error = loaded(model, "int3")  # the command line does not accept this kind
+    error = load_error(model, "int3")  # the command line does not accept this kind
     yield error
     for kind in error.rpartition("choose ")[2].split(", "):
-        yield loaded(model, kind)
+        yield load_error(model, kind)
 
 
 @follows("and {} would round it again: export the model in {}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    error = loaded(exported(place, run_of(place), "--to", "edge", "--quantize", "int8"), "int4")
+    error = load_error(export_as_advised(place, run_of(place), "--to", "edge", "--quantize", "int8"), "int4")
     yield error
     kind = error.rpartition(" in ")[2]
-    yield loaded(exported(place, run_of(place), "--to", "edge", "--quantize", kind), "int4")
+    yield load_error(export_as_advised(place, run_of(place), "--to", "edge", "--quantize", kind), "int4")
 
 
 @follows("virtual tokens come first, but the cache already holds {} tokens: use an empty one")
 def _(place: Place) -> Iterator[str]:
-    engine = load_engine(exported(place, run_of(place, CAUSAL, method="prompt"), "--to", "edge"))
+    engine = load_engine(export_as_advised(place, run_of(place, CAUSAL, method="prompt"), "--to", "edge"))
     cache = engine.cache()
     engine.start(cache)
-    yield raised(lambda: engine.start(cache))
-    yield raised(lambda: engine.start(engine.cache()))
+    yield error_of(lambda: engine.start(cache))
+    yield error_of(lambda: engine.start(engine.cache()))
 
 
 def _linear(says: str, kind: str, group: int = 32, **parts: Array | None) -> None:
@@ -166,8 +166,8 @@ def _linear(says: str, kind: str, group: int = 32, **parts: Array | None) -> Non
     def follow(place: Place) -> Iterator[str]:
         whole: Any = portable(kind, np.ones((8, 64), np.float32))
         damaged = {name: part for name, part in (whole | parts).items() if part is not None}
-        yield raised(lambda: linear_from_tensors(kind, damaged, n_in=64, group=group))
-        yield raised(lambda: linear_from_tensors(kind, whole, n_in=64))
+        yield error_of(lambda: linear_from_tensors(kind, damaged, n_in=64, group=group))
+        yield error_of(lambda: linear_from_tensors(kind, whole, n_in=64))
 
     follows(says)(follow)
 
@@ -180,22 +180,22 @@ _linear("{} has int4 groups of {} columns: the engine supports {}; export it aga
 # -- text ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def encoded(text: str, folder: Path) -> str:
-    return raised(lambda: read_text(folder).encode(text))
+def encode_error(text: str, folder: Path) -> str:
+    return error_of(lambda: read_text(folder).encode(text))
 
 
 @follows("the prompt is empty and the tokenizer has no BOS token: give some text")
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
     for text in ("", "turn on"):
-        yield encoded(text, model)
+        yield encode_error(text, model)
 
 
 @follows("the prompt is empty and the tokenizer has no token to begin with: give some text")
 def _(place: Place) -> Iterator[str]:
     model = load_model(run_of(place, CAUSAL, "gpt2").parent / "m", {})
     for text in ("", "turn on"):
-        yield raised(lambda text=text: model.text.encode(text))
+        yield error_of(lambda text=text: model.text.encode(text))
 
 
 @follows("the text is not UTF-8: give it in that encoding")
@@ -208,8 +208,8 @@ def _(place: Place) -> Iterator[str]:
 @follows("the model has no chat template: give it a prompt instead")
 def _(place: Place) -> Iterator[str]:
     model = place.keep("bare", lambda path: tiny_model(path, context=128, chat=False))
-    yield raised(lambda: read_text(model).chat([{"role": "user", "content": "hello"}]))
-    yield encoded("hello", model)
+    yield error_of(lambda: read_text(model).chat([{"role": "user", "content": "hello"}]))
+    yield encode_error("hello", model)
 
 
 @follows("has no tokenizer.json: save its tokenizer in the fast format of the tokenizers library")
@@ -217,9 +217,9 @@ def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
     fast = AutoTokenizer.from_pretrained(model)
     (model / "tokenizer.json").unlink()
-    yield encoded("turn on", model)
+    yield encode_error("turn on", model)
     fast.save_pretrained(model)
-    yield encoded("turn on", model)
+    yield encode_error("turn on", model)
 
 
 @follows("needs BPE: set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json")
@@ -227,11 +227,11 @@ def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"}))
-    error = encoded("turn on", model)
+    error = encode_error("turn on", model)
     yield error
     name, value, file = re.findall(r"set (\w+) to (\w+) in (\S+)", error)[0]
     (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | {name: value}))
-    yield encoded("turn on", model)
+    yield encode_error("turn on", model)
 
 
 @follows("{}: install jinja2")
@@ -251,13 +251,13 @@ def _(place: Place) -> Iterator[str]:
 @follows("the prompt has no tokens: give some text")
 def _(place: Place) -> Iterator[str]:
     for prompt in ([], "turn on"):
-        yield raised(lambda prompt=prompt: Generation(engine_of(place), prompt, max_new_tokens=2))
+        yield error_of(lambda prompt=prompt: Generation(engine_of(place), prompt, max_new_tokens=2))
 
 
 @follows("a stop string is empty, which every text contains: leave it out")
 def _(place: Place) -> Iterator[str]:
     for stop in (("", "off"), ("off",)):
-        yield raised(lambda stop=stop: Generation(engine_of(place), "turn on", Sampling(stop=stop)))
+        yield error_of(lambda stop=stop: Generation(engine_of(place), "turn on", Sampling(stop=stop)))
 
 
 @follows("requests are running or waiting, the maximum: retry later")
@@ -268,7 +268,7 @@ def _(place: Place) -> Iterator[str]:
     def submit() -> str:
         ids = engine.text.encode("turn on")
         request = GenerationRequest(ids=ids, sampling=Sampling(), max_new_tokens=2, deliver=lambda output: None)
-        return raised(lambda: scheduler.submit(request))
+        return error_of(lambda: scheduler.submit(request))
 
     assert not submit()
     yield submit()
@@ -279,16 +279,16 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("adapter {} changes '{}', which the engine cannot adapt: merge it with `fedtune export`")
 def _(place: Place) -> Iterator[str]:
-    engine = load_engine(exported(place, run_of(place), "--to", "edge", "--separate"))
+    engine = load_engine(export_as_advised(place, run_of(place), "--to", "edge", "--separate"))
     factors = {"lm_head": (np.ones((1, engine.shape.hidden), np.float32), np.ones((engine.shape.vocab, 1), np.float32))}
-    yield raised(lambda: engine.add_adapter("more", factors))
-    yield loaded(exported(place, run_of(place), "--to", "edge"))  # without --separate the adapter is merged
+    yield error_of(lambda: engine.add_adapter("more", factors))
+    yield load_error(export_as_advised(place, run_of(place), "--to", "edge"))  # without --separate the adapter is merged
 
 
 @follows("an early exit after layer {} of {} saves nothing: leave before the last one")
 def _(place: Place) -> Iterator[str]:
     for layers in (2, 1):
-        yield raised(lambda layers=layers: EarlyExit(layers).begin(Sampling(), Context(engine_of(place))))
+        yield error_of(lambda layers=layers: EarlyExit(layers).begin(Sampling(), Context(engine_of(place))))
 
 
 @follows("their tokenizers differ; distill a draft model with `fedtune draft`", slow=True)

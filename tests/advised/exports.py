@@ -13,12 +13,12 @@ from fedtune.export.edge import export_edge
 from fedtune.inference.generate import generate_text
 from tests.advised.models import lora, run_of
 from tests.advised.operators import package
-from tests.advised.rows import Place, command, follows, raised
-from tests.advised.runs import ended, setting_of
+from tests.advised.rows import Place, command, error_of, follows
+from tests.advised.runs import one_round_run, setting_of
 from tests.export.test_huggingface import ASK as ASKS
 from tests.export.test_huggingface import CAUSAL, CLASSES, make_run
 from tests.export.test_personal import personal_run
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 from tests.models.build import checkpoint, hub, llama_config
 
 EXPORT = "fedtune export {run} --out {here}/out "
@@ -33,7 +33,7 @@ def export(place: Place, source: Path, *flags: str) -> str:
     return place.run("fedtune", "export", source, "--out", place.folder / "out", *flags)
 
 
-# -- what cannot be exported so -----------------------------------------------------------------------------------------------------------
+# -- exports that are refused -------------------------------------------------------------------------------------------------------------
 
 command("which is not quantized: leave out --requantize", EXPORT + "--requantize", ready=lora)
 command("has an effect only with quantization: add", EXPORT + "--to edge --calibrate {here}/text.txt", ready=lora)
@@ -84,7 +84,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("has no adapter/ yet: the run has not ended, continue it with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     shutil.rmtree(run / "adapter")
     output = export(place, run)
     yield output
@@ -116,7 +116,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("--method {} needs calibration text: give --calibrate, or use rtn")
 def _(place: Place) -> Iterator[str]:
     run, text = run_of(place), Path(lora(place)["run"]) and place.folder / "text.txt"
-    yield raised(lambda: export_edge(run, place.folder / "out", quantize="int8", method="awq"))  # the command line refuses this before
+    yield error_of(lambda: export_edge(run, place.folder / "out", quantize="int8", method="awq"))  # the command line refuses this before
     yield export(place, run, "--to", "edge", "--quantize", "int8", "--method", "awq", "--calibrate", str(text))
     yield export(place, run, "--to", "edge", "--quantize", "int8", "--method", "rtn")
 
@@ -157,10 +157,10 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run, "--requantize")
 
 
-# -- what an export says of itself --------------------------------------------------------------------------------------------------------
+# -- notes of an export -------------------------------------------------------------------------------------------------------------------
 
 
-def _beside(place: Place, method: str) -> Iterator[str]:
+def _separate_adapter(place: Place, method: str) -> Iterator[str]:
     assert not export(place, run_of(place, CAUSAL, method=method))
     output = place.warned
     yield output
@@ -177,17 +177,17 @@ def _beside(place: Place, method: str) -> Iterator[str]:
 
 @follows("`fedtune generate` or PeftModel.from_pretrained(model, '{}')")
 def _(place: Place) -> Iterator[str]:
-    yield from _beside(place, "prompt")
+    yield from _separate_adapter(place, "prompt")
 
 
 @follows("`fedtune generate`")
 def _(place: Place) -> Iterator[str]:
-    yield from _beside(place, "adapter")
+    yield from _separate_adapter(place, "adapter")
 
 
 @follows("is the backbone, with the adapter in {}; use {}")
 def _(place: Place) -> Iterator[str]:
-    yield from _beside(place, "adapter")
+    yield from _separate_adapter(place, "adapter")
 
 
 @follows("the model answers untuned without it: select it with --adapter {}")
@@ -252,7 +252,7 @@ def _(place: Place) -> Iterator[str]:
     yield export(place, run_of(place).parent / "m", "--to", "edge")
 
 
-# -- and those that answer ----------------------------------------------------------------------------------------------------------------
+# -- commands that generate answers -------------------------------------------------------------------------------------------------------
 
 ASK = "fedtune generate {model} 'turn on' --max-new-tokens 2 "
 
@@ -282,7 +282,7 @@ def _(place: Place) -> Iterator[str]:
 
     def answers(how: str) -> str:
         draft = Path(made["draft"]) if how == "draft" else None
-        return raised(lambda: generate_text(Path(made["model"]), "turn on", max_new_tokens=2, speculate=how, draft=draft))
+        return error_of(lambda: generate_text(Path(made["model"]), "turn on", max_new_tokens=2, speculate=how, draft=draft))
 
     error = answers("guess")  # the command line accepts only these
     yield error

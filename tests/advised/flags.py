@@ -10,7 +10,7 @@ import yaml
 from fedtune.config import to_dict
 from fedtune.network.status_server import StatusServer
 from tests.advised.keys import client_of, folder, quiet_client, quiet_server, server_of
-from tests.advised.rows import Place, command, composed, follows, ways
+from tests.advised.rows import Place, command, compose_once, follows, ways
 
 SERVER = "fedtune-server --run {here}/run --insecure "
 CLIENT = "fedtune-client --server localhost:1 --state {here}/state --client-id a "
@@ -108,10 +108,10 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune-server", "--run", place.folder / "My.run-1_a", "--insecure")
 
 
-def a_run(path: Path, *settings: str, served: bool = False, done: int = 1, pid: int = 0) -> Path:
+def run_folder(path: Path, *settings: str, served: bool = False, done: int = 1, pid: int = 0) -> Path:
     """The parts of a run directory that an entry point reads."""
     path.mkdir()
-    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(composed(["rounds=2", *settings])[0].config)))
+    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(compose_once(["rounds=2", *settings])[0].config)))
     for number in range(done + 1):
         (path / "checkpoints" / f"round-{number:04d}").mkdir(parents=True)
         (path / "checkpoints" / f"round-{number:04d}" / "checkpoint.json").write_text(json.dumps({"round": number, "clients": {}}))
@@ -123,7 +123,7 @@ def a_run(path: Path, *settings: str, served: bool = False, done: int = 1, pid: 
 @follows("already sets the run directory: leave out {}, or --run", slow=True)
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
-    run = a_run(place.folder / "kept")
+    run = run_folder(place.folder / "kept")
     argv = ["fedtune-server", f"resume={run}", "--run", str(run), "--insecure"]
     output = place.run(*argv)
     yield output
@@ -135,18 +135,18 @@ def _(place: Place) -> Iterator[str]:
 @follows("leave that setting out, or give another --run to start another run", slow=True)
 def _(place: Place) -> Iterator[str]:
     quiet_server(place)
-    run = a_run(place.folder / "kept", "round_timeout_s=600")
+    run = run_folder(place.folder / "kept", "round_timeout_s=600")
     yield place.run("fedtune-server", "--insecure", "--run", run, "seed=7")
     yield place.run("fedtune-server", "--insecure", "--run", run)
     yield place.run("fedtune-server", "--insecure", "--run", place.folder / "other", "seed=7")
 
 
-# -- runs, looked at ----------------------------------------------------------------------------------------------------------------------
+# -- commands that read a run -------------------------------------------------------------------------------------------------------------
 
 
 @follows("there is no run {}: give the folder that holds config.yaml and checkpoints/")
 def _(place: Place) -> Iterator[str]:
-    run = a_run(place.folder / "run")
+    run = run_folder(place.folder / "run")
     yield place.run("fedtune", "status", run / "adapter")
     yield place.run("fedtune", "status", next(p.parent for p in place.folder.rglob("config.yaml") if (p.parent / "checkpoints").is_dir()))
 
@@ -154,7 +154,7 @@ def _(place: Place) -> Iterator[str]:
 @follows("there is no run directory {}: give the folder that holds config.yaml and checkpoints/")
 def _(place: Place) -> Iterator[str]:
     quiet_run(place)
-    run = a_run(place.folder / "run")
+    run = run_folder(place.folder / "run")
     yield place.run("fedtune.sim", f"resume={place.folder}/rnu")
     yield place.run("fedtune.sim", f"resume={run}")
 
@@ -166,22 +166,22 @@ def quiet_run(place: Place) -> None:
 
 @follows("{} is stopped after {} of {} rounds: continue with {}")
 def _(place: Place) -> Iterator[str]:
-    yield from _continue(place, a_run(place.folder / "run"))
+    yield from _continue(place, run_folder(place.folder / "run"))
 
 
 @follows("python -m fedtune.sim resume={}")
 def _(place: Place) -> Iterator[str]:
-    yield from _continue(place, a_run(place.folder / "run"))
+    yield from _continue(place, run_folder(place.folder / "run"))
 
 
 @follows("fedtune-server --run {} and the flags for its keys")
 def _(place: Place) -> Iterator[str]:
-    yield from _continue(place, a_run(place.folder / "served", served=True))
+    yield from _continue(place, run_folder(place.folder / "served", served=True))
 
 
 @follows("if it hangs, stop it and continue with {}")
 def _(place: Place) -> Iterator[str]:
-    run = a_run(place.folder / "served", served=True, pid=os.getpid())
+    run = run_folder(place.folder / "served", served=True, pid=os.getpid())
     os.utime(run / "server.json", (1e9, 1e9))
     yield from _continue(place, run)
 

@@ -22,8 +22,8 @@ from fedtune.models.backbone import quiet
 from fedtune.models.checkpoint import stored_tensors
 from tests.advised.exports import export
 from tests.advised.models import run_of
-from tests.advised.rows import Place, follows, raised
-from tests.export import test_gguf as built
+from tests.advised.rows import Place, error_of, follows
+from tests.export import test_gguf as shapes
 from tests.export.test_huggingface import make_run
 from tests.inference.engine.tiny import VOCAB
 from tests.models.build import checkpoint, hub
@@ -39,37 +39,37 @@ def to_each(place: Place, run: Path) -> Iterator[str]:
         yield export(place, run, "--to", to)
 
 
-def _shaped(says: str, shape: str, method: str = "lora") -> None:
+def _shape_row(says: str, shape: str, method: str = "lora") -> None:
     def follow(place: Place) -> Iterator[str]:
-        model = built.shaped_checkpoint(place.folder / "m", shape)
-        yield from to_each(place, make_run(place.folder / "run", hub(model), built.SHORT, method=method)[0])
+        model = shapes.shaped_checkpoint(place.folder / "m", shape)
+        yield from to_each(place, make_run(place.folder / "run", hub(model), shapes.SHORT, method=method)[0])
 
     follows(says, slow=True, library="gguf")(follow)
 
 
-_shaped("a GGUF file has no place for the virtual tokens of {}: use --to edge", "llama", "prompt")
-_shaped("llama.cpp's qwen3 has no attention biases: use --to edge or hf", "qwen3_biases")
-_shaped("fedtune does not write GGUF files of model_type={}: use --to edge or hf", "smollm3")
-_shaped("computes YaRN's attention factor itself, but the model sets its own: use --to edge or hf", "llama_yarn_mscale")
+_shape_row("a GGUF file has no place for the virtual tokens of {}: use --to edge", "llama", "prompt")
+_shape_row("llama.cpp's qwen3 has no attention biases: use --to edge or hf", "qwen3_biases")
+_shape_row("fedtune does not write GGUF files of model_type={}: use --to edge or hf", "smollm3")
+_shape_row("computes YaRN's attention factor itself, but the model sets its own: use --to edge or hf", "llama_yarn_mscale")
 
 
 @follows("this model (truncate=false) does not: use --to edge or hf", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    yield from to_each(place, built.yarn(place.folder, truncate=False))
+    yield from to_each(place, shapes.yarn(place.folder, truncate=False))
 
 
 @follows("has values beyond float16's maximum of 65504: use --to edge or hf", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    model = built.shaped_checkpoint(place.folder / "m", "llama")
+    model = shapes.shaped_checkpoint(place.folder / "m", "llama")
     weights = load_file(model / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(weights | {name: weights[name] * 1e7}, model / "model.safetensors", {"format": "pt"})
-    yield from to_each(place, make_run(place.folder / "run", hub(model), built.SHORT)[0])
+    yield from to_each(place, make_run(place.folder / "run", hub(model), shapes.SHORT)[0])
 
 
 @follows("{} already exists: give another file with --out, or remove it", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    run, _ = make_run(place.folder / "run", hub(built.shaped_checkpoint(place.folder / "m", "llama")), built.SHORT)
+    run, _ = make_run(place.folder / "run", hub(shapes.shaped_checkpoint(place.folder / "m", "llama")), shapes.SHORT)
     (place.folder / "taken").write_text("mine")
     export = ["fedtune", "export", run, *GGUF, "--out"]
     yield place.run(*export, place.folder / "taken")
@@ -80,7 +80,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("writing GGUF needs the gguf library: pip install 'fedtune[gguf]'", slow=True, library="gguf")
 def _(place: Place) -> Iterator[str]:
-    run, _ = make_run(place.folder / "run", hub(built.shaped_checkpoint(place.folder / "m", "llama")), built.SHORT)
+    run, _ = make_run(place.folder / "run", hub(shapes.shaped_checkpoint(place.folder / "m", "llama")), shapes.SHORT)
     with place.patch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         yield export(place, run, *GGUF)
@@ -93,21 +93,21 @@ def _tokens(says: str, damage: Callable[[Path], Any]) -> None:
     def follow(place: Place) -> Iterator[str]:
         damage(tokens := place.folder / "tokens")
         with quiet():
-            yield raised(lambda: read_vocabulary(tokens, AutoTokenizer.from_pretrained(tokens), VOCAB))
+            yield error_of(lambda: read_vocabulary(tokens, AutoTokenizer.from_pretrained(tokens), VOCAB))
         yield export(place, run_of(place), "--to", "hf")
 
     follows(says, slow=True, library="gguf")(follow)
 
 
 def _odd_digits(folder: Path) -> None:
-    built.byte_level(folder, "smollm")
+    shapes.byte_level(folder, "smollm")
     raw = json.loads((folder / "tokenizer.json").read_text())
     raw["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
     (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
 _tokens("llama.cpp does not support this tokenizer's pre-tokenizer ({}): use --to hf", _odd_digits)
-_tokens("have several ranks, which scores cannot express: use --to hf", built.metaspace)
+_tokens("have several ranks, which scores cannot express: use --to hf", shapes.metaspace)
 
 
 # -- calibration --------------------------------------------------------------------------------------------------------------------------
@@ -127,30 +127,30 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     for name, content in (("rows.jsonl", '{"count": 3}'), ("text.txt", "turn on the light"), ("rows.jsonl", '{"text": "turn on"}')):
         (place.folder / name).write_text(content + "\n")
-        yield raised(lambda name=name: read_calibration_texts(place.folder / name))
+        yield error_of(lambda name=name: read_calibration_texts(place.folder / name))
 
 
 @follows("{}; give calibration text instead of the run")
 def _(place: Place) -> Iterator[str]:
     (place.folder / "config.yaml").write_text("[")
-    yield raised(lambda: read_calibration_texts(place.folder))
+    yield error_of(lambda: read_calibration_texts(place.folder))
     (place.folder / "text.txt").write_text("turn on the light")
-    yield raised(lambda: read_calibration_texts(place.folder / "text.txt"))
+    yield error_of(lambda: read_calibration_texts(place.folder / "text.txt"))
 
 
 @follows("the training rows of '{}' are not on this machine: give a .txt or .jsonl file instead")
 def _(place: Place) -> Iterator[str]:
     config = Config(data=DataConfig(source="local", test_path="t.jsonl"))
     (place.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    yield raised(lambda: read_calibration_texts(place.folder))
+    yield error_of(lambda: read_calibration_texts(place.folder))
     (place.folder / "text.txt").write_text("turn on the light")
-    yield raised(lambda: read_calibration_texts(place.folder / "text.txt"))
+    yield error_of(lambda: read_calibration_texts(place.folder / "text.txt"))
 
 
-# -- quantized again ----------------------------------------------------------------------------------------------------------------------
+# -- exports of a quantized backbone ------------------------------------------------------------------------------------------------------
 
 
-def _quantized(place: Place) -> Path:
+def _quantize(place: Place) -> Path:
     from tests.export.test_requantize import make_run as quantized_run
     from tests.models.test_quantize import wide
 
@@ -160,7 +160,7 @@ def _quantized(place: Place) -> Path:
 
 @follows("the merged model cannot be quantized again: {}; export it without --requantize", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
-    run = _quantized(place)
+    run = _quantize(place)
 
     def fails(*_: Any) -> Any:
         raise RuntimeError("the model's own code fails on packed weights")
@@ -173,7 +173,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the quantized model's '{}' cannot be read back: export it without --requantize", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
-    run = _quantized(place)
+    run = _quantize(place)
     unique = pytest.importorskip("fedtune.models.quantize").unique_tensors
     with place.patch.context() as patch:
         patch.setattr("fedtune.models.quantize.unique_tensors", lambda model: dict(list(unique(model).items())[1:]))
@@ -183,7 +183,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("; the error is no smaller, so the training may be lost: export without --requantize", slow=True, library="bitsandbytes")
 def _(place: Place) -> Iterator[str]:
-    run = _quantized(place)
+    run = _quantize(place)
     file = run / "adapter/fedtune.safetensors"
     state = AdapterState.load(file)
     state.replace({name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}).save(file)  # an adapter that changes nothing
@@ -215,4 +215,4 @@ def _(place: Place) -> Iterator[str]:
     whole = stored.file.read_bytes()
     for content in (whole[: stored.start + 8], whole):  # cut short after its header was read
         stored.file.write_bytes(content)
-        yield raised(lambda: MergedTensor(stored).read(torch.float32))
+        yield error_of(lambda: MergedTensor(stored).read(torch.float32))

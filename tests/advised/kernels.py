@@ -20,7 +20,7 @@ from fedtune.inference.engine.native import build, library
 from fedtune.inference.engine.native.library import SETS, Kernels
 from fedtune.inference.engine.native.pack import pack, weights_of
 from fedtune.inference.engine.reference import linears
-from tests.advised.rows import Place, follows, raised
+from tests.advised.rows import Place, error_of, follows
 from tests.inference.engine.tiny import tiny_model
 
 
@@ -28,11 +28,11 @@ def linear() -> Linear:
     return linear_from_tensors("int4", portable("int4", np.ones((8, 64), np.float32)), n_in=64)
 
 
-def refused(place: Place, choice: str) -> str:
+def choice_error(place: Place, choice: str) -> str:
     """The error with a value of FEDTUNE_NATIVE; "" leaves it out."""
     place.patch.setenv("FEDTUNE_NATIVE", choice)
     library._chosen.cache_clear()
-    return raised(linear)
+    return error_of(linear)
 
 
 def with_sets(place: Place, *sets: str) -> None:
@@ -44,9 +44,9 @@ def with_sets(place: Place, *sets: str) -> None:
 @follows("{}={} is unknown: set it to off, {}, or leave it out")
 def _(place: Place) -> Iterator[str]:
     with_sets(place, *SETS)
-    yield refused(place, "sse9")
+    yield choice_error(place, "sse9")
     for choice in ("off", *SETS, ""):
-        yield refused(place, choice)
+        yield choice_error(place, choice)
     library._chosen.cache_clear()
 
 
@@ -55,7 +55,7 @@ def without_torch(place: Place) -> str:
         without.delitem(sys.modules, linears.__name__)
         without.delattr(reference, "linears")
         without.setitem(sys.modules, "torch", None)
-        return raised(linear)
+        return error_of(linear)
 
 
 @follows("{} linear layers run by torch here ({}), which is not installed: pip install torch")
@@ -63,7 +63,7 @@ def _(place: Place) -> Iterator[str]:
     place.patch.setattr(library, "_opened", lambda: "they are not built")
     library._chosen.cache_clear()
     yield without_torch(place)
-    yield raised(linear)  # installed
+    yield error_of(linear)  # installed
     library._chosen.cache_clear()
 
 
@@ -71,7 +71,7 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     place.patch.setenv("FEDTUNE_NATIVE", "off")
     yield without_torch(place)
-    yield raised(linear)  # installed
+    yield error_of(linear)  # installed
     place.patch.delenv("FEDTUNE_NATIVE")
     yield without_torch(place)
 
@@ -79,9 +79,9 @@ def _(place: Place) -> Iterator[str]:
 @follows("{}={} needs a CPU with {}, and this one has {}: set one of these or leave it out")
 def _(place: Place) -> Iterator[str]:
     with_sets(place, "portable", "avx2")
-    yield refused(place, "avx512")
+    yield choice_error(place, "avx512")
     for choice in ("portable", "avx2", ""):
-        yield refused(place, choice)
+        yield choice_error(place, choice)
     library._chosen.cache_clear()
 
 
@@ -104,36 +104,36 @@ def _(place: Place) -> Iterator[str]:
         remembered.cache_clear()
 
 
-def multiplied(code: int) -> str:
+def product_error(code: int) -> str:
     """The error of a product for which the library returns this code."""
     parts = pack("int4", portable("int4", np.ones((8, 64), np.float32)), 64, 32)
     run = Kernels(SimpleNamespace(fedtune_multiply=lambda *_: code), "portable")
-    return raised(lambda: run.multiply(weights_of(parts, "int4", 64, 8), 1, 1, (0, 0), (0, 0)))
+    return error_of(lambda: run.multiply(weights_of(parts, "int4", 64, 8), 1, 1, (0, 0), (0, 0)))
 
 
 @follows("there is no memory for {} rows of {} activations: use a shorter prompt")
 def _(place: Place) -> Iterator[str]:
-    yield multiplied(2)
-    yield multiplied(0)
+    yield product_error(2)
+    yield product_error(0)
 
 
 @follows("a linear of {} x {} weights has parts of other sizes: export the model again")
 def _(place: Place) -> Iterator[str]:
-    yield multiplied(1)
-    yield multiplied(0)
+    yield product_error(1)
+    yield product_error(0)
 
 
-def passed(place: Place, code: int) -> str:
+def pass_error(place: Place, code: int) -> str:
     """The error of a pass of a model, for which the library, if it is called, returns this code."""
     if isinstance(library._opened(), str):
         pytest.skip(f"run `{build.COMMAND}`")
     tiny_model("llama", place.folder / "llama")
-    place.patch.setattr(Kernels, "run", partialmethod(_ran, code=code))
+    place.patch.setattr(Kernels, "run", partialmethod(_fake_run, code=code))
     decoder = load_engine(place.folder / "llama", "int8", keep=False).decoder
-    return raised(lambda: decoder.forward(range(9), [Span(FullCache(decoder.shape, 9), 9)]))
+    return error_of(lambda: decoder.forward(range(9), [Span(FullCache(decoder.shape, 9), 9)]))
 
 
-def _ran(self: Kernels, decoder: Any, part: Any, threads: int, *, code: int) -> None:
+def _fake_run(self: Kernels, decoder: Any, part: Any, threads: int, *, code: int) -> None:
     _RUN(Kernels(SimpleNamespace(fedtune_run=lambda *_: code), "portable"), decoder, part, threads)
 
 
@@ -143,13 +143,13 @@ _RUN = Kernels.run
 @follows("there is no memory for a pass of {} tokens: use a shorter prompt")
 def _(place: Place) -> Iterator[str]:
     place.patch.setenv("FEDTUNE_NATIVE", "portable")
-    yield passed(place, 2)
-    yield passed(place, 0)
+    yield pass_error(place, 2)
+    yield pass_error(place, 0)
 
 
 @follows("the native pass has parts that do not fit each other: set FEDTUNE_NATIVE=off if torch is installed, and report this")
 def _(place: Place) -> Iterator[str]:
     place.patch.setenv("FEDTUNE_NATIVE", "portable")
-    yield passed(place, 1)
+    yield pass_error(place, 1)
     place.patch.setenv("FEDTUNE_NATIVE", "off")
-    yield passed(place, 1)
+    yield pass_error(place, 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.network.keys import add_clients, make_keys
-from tests.advised.rows import FLAG, Place, command, composed, follows, raised
+from tests.advised.rows import FLAG, Place, command, compose_once, error_of, follows
 
 
 def folder(place: Place) -> dict[str, str]:
@@ -23,7 +23,7 @@ def quiet_client(place: Place) -> None:
 
 def quiet_server(place: Place) -> None:
     """Servers that stop as soon as they are ready to listen."""
-    place.patch.setattr("fedtune.cli.server.compose", composed)
+    place.patch.setattr("fedtune.cli.server.compose", compose_once)
     place.patch.setattr("fedtune.experiment.run_experiment", lambda *args, **more: None)
     place.patch.setattr("fedtune.clients.workspace.Workspace", lambda *args: None)
     place.patch.setattr("fedtune.data.load_test", lambda config: None)
@@ -225,11 +225,11 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("no client is given: give --clients NAME NAME ...")
 def _(place: Place) -> Iterator[str]:
-    yield raised(lambda: add_clients(place.folder, []))  # the command line requires a client's name
-    yield raised(lambda: make_keys(place.folder / "keys", ["h"], ["a", "b"]))
+    yield error_of(lambda: add_clients(place.folder, []))  # the command line requires a client's name
+    yield error_of(lambda: make_keys(place.folder / "keys", ["h"], ["a", "b"]))
 
 
 @follows("--server-name is missing: give the host name or IP address that clients reach the server by")
 def _(place: Place) -> Iterator[str]:
-    yield raised(lambda: make_keys(place.folder / "keys", [], ["a"]))  # the command line requires a server's name
+    yield error_of(lambda: make_keys(place.folder / "keys", [], ["a"]))  # the command line requires a server's name
     yield place.run("fedtune", "keys", "--out", place.folder / "keys", "--server-name", "192.0.2.7", "--clients", "a")

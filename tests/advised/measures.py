@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 
 from tests.advised.rows import Place, follows
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 
 
 def model_of(place: Place) -> str:

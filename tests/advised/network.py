@@ -25,20 +25,20 @@ from fedtune.network.linkstate import read_keys
 from fedtune.network.node import Node
 from fedtune.network.public import _KEY, PublicPort
 from tests.advised.keys import client_of, folder
-from tests.advised.rows import Place, follows, raised
+from tests.advised.rows import Place, error_of, follows
 from tests.network.loopback import free_port
 
 # -- the SuperLink ------------------------------------------------------------------------------------------------------------------------
 
 
-def _listens(host: str, port: int) -> str:
-    return raised(lambda: superlink._listen(host, port).close())
+def _listen_error(host: str, port: int) -> str:
+    return error_of(lambda: superlink._listen(host, port).close())
 
 
 def _other_address(place: Place, host: str, port: int) -> Iterator[str]:
     place.patch.setattr(superlink, "PORT_WAIT_S", 0.0)
-    yield _listens(host, port)
-    yield _listens("127.0.0.1", free_port())
+    yield _listen_error(host, port)
+    yield _listen_error("127.0.0.1", free_port())
 
 
 @follows("the port is in use; stop the other server or give --address")
@@ -46,7 +46,7 @@ def _(place: Place) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         yield from _other_address(place, "127.0.0.1", port)
-    yield _listens("127.0.0.1", port)
+    yield _listen_error("127.0.0.1", port)
 
 
 @follows("only root may use this port; give --address with one above 1023")
@@ -80,8 +80,8 @@ def _task(at: Path, **changes: Any) -> superlink.ProcessSettings:
 
 @follows("cannot write the SuperLink's database in {}: {}; free the disk or move the run directory", slow=True)
 def _(place: Place) -> Iterator[str]:
-    yield raised(lambda: superlink._make_app(_task(Path("/proc/no")), None))
-    yield raised(lambda: superlink._make_app(_task(place.folder / "moved"), None))
+    yield error_of(lambda: superlink._make_app(_task(Path("/proc/no")), None))
+    yield error_of(lambda: superlink._make_app(_task(place.folder / "moved"), None))
 
 
 @follows("cannot use the certificate {} with its key: {}; see `fedtune keys`")
@@ -91,7 +91,7 @@ def _(place: Place) -> Iterator[str]:
     def serves(certificate: Path, key: Path) -> str:
         task = _task(place.folder, certificate=str(certificate), certificate_key=str(key))
         hand: Any = SimpleNamespace(take_over=None, redeliver_lost=None, authenticate=None)
-        return raised(lambda: superlink._servers(task, SimpleNamespace(), None, hand, hand))  # type: ignore[arg-type]
+        return error_of(lambda: superlink._servers(task, SimpleNamespace(), None, hand, hand))  # type: ignore[arg-type]
 
     yield serves(keys / "server.pem", keys / "ca.key")
     assert not place.run("fedtune", "keys", "--out", place.folder / "new", "--server-name", "h", "--clients", "a")
@@ -122,25 +122,25 @@ def _settings(at: Path, **changes: Any) -> LinkSettings:
 
 @follows("the server has no certificates: make some with `fedtune keys`, or give --insecure")
 def _(place: Place) -> Iterator[str]:
-    yield raised(lambda: SuperLink(_settings(place.folder, insecure=False)))
-    yield raised(lambda: SuperLink(_settings(place.folder)))
+    yield error_of(lambda: SuperLink(_settings(place.folder, insecure=False)))
+    yield error_of(lambda: SuperLink(_settings(place.folder)))
     keys = Path(folder(place)["keys"])
     files = tuple(keys / name for name in ("ca.pem", "server.pem", "server.key"))
-    yield raised(lambda: SuperLink(_settings(place.folder, insecure=False, certificates=files)))
+    yield error_of(lambda: SuperLink(_settings(place.folder, insecure=False, certificates=files)))
 
 
-def _starts(settings: LinkSettings) -> str:
+def _start_error(settings: LinkSettings) -> str:
     link = SuperLink(settings)
     try:
-        return raised(link.start)
+        return error_of(link.start)
     finally:
         link.stop()
 
 
 @follows("cannot start the SuperLink: {}: {}; free the disk or move the run directory", slow=True)
 def _(place: Place) -> Iterator[str]:
-    yield _starts(_settings(place.folder, log=Path("/proc/no/superlink.jsonl")))
-    yield _starts(_settings(place.folder))
+    yield _start_error(_settings(place.folder, log=Path("/proc/no/superlink.jsonl")))
+    yield _start_error(_settings(place.folder))
 
 
 def _log_of(error: str) -> str:
@@ -152,7 +152,7 @@ def _log_of(error: str) -> str:
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(link.sys, "executable", "/bin/false")
     (place.folder / "superlink").mkdir()
-    error = _starts(_settings(place.folder))
+    error = _start_error(_settings(place.folder))
     yield error
     yield _log_of(error)
 
@@ -176,27 +176,27 @@ def _(place: Place) -> Iterator[str]:
     one = SuperLink(_settings(place.folder))
     one.start()
     child, one._child = one._child, None
-    message = raised(lambda: one.wait(0.0))
+    message = error_of(lambda: one.wait(0.0))
     one._child = child
     one.stop()
     yield message
     yield _log_of(message)
 
 
-def _keys_read(place: Place, bad: str) -> Iterator[str]:
+def _key_errors(place: Place, bad: str) -> Iterator[str]:
     keys = folder(place)
-    yield raised(lambda: read_keys({"a": bad}))
-    yield raised(lambda: read_keys({"a": (Path(keys["a"]) / "key.pub").read_text()}))
+    yield error_of(lambda: read_keys({"a": bad}))
+    yield error_of(lambda: read_keys({"a": (Path(keys["a"]) / "key.pub").read_text()}))
 
 
 @follows("the public key of client '{}' cannot be read: use the text of clients/{}/key.pub")
 def _(place: Place) -> Iterator[str]:
-    yield from _keys_read(place, "ssh-rsa AAAA")
+    yield from _key_errors(place, "ssh-rsa AAAA")
 
 
 @follows("the public key of client '{}' is not on a NIST curve: use the text of clients/{}/key.pub")
 def _(place: Place) -> Iterator[str]:
-    yield from _keys_read(place, "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFhoZiz3zWvAc7E8UqORNcNvxFCV8FFqJqI9Dkuj3fnQ")
+    yield from _key_errors(place, "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFhoZiz3zWvAc7E8UqORNcNvxFCV8FFqJqI9Dkuj3fnQ")
 
 
 @follows("cannot {}: Flower has ended the run; open a new one", slow=True)
@@ -205,8 +205,8 @@ def _(place: Place) -> Iterator[str]:
     one.start()
     grid = one.open_run("one")
     one.ask(5, do="open_run", name="another")  # as a restarted server does
-    yield raised(lambda: list(grid.get_node_ids()))
-    yield raised(lambda: list(one.open_run("new").get_node_ids()))
+    yield error_of(lambda: list(grid.get_node_ids()))
+    yield error_of(lambda: list(one.open_run("new").get_node_ids()))
     one.stop()
 
 
@@ -217,11 +217,11 @@ def _(place: Place) -> Iterator[str]:
             return LARGEST + 1
 
     with open(place.folder / "pipe", "wb") as pipe:
-        yield raised_by(lambda: write_frame(pipe, next(iter(Kind)), Sized()))
-        yield raised_by(lambda: write_frame(pipe, next(iter(Kind)), b"smaller"))
+        yield frame_error(lambda: write_frame(pipe, next(iter(Kind)), Sized()))
+        yield frame_error(lambda: write_frame(pipe, next(iter(Kind)), b"smaller"))
 
 
-def raised_by(call: Any) -> str:
+def frame_error(call: Any) -> str:
     from fedtune.network.frames import FrameError
 
     try:
@@ -238,8 +238,8 @@ def raised_by(call: Any) -> str:
 def _(place: Place) -> Iterator[str]:
     keys = Path(folder(place)["a"])
     plain: dict[str, Any] = {"server": "h:1", "root_certificates": keys / "ca.pem", "insecure": False, "max_retries": 0}
-    yield raised(lambda: Node(key=None, answer=print, report=print, **plain))  # type: ignore[arg-type]
-    yield raised(lambda: Node(key=keys / "key", answer=print, report=print, **plain))  # type: ignore[arg-type]
+    yield error_of(lambda: Node(key=None, answer=print, report=print, **plain))  # type: ignore[arg-type]
+    yield error_of(lambda: Node(key=keys / "key", answer=print, report=print, **plain))  # type: ignore[arg-type]
 
 
 def _client_with(place: Place, harm: Any) -> Iterator[str]:
@@ -259,10 +259,10 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the key {} is a {}, wanted an elliptic-curve key: `fedtune keys` makes one")
 def _(place: Place) -> Iterator[str]:
-    yield from _client_with(place, _of_another_kind)
+    yield from _client_with(place, _write_ed25519_key)
 
 
-def _of_another_kind(at: Path) -> None:
+def _write_ed25519_key(at: Path) -> None:
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -274,7 +274,7 @@ def _of_another_kind(at: Path) -> None:
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(
         "fedtune.network.keys.check_private_key", lambda path: None
-    )  # which says it first, unless the file changes in between
+    )  # this earlier check reports it, unless the file changes in between
     yield from _client_with(place, lambda at: (at / "key").write_text("no key"))
 
 
@@ -282,7 +282,7 @@ def _(place: Place) -> Iterator[str]:
 
 
 @contextmanager
-def answering(status: int = 503, tls: Path | None = None, **headers: str) -> Iterator[str]:
+def serve_answer(status: int = 503, tls: Path | None = None, **headers: str) -> Iterator[str]:
     """A server that gives this answer to everything; yields HOST:PORT."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -316,23 +316,23 @@ def last_line(place: Place, server: str, at: Path | None = None, retries: int = 
 def _(place: Place) -> Iterator[str]:
     keys = Path(folder(place)["keys"])
     assert not place.run("fedtune", "keys", "--out", place.folder / "other", "--server-name", "h", "--clients", "a")
-    with answering(tls=keys) as server:
+    with serve_answer(tls=keys) as server:
         error = last_line(place, server, place.folder / "other/clients/a")
         yield error
-        yield _let_in(last_line(place, server, keys / "clients/a"))
+        yield _port_error(last_line(place, server, keys / "clients/a"))
 
 
 @follows("this machine's clock is {} s {} that of {}, which refuses the request: set the clock")
 def _(place: Place) -> Iterator[str]:
-    with answering(401, Date=formatdate(time.time() - 3600, usegmt=True)) as server:
+    with serve_answer(401, Date=formatdate(time.time() - 3600, usegmt=True)) as server:
         yield last_line(place, server)
-    with answering(401) as server:  # client and server have the same time
+    with serve_answer(401) as server:  # client and server have the same time
         error = last_line(place, server)
         yield error if "clock" in error else ""
 
 
 @contextmanager
-def a_port(at: Path, keys: dict[bytes, str], beats: Callable[[PublicPort, bytes], Any] = lambda port, key: None) -> Iterator[str]:
+def open_port(at: Path, keys: dict[bytes, str], beats: Callable[[PublicPort, bytes], Any] = lambda port, key: None) -> Iterator[str]:
     """The public port of a server that accepts these keys and has no application; yields HOST:PORT.
 
     Other arguments: beats, called with the port and a caller's key after each accepted request.
@@ -362,10 +362,10 @@ def _(place: Place) -> Iterator[str]:
     keys = Path(folder(place)["keys"])
     allowed = json.loads((keys / "allowed.json").read_text())
     known = read_keys({"b": allowed["b"]})
-    with a_port(keys, known) as server:
+    with open_port(keys, known) as server:
         yield last_line(place, server, keys / "clients/a")
         known |= read_keys({"a": (keys / "clients/a/key.pub").read_text()})
-        yield _let_in(last_line(place, server, keys / "clients/a"))
+        yield _port_error(last_line(place, server, keys / "clients/a"))
 
 
 @follows("another process is connected to {} with the key {}: stop one of them, or give each its own key", slow=True)
@@ -380,13 +380,13 @@ def _(place: Place) -> Iterator[str]:
             port._incarnations._places[key].previous = "first"
             port._incarnations.may_call(key, "first", activates=False)
 
-    with a_port(keys, read_keys(allowed), beat) as server:
+    with open_port(keys, read_keys(allowed), beat) as server:
         yield last_line(place, server, keys / "clients/a", retries=1)
-        yield _let_in(last_line(place, server, keys / "clients/b", retries=1))
+        yield _port_error(last_line(place, server, keys / "clients/b", retries=1))
         stopped.append("first")
-        yield _let_in(last_line(place, server, keys / "clients/a", retries=1))
+        yield _port_error(last_line(place, server, keys / "clients/a", retries=1))
 
 
-def _let_in(error: str) -> str:
+def _port_error(error: str) -> str:
     """The error of a client that the public port refuses; "" if its request reaches the application behind the port."""
     return "" if "cannot answer now" in error else error or "the client printed nothing"

@@ -8,7 +8,7 @@ from tests.advised.models import run_of
 from tests.advised.rows import Place, command, follows
 from tests.advised.serving import engine_of
 from tests.export.test_huggingface import CLASSES
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 
 
 def quiet_serve(place: Place) -> dict[str, str]:
@@ -58,7 +58,7 @@ def package(place: Place, name: str, *flags: str) -> Path:
     return out
 
 
-def with_adapters(place: Place, model: Path, *named: str) -> str:
+def serve_error(place: Place, model: Path, *named: str) -> str:
     return place.run("fedtune", "serve", model, "--port", "0", "--adapters", *named)
 
 
@@ -66,16 +66,16 @@ def with_adapters(place: Place, model: Path, *named: str) -> str:
 def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     model, adapter = package(place, "plain"), run_of(place) / "adapter"
-    yield with_adapters(place, model, str(adapter))
-    yield with_adapters(place, model, f"a-name.of_1={adapter}")
+    yield serve_error(place, model, str(adapter))
+    yield serve_error(place, model, f"a-name.of_1={adapter}")
 
 
 @follows("--adapters uses the name '{}' twice: give each adapter its own name")
 def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     model, adapter = package(place, "plain"), run_of(place) / "adapter"
-    yield with_adapters(place, model, f"one={adapter}", f"one={adapter}")
-    yield with_adapters(place, model, f"one={adapter}", f"two={adapter}")
+    yield serve_error(place, model, f"one={adapter}", f"one={adapter}")
+    yield serve_error(place, model, f"one={adapter}", f"two={adapter}")
 
 
 @follows("the model already has an adapter named '{}': give this one another name")
@@ -83,8 +83,8 @@ def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     model, adapter = package(place, "apart", "--separate"), run_of(place) / "adapter"
     (own,) = (path.stem for path in (model / "adapters").iterdir())
-    yield with_adapters(place, model, f"{own}={adapter}")
-    yield with_adapters(place, model, f"other={adapter}")
+    yield serve_error(place, model, f"{own}={adapter}")
+    yield serve_error(place, model, f"other={adapter}")
 
 
 @follows("separate adapters do not fit: export the model with --method rtn or gptq", slow=True)
@@ -93,15 +93,15 @@ def _(place: Place) -> Iterator[str]:
     (place.folder / "text.txt").write_text("turn on the light in the kitchen\n" * 40)
     flags = ["--quantize", "int8", "--calibrate", str(place.folder / "text.txt"), "--method"]
     adapter = run_of(place) / "adapter"
-    refusal = with_adapters(place, package(place, "folded", *flags, "awq"), f"one={adapter}")
+    refusal = serve_error(place, package(place, "folded", *flags, "awq"), f"one={adapter}")
     yield refusal
     for method in refusal.rpartition("--method ")[2].strip().split(" or "):
-        yield with_adapters(place, package(place, method, *flags, method), f"one={adapter}")
+        yield serve_error(place, package(place, method, *flags, method), f"one={adapter}")
 
 
 @follows("changes more than LoRA's factors: merge it with `fedtune export`")
 def _(place: Place) -> Iterator[str]:
     quiet_serve(place)
     run = Path(shutil.copytree(run_of(place, CLASSES), place.folder / "run"))
-    yield with_adapters(place, package(place, "plain"), f"one={run / 'adapter'}")
+    yield serve_error(place, package(place, "plain"), f"one={run / 'adapter'}")
     yield place.run("fedtune", "export", run / "adapter", "--out", place.folder / "out")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.advised.engine import exported, loaded
+from tests.advised.engine import export_as_advised, load_error
 from tests.advised.models import run_of
 from tests.advised.operators import package
 from tests.advised.rows import Place, follows
@@ -21,7 +21,7 @@ from tests.models.build import checkpoint, hub
 UP, NORM = "model.layers.0.mlp.up_proj", "model.norm.weight"
 
 
-def copied(place: Place) -> Path:
+def copy_package(place: Place) -> Path:
     return Path(shutil.copytree(package(place, "plain"), place.folder / "copied"))
 
 
@@ -29,12 +29,12 @@ def damaged_package(says: str, damage: Callable[[Path], Any], *, seal: bool = Tr
     """A package that `damage` changes, with digests that fit if `seal`, and is exported again."""
 
     def follow(place: Place) -> Iterator[str]:
-        folder = copied(place)
+        folder = copy_package(place)
         damage(folder)
         if seal:
             seal_again(folder)
-        yield loaded(folder)
-        yield loaded(exported(place, run_of(place), "--to", "edge"))
+        yield load_error(folder)
+        yield load_error(export_as_advised(place, run_of(place), "--to", "edge"))
 
     follows(says)(follow)
 
@@ -45,7 +45,7 @@ def _entry(folder: Path, **values: Any) -> None:
     edit(folder / "package.json", linears=listed)
 
 
-def _mixed(folder: Path) -> None:
+def _mix_kinds(folder: Path) -> None:
     """`up_proj` in another kind than `gate_proj`, which is fused with it."""
     name = f"{UP}.weight"
     weight = load_file(folder / "weights-f32.safetensors")[name]
@@ -62,7 +62,7 @@ damaged_package("holds '{}', which its config does not have: export the model ag
 damaged_package("{} is invalid: {}; export the model again", lambda p: edit(p / "fedtune.json", prompt=3))
 damaged_package("lists '{}' as {}, which does not fit {}: export the model again", lambda p: _entry(p, kind="int3"))
 damaged_package("{}: '{}' is {}: export the model again", lambda p: change(p, "f32", **{NORM: torch.ones(3)}))
-damaged_package("and the linears fused with it are of different kinds: export the model again", _mixed)
+damaged_package("and the linears fused with it are of different kinds: export the model again", _mix_kinds)
 damaged_package("holds '{}' twice: export the model again",
        lambda p: save_file({NORM: torch.ones(16).bfloat16()}, p / "weights-bf16.safetensors"))  # fmt: skip
 damaged_package("does not list the files in {}: one is missing or was added; export it again",
@@ -71,41 +71,41 @@ damaged_package("does not list the files in {}: one is missing or was added; exp
 
 @follows("{} has another digest than after the export: it is damaged; copy the package again or export it again")
 def _(place: Place) -> Iterator[str]:
-    damaged = copied(place)
+    damaged = copy_package(place)
     (damaged / "config.json").write_text((damaged / "config.json").read_text() + " ")
-    yield loaded(damaged)
+    yield load_error(damaged)
     shutil.rmtree(damaged)
-    yield loaded(copied(place))
-    yield loaded(exported(place, run_of(place), "--to", "edge"))
+    yield load_error(copy_package(place))
+    yield load_error(export_as_advised(place, run_of(place), "--to", "edge"))
 
 
 @follows("{} is not a file of a package: remove it, or export the model again")
 def _(place: Place) -> Iterator[str]:
-    folder = copied(place)
+    folder = copy_package(place)
     added = folder / "weights-f16.safetensors"
     shutil.copyfile(folder / "weights-f32.safetensors", added)
-    yield loaded(folder)
+    yield load_error(folder)
     added.unlink()
-    yield loaded(folder)
-    yield loaded(exported(place, run_of(place), "--to", "edge"))
+    yield load_error(folder)
+    yield load_error(export_as_advised(place, run_of(place), "--to", "edge"))
 
 
 @follows("{} is missing: give a folder that `fedtune export --to edge` wrote")
 def _(place: Place) -> Iterator[str]:
-    folder = copied(place)
+    folder = copy_package(place)
     (folder / "fedtune.json").unlink()
-    yield loaded(folder)
-    yield loaded(exported(place, run_of(place), "--to", "edge"))
+    yield load_error(folder)
+    yield load_error(export_as_advised(place, run_of(place), "--to", "edge"))
 
 
 @follows("{} belongs to the backbone {}, the package to {}: use an adapter of the same one", slow=True)
 def _(place: Place) -> Iterator[str]:
     foreign, _ = make_run(place.folder / "run", hub(checkpoint(place.folder / "m", seed=9)), CAUSAL)
-    (other,) = (exported(place, foreign, "--to", "edge", "--separate") / "adapters").glob("*.safetensors")
+    (other,) = (export_as_advised(place, foreign, "--to", "edge", "--separate") / "adapters").glob("*.safetensors")
     other = other.rename(place.folder / "other.safetensors")
-    folder = exported(place, run_of(place), "--to", "edge", "--separate")
+    folder = export_as_advised(place, run_of(place), "--to", "edge", "--separate")
     (own,) = (folder / "adapters").glob("*.safetensors")
     shutil.copyfile(other, folder / "adapters/more.safetensors")
-    yield loaded(folder)
+    yield load_error(folder)
     shutil.copyfile(own, folder / "adapters/more.safetensors")
-    yield loaded(folder)
+    yield load_error(folder)

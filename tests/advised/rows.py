@@ -1,4 +1,4 @@
-"""Rows of advice that tests follow: each row causes an error, then does what the error advises."""
+"""Rows of advice: each row causes an error, then follows the advice of the error."""
 
 import copy
 import functools
@@ -67,13 +67,13 @@ class Place:
 
 
 @functools.cache
-def _composed(settings: tuple[str, ...]) -> list[SweepJob]:
+def _compose_once(settings: tuple[str, ...]) -> list[SweepJob]:
     return compose(list(settings))
 
 
-def composed(settings: Sequence[str]) -> list[SweepJob]:
+def compose_once(settings: Sequence[str]) -> list[SweepJob]:
     """`compose`, which takes half a second, once for the same settings."""
-    return copy.deepcopy(_composed(tuple(settings)))
+    return copy.deepcopy(_compose_once(tuple(settings)))
 
 
 Follow = Callable[[Place], Iterator[str]]
@@ -114,10 +114,10 @@ def command(says: str, line: str, *, ready: Callable[[Place], Any] | None = None
 
     Args:
         says: As in `Row`.
-        line: The command; {a_name} is the path that `ready`'s mapping gives it, {here} the empty folder, whose out/ each way finds
-            empty.
-        ready: Makes what the command needs; may return the paths in it by name.
-        values: What to give a flag that the sentence names without a value, by the flag's name: `out="{here}/another"`.
+        line: The command. {NAME} is the path that the mapping from `ready` has for NAME; {here} is the empty folder. Its out/ is removed
+            before each attempt.
+        ready: Prepares what the command needs; may return a mapping from names to paths.
+        values: Flag → value, for flags that the sentence names without one: `out="{here}/another"`.
     """
 
     def follow(place: Place) -> Iterator[str]:
@@ -180,7 +180,7 @@ def _without(argv: list[str], *flags: str) -> list[str]:
     return kept
 
 
-def raised(call: Callable[[], Any]) -> str:
+def error_of(call: Callable[[], Any]) -> str:
     """The error of a call, "" if there is none; for code that no command reaches."""
     from fedtune.errors import FedtuneError
 

@@ -1,4 +1,4 @@
-"""The advice of runs that stop, of runs gone on with, and of `fedtune compare`."""
+"""The advice of runs that stop, of resumed runs, and of `fedtune compare`."""
 
 import errno
 import fcntl
@@ -18,21 +18,21 @@ from fedtune.errors import UpdateError
 from fedtune.runs.directory import RunDirectory
 from fedtune.runs.report import MetricsWriter, compare, write_report
 from tests.advised.keys import quiet_server
-from tests.advised.rows import Place, command, composed, follows, raised
+from tests.advised.rows import Place, command, compose_once, error_of, follows
 from tests.tiny import tiny_config
 
 
-def finished(path: Path, *settings: str, done: int = 2, metric: str = "accuracy") -> Path:
+def make_run(path: Path, *settings: str, done: int = 2, metric: str = "accuracy") -> Path:
     """The parts of a run that `fedtune compare` reads."""
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(composed(["rounds=2", *settings])[0].config)))
+    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(compose_once(["rounds=2", *settings])[0].config)))
     lines = [{"round": r, "client": None, metric: r / 2, "loss": 1.0, "seconds": 3.0} for r in range(done + 1)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 def pair(place: Place) -> dict[str, str]:
-    made = {"one": finished(place.folder / "one"), "two": finished(place.folder / "two", "seed=1", metric="exact_match")}
+    made = {"one": make_run(place.folder / "one"), "two": make_run(place.folder / "two", "seed=1", metric="exact_match")}
     return {name: str(path) for name, path in made.items()}
 
 
@@ -42,21 +42,21 @@ command("does not report {}: choose another --metric", "fedtune compare {one} --
 
 @follows("cannot write the comparison to {}: {}; choose another folder")
 def _(place: Place) -> Iterator[str]:
-    run = finished(place.folder / "one")
+    run = make_run(place.folder / "one")
     yield place.run("fedtune", "compare", run, "--out", "/proc/no")
     yield place.run("fedtune", "compare", run, "--out", place.folder / "other")
 
 
 @follows("there is no run to compare: give run directories")
 def _(place: Place) -> Iterator[str]:
-    run = finished(place.folder / "outputs/heterogeneous/one")
-    yield raised(lambda: compare.compare({}))  # the command line requires a run
+    run = make_run(place.folder / "outputs/heterogeneous/one")
+    yield error_of(lambda: compare.compare({}))  # the command line requires a run
     yield place.run("fedtune", "compare", *run.parent.glob("*"))
 
 
 @follows("have the same settings and seed {}: leave one out")
 def _(place: Place) -> Iterator[str]:
-    twins = [finished(place.folder / name) for name in ("a", "b")]
+    twins = [make_run(place.folder / name) for name in ("a", "b")]
     yield place.run("fedtune", "compare", *twins)
     for twin in twins:
         yield place.run("fedtune", "compare", twin)
@@ -64,7 +64,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("{} line {} is damaged ({}): restore it or delete that line")
 def _(place: Place) -> Iterator[str]:
-    run = finished(place.folder / "run")
+    run = make_run(place.folder / "run")
     whole = (run / "metrics.jsonl").read_text()
     lines = whole.splitlines(keepends=True)
     lines.insert(1, "{\n")
@@ -99,7 +99,7 @@ def simulate(place: Place, *settings: str) -> str:
     return place.run("fedtune.sim", scenario(place), f"output_dir={place.folder}", *settings)
 
 
-def ended(place: Place) -> Path:
+def one_round_run(place: Place) -> Path:
     """A copy of a run of one round."""
 
     def make(path: Path) -> None:
@@ -120,9 +120,9 @@ def setting_of(error: str, name: str = "resume") -> str:
 
 @follows("has done {} of {} rounds: finish it with resume={}, or leave it out", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("rounds: 1\n", "rounds: 2\n", 1))
-    one = finished(place.folder / "one", metric="exact_match")
+    one = make_run(place.folder / "one", metric="exact_match")
     output = place.run("fedtune", "compare", run, one)
     yield output
     yield place.run("fedtune", "compare", one)
@@ -132,7 +132,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("rounds={} is less than the {} rounds that {} has done: leave it out or raise it", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     yield place.run("fedtune.sim", f"resume={run}", "rounds=0")
     yield place.run("fedtune.sim", f"resume={run}")
     yield place.run("fedtune.sim", f"resume={run}", "rounds=2")
@@ -140,7 +140,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("all {} rounds are done: to train further, set rounds=N with a larger N", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     notes: list[str] = []
     place.patch.setattr("fedtune.runs.observer.RunObserver.note", lambda self, text: notes.append(text))
     place.run("fedtune.sim", f"resume={run}")
@@ -151,7 +151,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows('fedtune generate {} "..."')
 def _(place: Place) -> Iterator[str]:
-    ended(place)
+    one_round_run(place)
     printed = (place.kept / "ended/printed").read_text()
     yield printed
     (line,) = re.findall(r"use it: (fedtune generate .*)\)", printed)
@@ -166,7 +166,7 @@ def _full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def _broken(place: Place, target: str, how: Any, *argv: str) -> str:
+def _error_with(place: Place, target: str, how: Any, *argv: str) -> str:
     """The error while something does not work, then "" when it works again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, how, raising=False)
@@ -175,49 +175,49 @@ def _broken(place: Place, target: str, how: Any, *argv: str) -> str:
 
 @follows("stopped; continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    message = _broken(place, "fedtune.rounds.bridge.Bridge.loop", _interrupt)
+    message = _error_with(place, "fedtune.rounds.bridge.Bridge.loop", _interrupt)
     yield message
     yield place.run("fedtune.sim", setting_of(message))
 
 
 @follows("{}: free disk space and continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    message = _broken(place, "fedtune.experiment.write_card", _full)
+    message = _error_with(place, "fedtune.experiment.write_card", _full)
     yield message
     yield place.run("fedtune.sim", setting_of(message))
 
 
 @follows("cannot write the checkpoint {}: {}; free disk space and continue with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    message = _broken(place, "fedtune.runs.directory.save_file", _full)
+    message = _error_with(place, "fedtune.runs.directory.save_file", _full)
     yield message
     yield place.run("fedtune.sim", setting_of(message))
 
 
 @follows("cannot write {}: {}; make the run's folder writable", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
-    yield _broken(place, "fedtune.runs.directory.write_text", _full, "fedtune.sim", f"resume={run}")
+    run = one_round_run(place)
+    yield _error_with(place, "fedtune.runs.directory.write_text", _full, "fedtune.sim", f"resume={run}")
     yield place.run("fedtune.sim", f"resume={run}")
 
 
 @follows("cannot open the run {}: {}; make the run's folder writable", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
-    yield _broken(place, "fedtune.runs.directory.open", _full, "fedtune.sim", f"resume={run}")
+    run = one_round_run(place)
+    yield _error_with(place, "fedtune.runs.directory.open", _full, "fedtune.sim", f"resume={run}")
     yield place.run("fedtune.sim", f"resume={run}")
 
 
 @follows("run {} is in use by another process: wait for it or stop it first", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield place.run("fedtune.sim", f"resume={run}")
     yield place.run("fedtune.sim", f"resume={run}")
 
 
-def a_server(place: Place, at: Path) -> str:
+def stop_server(place: Place, at: Path) -> str:
     """A server that makes its run's directory and stops."""
     quiet_server(place)
     place.patch.setattr("fedtune.experiment.run_experiment", lambda config, engine, at, **more: RunDirectory.create(config, at).close())
@@ -229,8 +229,8 @@ def _(place: Place) -> Iterator[str]:
     place.patch.setattr("fedtune.experiment.simulate", lambda config: RunDirectory.create(config).close())
     yield place.run("fedtune.sim", "output_dir=/proc/no")
     yield place.run("fedtune.sim", f"output_dir={place.folder}")
-    assert "(of a server: --run)" in a_server(place, Path("/proc/no"))
-    yield a_server(place, place.folder / "run")
+    assert "(of a server: --run)" in stop_server(place, Path("/proc/no"))
+    yield stop_server(place, place.folder / "run")
 
 
 @follows("but no run (no config.yaml): give an empty folder or a new one")
@@ -239,35 +239,35 @@ def _(place: Place) -> Iterator[str]:
         (place.folder / name).mkdir()
     (place.folder / "full/letter.txt").write_text("dear")
     for name in ("full", "empty", "new"):
-        yield a_server(place, place.folder / name)
+        yield stop_server(place, place.folder / name)
 
 
 @follows("there is a run in {} already: continue it with resume={}, or give another folder", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
-    message = raised(lambda: RunDirectory.create(config, run))  # commands meet it only if two start at once
+    message = error_of(lambda: RunDirectory.create(config, run))  # a command gets this error only if two start at once
     yield message
     yield place.run("fedtune.sim", setting_of(message))
-    yield raised(lambda: RunDirectory.create(config, place.folder / "another").close())
+    yield error_of(lambda: RunDirectory.create(config, place.folder / "another").close())
 
 
 @follows("{} already exists: give a new run its own directory, or continue this one with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
-    message = raised(lambda: MetricsWriter(run, None))  # other checks of a run directory come before this one
+    run = one_round_run(place)
+    message = error_of(lambda: MetricsWriter(run, None))  # other checks of a run directory come before this one
     yield message
     yield place.run("fedtune.sim", setting_of(message))
-    yield raised(lambda: MetricsWriter(place.folder, None).close())
+    yield error_of(lambda: MetricsWriter(place.folder, None).close())
 
 
 def _page(run: Path) -> str:
-    return raised(lambda: write_report(run))
+    return error_of(lambda: write_report(run))
 
 
 @follows("{} cannot be read ({}): restore it or move it away")
 def _(place: Place) -> Iterator[str]:
-    run = finished(place.folder / "run")
+    run = make_run(place.folder / "run")
     (run / "partition.json").write_text("{")
     yield _page(run)
     (run / "partition.json").rename(place.folder / "away")
@@ -276,7 +276,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("{} should hold a {}, not a {}: restore it or move it away")
 def _(place: Place) -> Iterator[str]:
-    run = finished(place.folder / "run")
+    run = make_run(place.folder / "run")
     (run / "answers.json").write_text("{}")
     yield _page(run)
     (run / "answers.json").rename(place.folder / "away")

@@ -12,7 +12,7 @@ from tests.advised.exports import EXPORT, export
 from tests.advised.rows import Place, command, follows
 from tests.export.test_edge_architectures import folder_of
 from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 from tests.models import templates
 from tests.models.build import checkpoint, hub, llama_config
 
@@ -52,7 +52,7 @@ def wide(place: Place) -> dict[str, str]:
     return {"run": str(run)}
 
 
-def _merged_instead(says: str, kind: str, task: TaskConfig, method: str) -> None:
+def _merge_row(says: str, kind: str, task: TaskConfig, method: str) -> None:
     def follow(place: Place) -> Iterator[str]:
         run, _ = make_run(place.folder / "run", hub(checkpoint(place.folder / "m", kind)), task, method=method)
         yield export(place, run, "--to", "vllm")
@@ -61,9 +61,9 @@ def _merged_instead(says: str, kind: str, task: TaskConfig, method: str) -> None
     follows(says)(follow)
 
 
-_merged_instead("and fedtune exports only models that generate text for vLLM: use --to hf", "llama", CLASSES, "lora")
-_merged_instead("vLLM cannot run peft.method={}, which cannot be merged into weights: use --to hf", "llama", CAUSAL, "prompt")
-_merged_instead("vLLM does not run this encoder-decoder: use --to hf", "t5", ASK, "lora")
+_merge_row("and fedtune exports only models that generate text for vLLM: use --to hf", "llama", CLASSES, "lora")
+_merge_row("vLLM cannot run peft.method={}, which cannot be merged into weights: use --to hf", "llama", CAUSAL, "prompt")
+_merge_row("vLLM does not run this encoder-decoder: use --to hf", "t5", ASK, "lora")
 
 
 @follows("the adapter has rank {}, and vLLM allows {}: leave out --separate")

@@ -20,7 +20,7 @@ from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.served_model import ServedModel
 from tests.advised.rows import ROWS, Place, Row, follows
-from tests.inference.serve.served import serve_model, tiny_model
+from tests.inference.serve.servers import serve_model, tiny_model
 
 ASK: dict[str, Any] = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 2}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 2}
@@ -29,15 +29,15 @@ CALLS = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f
 
 
 @functools.cache
-def _loaded(folder: Path) -> Engine:
+def _load(folder: Path) -> Engine:
     return load_engine(folder)
 
 
 def engine_of(place: Place) -> Engine:
-    return _loaded(place.keep("served", lambda path: tiny_model(path, context=128)))
+    return _load(place.keep("served", lambda path: tiny_model(path, context=128)))
 
 
-def shows_tools(place: Place) -> Engine:
+def engine_with_tools(place: Place) -> Engine:
     """The engine with a chat template that writes the tools into the prompt."""
     engine = copy.copy(engine_of(place))
     engine.text = copy.copy(engine.text)
@@ -90,26 +90,26 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sentence → the
 }
 
 
-def _less(body: dict[str, Any], field: str) -> dict[str, Any]:
+def _without_field(body: dict[str, Any], field: str) -> dict[str, Any]:
     """The body without this field, wherever it is."""
 
-    def less(value: Any) -> Any:
-        return [less(each) for each in value] if isinstance(value, list) else _less(value, field) if isinstance(value, dict) else value
+    def strip(value: Any) -> Any:
+        return [strip(v) for v in value] if isinstance(value, list) else _without_field(value, field) if isinstance(value, dict) else value
 
-    return {name: less(value) for name, value in body.items() if name != field}
+    return {name: strip(value) for name, value in body.items() if name != field}
 
 
 def _field(right: dict[str, Any], wrong: dict[str, Any]) -> Any:
     def follow(place: Place) -> Iterator[str]:
         shows = wrong.get("parallel_tool_calls") is False or "strict" in str(wrong)
-        with serve_model(shows_tools(place) if shows else engine_of(place)) as server:
+        with serve_model(engine_with_tools(place) if shows else engine_of(place)) as server:
             refusal = post(server.url, right | wrong)
             yield refusal
             named = re.findall(r"'(\w+)'", refusal.rpartition(": ")[2].partition(";")[0])
             for choice in ("auto", "none") if "as auto or none" in refusal else ():
                 yield post(server.url, right | {"tool_choice": choice})
             for field in named or (wrong if "leave it" in refusal else [*wrong, "max_tokens"]):
-                yield post(server.url, _less(right | wrong, field))
+                yield post(server.url, _without_field(right | wrong, field))
             if "give 1" in refusal:
                 yield post(server.url, right | dict.fromkeys(wrong, 1))
             if "'repetition_penalty' is there" in refusal:
@@ -130,7 +130,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("does not support '{}': use 'tools' and 'tool_calls'")
 def _(place: Place) -> Iterator[str]:
-    with serve_model(shows_tools(place)) as server:
+    with serve_model(engine_with_tools(place)) as server:
         for more in ({"functions": [TOOL["function"]]}, {"tools": [TOOL]}):
             yield post(server.url, CHAT | more)
 
@@ -192,10 +192,10 @@ def _(place: Place) -> Iterator[str]:
     (place.folder / "keys").write_text("secret")
     for flags in ([], ["--api-key-file", str(place.folder / "keys")], ["--host", "0.0.0.0"]):  # noqa: S104
         assert not place.run(*serve, *flags)
-        yield refusal_of(_over(started.pop(), headers={"Host": "device.example.org", "Authorization": "Bearer secret"}))
+        yield refusal_of(_ask_app(started.pop(), headers={"Host": "device.example.org", "Authorization": "Bearer secret"}))
 
 
-def _over(app: Any, body: Any = None, **more: Any) -> httpx.Response:
+def _ask_app(app: Any, body: Any = None, **more: Any) -> httpx.Response:
     """The answer to a completion; without a body, the answer to GET /v1/models."""
 
     async def ask() -> httpx.Response:
@@ -280,7 +280,7 @@ def _(place: Place) -> Iterator[str]:
         yield post(server.url, ASK | {"prompt": [5] * 127, "max_tokens": 1})
 
 
-def _fewer(place: Place) -> Iterator[str]:
+def _token_limit(place: Place) -> Iterator[str]:
     with serve_model(engine_of(place), limits=Limits(max_tokens=4, grace=5)) as server:
         refusal = post(server.url, ASK | {"max_tokens": 9})
         yield refusal
@@ -290,8 +290,8 @@ def _fewer(place: Place) -> Iterator[str]:
         yield post(server.url, ASK | {"max_tokens": 9})
 
 
-follows("new tokens exceed this server's limit of {}: request fewer{}")(_fewer)
-follows(", or start it with --max-tokens {}")(_fewer)
+follows("new tokens exceed this server's limit of {}: request fewer{}")(_token_limit)
+follows(", or start it with --max-tokens {}")(_token_limit)
 
 
 def _without_template(place: Place, prompt: str | None) -> Iterator[str]:
@@ -315,7 +315,7 @@ def _(place: Place) -> Iterator[str]:
 # -- temporary refusals -------------------------------------------------------------------------------------------------------------------
 
 
-def _later(place: Place, **first: Any) -> Iterator[str]:
+def _temporary_refusal(place: Place, **first: Any) -> Iterator[str]:
     """The error while the scheduler is in this state, then "" afterward."""
     plain: dict[str, Any] = {"cancel": lambda request: None, "full": False, "draining": False, "limit": 512, "load": (0, 0)}
 
@@ -325,21 +325,21 @@ def _later(place: Place, **first: Any) -> Iterator[str]:
     for changes in (first, {}):
         scheduler: Any = SimpleNamespace(**plain | {"submit": submit} | changes)
         app = create_app(scheduler, ServedModel(name="tiny", text=engine_of(place).text), Limits(), ApiKeys(), local=False)
-        yield refusal_of(_over(app, ASK))
+        yield refusal_of(_ask_app(app, ASK))
 
 
-def _ends(how: str) -> Any:
+def _end_with(how: str) -> Any:
     return lambda request: request.deliver(Output("", None, end=how))  # type: ignore[arg-type]
 
 
 @follows("the server is shutting down: retry when it is back")
 def _(place: Place) -> Iterator[str]:
-    yield from _later(place, draining=True)
+    yield from _temporary_refusal(place, draining=True)
 
 
 @follows("the queue is full: retry later")
 def _(place: Place) -> Iterator[str]:
-    yield from _later(place, full=True)
+    yield from _temporary_refusal(place, full=True)
 
 
 @follows("the answer took longer than this server allows: request fewer tokens")
@@ -351,7 +351,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the server shut down before the answer was complete: retry")
 def _(place: Place) -> Iterator[str]:
-    yield from _later(place, submit=_ends("stopping"))
+    yield from _temporary_refusal(place, submit=_end_with("stopping"))
 
 
 @follows("the queue of long prompts is full: retry later")

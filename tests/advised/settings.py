@@ -13,20 +13,20 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.rounds.find_strategy import make_strategy
 from fedtune.strategies._flower import cohort, measured
 from tests.advice import ways
-from tests.advised.flags import a_run, quiet_run
-from tests.advised.rows import Place, follows, raised
+from tests.advised.flags import quiet_run, run_folder
+from tests.advised.rows import Place, error_of, follows
 from tests.strategies.updates import plain, update
 
 EVEN = "devices=none"  # every client has the same rank
 AVG = "strategy=fedavg"
 
 
-def refused(args: Sequence[str], *, multirun: bool = False) -> str:
+def refusal_of(args: Sequence[str], *, multirun: bool = False) -> str:
     """The error of these arguments, before anything is loaded; "" if there is none."""
-    return raised(lambda: [make_strategy(job.config) for job in compose(args, multirun=multirun)])
+    return error_of(lambda: [make_strategy(job.config) for job in compose(args, multirun=multirun)])
 
 
-def changed(args: Sequence[str], *settings: str) -> list[str]:
+def change(args: Sequence[str], *settings: str) -> list[str]:
     """The arguments with these settings; a setting replaces an earlier one of the same key, and a group's choice replaces its `kind`."""
     keys = {setting.partition("=")[0] for setting in settings}
     keys |= {f"{key}.{end}" for key in keys for end in ("kind", "method", "_target_")}
@@ -43,13 +43,13 @@ def setting(says: str, *args: str, given: Sequence[str] = ()) -> None:
     """
 
     def follow(place: Place) -> Iterator[str]:
-        error = refused(args)
+        error = refusal_of(args)
         yield error
         assert all(way.partition("=")[0] in error for way in given), error
         found = [*(way.split(" ") for way in ways(error)), *([way] for way in given)]
         assert found, f"nothing to follow in: {error}"
         for way in found:
-            yield refused(changed(args, *way))
+            yield refusal_of(change(args, *way))
 
     follows(says)(follow)
 
@@ -58,12 +58,12 @@ def one_of(says: str, key: str, *args: str, after: str = "choose one of ") -> No
     """Add a setting whose error lists its choices."""
 
     def follow(place: Place) -> Iterator[str]:
-        error = refused([*args, f"{key}=never"])
+        error = refusal_of([*args, f"{key}=never"])
         yield error
         choices = re.split(r",? or |, ", error.partition(after)[2].strip())
         assert len(choices) > 1
         for choice in choices:
-            yield refused([*args, f"{key}={choice.replace('a number of clients from 1', '1')}"])
+            yield refusal_of([*args, f"{key}={choice.replace('a number of clients from 1', '1')}"])
 
     follows(says)(follow)
 
@@ -111,32 +111,32 @@ setting("peft.init=loftq needs the same model.compute on every machine", *LOFTQ[
 setting("peft.init=loftq fits one precision, but device classes may choose another", *LOFTQ[1:])
 
 
-def _leaves_out(says: str, *args: str) -> None:
+def _leave_out_row(says: str, *args: str) -> None:
     """Add arguments whose error advises to leave one of them out."""
 
     def follow(place: Place) -> Iterator[str]:
         quiet_run(place)
-        run = a_run(place.folder / "run")
+        run = run_folder(place.folder / "run")
         given = [a.replace("RUN", str(run)) for a in args]
         error = place.run("fedtune.sim", *given)
         yield error
-        named = error.rpartition("leave out ")[2].strip() or error
-        kept = [a for a in given if not a.startswith(named if named in " ".join(given) else "strategy._target_=")]
+        class_error = error.rpartition("leave out ")[2].strip() or error
+        kept = [a for a in given if not a.startswith(class_error if class_error in " ".join(given) else "strategy._target_=")]
         assert len(kept) == len(given) - 1
         yield place.run("fedtune.sim", *kept)
 
     follows(says)(follow)
 
 
-_leaves_out("in which only rounds can change: leave out {}", "resume=RUN", "peft.rank=4")
-_leaves_out("not strategy._target_={}: leave that setting out", "resume=RUN", "strategy._target_=fedtune.strategies.fedavg.FedAvg")
+_leave_out_row("in which only rounds can change: leave out {}", "resume=RUN", "peft.rank=4")
+_leave_out_row("not strategy._target_={}: leave that setting out", "resume=RUN", "strategy._target_=fedtune.strategies.fedavg.FedAvg")
 
 
 @follows("resume= is empty: give the run directory to continue, such as resume=outputs/NAME/RUN")
 def _(place: Place) -> Iterator[str]:
     quiet_run(place)
     (place.folder / "outputs/NAME").mkdir(parents=True)
-    a_run(place.folder / "outputs/NAME/RUN")
+    run_folder(place.folder / "outputs/NAME/RUN")
     place.patch.chdir(place.folder)
     error = place.run("fedtune.sim", "resume=")
     yield error
@@ -148,7 +148,7 @@ def _(place: Place) -> Iterator[str]:
     quiet_run(place)
     (place.folder / "theirs.py").write_text("from fedtune.strategies.fedavg import FedAvg\n\n\nclass Theirs(FedAvg):\n    pass\n")
     place.patch.chdir(place.folder)
-    run = a_run(place.folder / "run", EVEN, AVG)
+    run = run_folder(place.folder / "run", EVEN, AVG)
     stored = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(stored.replace("fedtune.strategies.fedavg.FedAvg", "theirs.Theirs"))
     error = place.run("fedtune.sim", f"resume={run}")
@@ -159,113 +159,113 @@ def _(place: Place) -> Iterator[str]:
 @follows("conf= is given {} times: name one scenario")
 def _(place: Place) -> Iterator[str]:
     both = ["conf=dolly", "conf=shakespeare"]
-    yield refused(both)
+    yield refusal_of(both)
     for conf in both:
-        yield refused([conf])
+        yield refusal_of([conf])
 
 
 @follows("{} has no effect here: fedtune creates run directories and logs itself (see output_dir and name)")
 def _(place: Place) -> Iterator[str]:
-    error = refused(["hydra.run.dir=x"])
+    error = refusal_of(["hydra.run.dir=x"])
     yield error
     for key in re.findall(r"see (\w+) and (\w+)", error)[0]:
-        yield refused([f"{key}=x"])
+        yield refusal_of([f"{key}=x"])
 
 
 @follows("'{}' is a sweep over several values: add --multirun, or quote the comma")
 def _(place: Place) -> Iterator[str]:
-    yield refused(["name=a,b"])
-    yield refused(["name=a,b"], multirun=True)
-    yield refused(["name='a,b'"])
+    yield refusal_of(["name=a,b"])
+    yield refusal_of(["name=a,b"], multirun=True)
+    yield refusal_of(["name='a,b'"])
 
 
-def _mistyped(says: str, wrong: str, right: str) -> None:
+def _typo_row(says: str, wrong: str, right: str) -> None:
     """Add a misspelled argument whose error asks whether another was meant."""
 
     def follow(place: Place) -> Iterator[str]:
-        error = refused([wrong])
+        error = refusal_of([wrong])
         yield error if "{}" in says else re.findall(r"did you mean.*", error)[0]
         meant = re.findall(r"did you mean ([^?, ]+)", error)[0]
-        yield refused([right.format(meant)])
+        yield refusal_of([right.format(meant)])
 
     follows(says)(follow)
 
 
-_mistyped("did you mean {}?", "client.lrr=1", "{}=1")
-_mistyped("did you mean {}, of ", "conf=hetero", "conf={}")
+_typo_row("did you mean {}?", "client.lrr=1", "{}=1")
+_typo_row("did you mean {}, of ", "conf=hetero", "conf={}")
 
 # -- scenario files ------------------------------------------------------------------------------------------------------------------------
 
 
 def _scenario(name: str) -> str:
     """The error of a scenario; "" if it only lacks a package: another row follows that advice."""
-    error = refused([f"conf={name}"])
+    error = refusal_of([f"conf={name}"])
     return "" if "pip install" in error else error
 
 
 @follows("there is no scenario '{}': {}{}; or give the path of a YAML file", slow=True)
 def _(place: Place) -> Iterator[str]:
-    error = refused(["conf=hetero"])
+    error = refusal_of(["conf=hetero"])
     yield error
     for name in re.findall(r", of (.*);", error)[0].split(", "):
         yield _scenario(name)
     (place.folder / "mine.yaml").write_text("defaults: [base, _self_]\n")
-    yield refused([f"conf={place.folder}/mine.yaml"])
+    yield refusal_of([f"conf={place.folder}/mine.yaml"])
 
 
 @follows("there is no scenario file {}: give the path of a file that ends in .yaml, or one of {}")
 def _(place: Place) -> Iterator[str]:
     path = place.folder / "mine.yml"
     path.write_text("defaults: [base, _self_]\n")
-    error = refused([f"conf={path}"])
+    error = refusal_of([f"conf={path}"])
     yield error
     for name in error.rpartition("or one of ")[2].split(", "):
         yield _scenario(name)
-    yield refused([f"conf={path.rename(path.with_suffix('.yaml'))}"])
+    yield refusal_of([f"conf={path.rename(path.with_suffix('.yaml'))}"])
 
 
 @follows("{}.yaml does not start from fedtune's schema: open it with `defaults: [{}, _self_]`")
 def _(place: Place) -> Iterator[str]:
     path = place.folder / "mine.yaml"
     path.write_text("rounds: 2\n")
-    error = refused([f"conf={path}"])
+    error = refusal_of([f"conf={path}"])
     yield error
     path.write_text(f"{error.split('`')[1]}\nrounds: 2\n")
-    yield refused([f"conf={path}"])
+    yield refusal_of([f"conf={path}"])
 
 
 @follows("{}: choose one of {}", slow=True)
 def _(place: Place) -> Iterator[str]:
     path, text = place.folder / "mine.yaml", "defaults: [base, override traffic: {}, _self_]\n"
     path.write_text(text.format("nothing"))
-    error = refused([f"conf={path}"])
+    error = refusal_of([f"conf={path}"])
     yield error
     for choice in error.rpartition("choose one of ")[2].split(", "):
         path.write_text(text.format(choice))
-        yield refused([f"conf={path}"])
+        yield refusal_of([f"conf={path}"])
 
 
 @follows("is {}: reduce its nesting", slow=True)
 def _(place: Place) -> Iterator[str]:
     for depth in (1000, 1):
-        yield refused([f"peft.targets={'[' * depth}q_proj{']' * depth}"])
+        yield refusal_of([f"peft.targets={'[' * depth}q_proj{']' * depth}"])
 
 
 @follows("there is no device class '{}' here: add classes in a YAML file, as conf/devices/mixed.yaml does", slow=True)
 def _(place: Place) -> Iterator[str]:
-    yield refused(["+devices.classes.tablet={share: 1}"])
+    yield refusal_of(["+devices.classes.tablet={share: 1}"])
     (place.folder / "mine.yaml").write_text("defaults: [base, override devices: mine, _self_]\n")
     (place.folder / "devices").mkdir()
     (place.folder / "devices/mine.yaml").write_text("classes:\n  tablet:\n    share: 1\n")
-    yield refused([f"conf={place.folder}/mine.yaml"])
-    yield refused([f"conf={place.folder}/mine.yaml", "devices.classes.tablet.share=1"])
+    yield refusal_of([f"conf={place.folder}/mine.yaml"])
+    yield refusal_of([f"conf={place.folder}/mine.yaml", "devices.classes.tablet.share=1"])
 
 
 @follows("the package {} is not installed: run pip install 'fedtune[studies]'", slow=True)
 def _(place: Place) -> Iterator[str]:
     with place.patch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
-        error = refused(["conf=sst2"])
+        error = refusal_of(["conf=sst2"])
     yield error
     package, extra = error.split()[2], re.findall(r"fedtune\[(\w+)\]", error)[0]
     required = [w for w in importlib.metadata.requires("fedtune") or () if f'extra == "{extra}"' in w.replace("'", '"')]
@@ -273,24 +273,24 @@ def _(place: Place) -> Iterator[str]:
     (place.folder / package / "model").mkdir(parents=True)  # as after pip has installed it
     (place.folder / package / "__init__.py").touch()
     place.patch.syspath_prepend(place.folder)
-    yield raised(lambda: _package_folder(f"{package}/model"))
+    yield error_of(lambda: _package_folder(f"{package}/model"))
 
 
 @follows("the name of the device class '{}' is too long or not printable: use at most {} printable characters")
 def _(place: Place) -> Iterator[str]:
-    def named(name: str) -> str:
-        return raised(lambda: check(Config(devices=DevicesConfig(classes={name: DeviceClass(share=1.0)}))))
+    def class_error(name: str) -> str:
+        return error_of(lambda: check(Config(devices=DevicesConfig(classes={name: DeviceClass(share=1.0)}))))
 
-    error = named("x" * 1000)
+    error = class_error("x" * 1000)
     yield error
-    yield named("x" * int(re.findall(r"at most (\d+)", error)[0]))
-    yield named("a phone")
+    yield class_error("x" * int(re.findall(r"at most (\d+)", error)[0]))
+    yield class_error("a phone")
 
 
 @follows("strategy needs a _target_: pick one with strategy=NAME")
 def _(place: Place) -> Iterator[str]:
-    yield raised(lambda: check(Config(strategy={})))
-    yield refused([AVG])
+    yield error_of(lambda: check(Config(strategy={})))
+    yield refusal_of([AVG])
 
 
 # -- strategies ----------------------------------------------------------------------------------------------------------------------------
@@ -321,13 +321,13 @@ setting("and quantized weights cannot be trained: set {}=bf16", EVEN, "strategy=
 def _(place: Place) -> Iterator[str]:
     state = ServerState(adapter=plain(1.0, 2.0))
     for own in (plain(1.0), plain(1.0, 3.0)):
-        yield raised(lambda own=own: cohort(state, [update("a", plain(0.0, 0.0)), update("b", own)]))
+        yield error_of(lambda own=own: cohort(state, [update("a", plain(0.0, 0.0)), update("b", own)]))
 
 
 @follows("client {} sent {}={} instead of a number >= 0: run the same version of fedtune on the client")
 def _(place: Place) -> Iterator[str]:
     for sent in (update("a", plain(1.0)), update("a", plain(1.0), steps=3.0)):  # a client of an older version does not measure it
-        yield raised(lambda sent=sent: measured(sent, sent.measurements, "steps"))
+        yield error_of(lambda sent=sent: measured(sent, sent.measurements, "steps"))
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def _tasks(says: str, wrong: dict[str, bool], right: dict[str, bool]) -> None:
         others = contracts_task.tasks()
         for mine in (wrong, right):
             place.patch.setattr(contracts_task, "tasks", lambda mine=mine: others | {"mine": Scored(mine)})
-            yield raised(contracts_task.metrics)
+            yield error_of(contracts_task.metrics)
 
     follows(says)(follow)
 

@@ -17,7 +17,7 @@ from fedtune.simulations.benchmarks.inference.widen import widen
 from fedtune.simulations.engines import batched, ray, ray_grid
 from fedtune.simulations.engines.batched import train_together
 from fedtune.simulations.engines.client_batch import shared_dropout
-from tests.advised.rows import Place, follows, raised
+from tests.advised.rows import Place, error_of, follows
 from tests.clients.test_lower_layers import build_adapter
 from tests.export.test_huggingface import ASK
 from tests.simulations.benchmarks.test_widen import size, tiny
@@ -28,7 +28,7 @@ from tests.tiny import tiny_config
 SGD = {"optimizer": "sgd", "clip_norm": None}
 
 
-def together(place: Place, lr: float, **plan: Any) -> str:
+def batch_error(place: Place, lr: float, **plan: Any) -> str:
     """The first error of two clients that train at once; "" if there is none."""
     folder = place.keep("batched", lambda path: (path.mkdir(), tiny_config(path)))
     space = Workspace(tiny_config(folder))
@@ -39,11 +39,11 @@ def together(place: Place, lr: float, **plan: Any) -> str:
 
 @follows("the training loss became {} in {}: lower client.lr", slow=True)
 def _(place: Place) -> Iterator[str]:
-    yield together(place, 1e30, **SGD)
-    yield together(place, 1e-2, **SGD)
+    yield batch_error(place, 1e30, **SGD)
+    yield batch_error(place, 1e-2, **SGD)
     for plan in ({**SGD, "clip_norm": 1.0}, {"clip_norm": 1.0}):  # clipping does not keep a step at this rate short
-        assert "lower client.lr" in together(place, 1e30, **plan)
-        yield together(place, 1e-2, **plan)
+        assert "lower client.lr" in batch_error(place, 1e30, **plan)
+        yield batch_error(place, 1e-2, **plan)
 
 
 @follows("the gradient's norm became {} in {}: lower client.lr")
@@ -54,8 +54,8 @@ def _(place: Place) -> Iterator[str]:
         return real(stack) * (torch.inf if stack.flat.abs().max() > 1e3 else 1.0)  # such large weights make gradients overflow
 
     place.patch.setattr(batched._Stack, "_gradient", gradient)
-    yield together(place, 1e4)
-    yield together(place, 1e-2)
+    yield batch_error(place, 1e4)
+    yield batch_error(place, 1e-2)
 
 
 @follows("the backbone draws dropout for the whole batch ({}): set model.dropout=false")
@@ -82,26 +82,26 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(importlib.util, "find_spec", lambda name: name)
     for address in ("ray://10.0.0.5:10001", "10.0.0.5:6379"):
-        yield raised(lambda address=address: ray.check_ray(EngineConfig(kind="ray", ray_address=address)))
+        yield error_of(lambda address=address: ray.check_ray(EngineConfig(kind="ray", ray_address=address)))
 
 
 @follows("engine=ray needs Ray: install it with pip install 'fedtune[ray]'")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(importlib.util, "find_spec", lambda name: None)
-    error = raised(lambda: ray.check_ray(EngineConfig(kind="ray")))
+    error = error_of(lambda: ray.check_ray(EngineConfig(kind="ray")))
     yield error
     extra = error.partition("fedtune[")[2].partition("]")[0]
     required = [w for w in importlib.metadata.requires("fedtune") or () if w.replace("'", '"').endswith(f'extra == "{extra}"')]
     assert any(w.startswith("flwr[simulation]") for w in required)  # Flower's extra that installs Ray
     place.patch.setattr(importlib.util, "find_spec", lambda name: name)
-    yield raised(lambda: ray.check_ray(EngineConfig(kind="ray")))
+    yield error_of(lambda: ray.check_ray(EngineConfig(kind="ray")))
 
 
 @follows("there has been no Ray worker for {} s: see `ray status`, then continue with resume=RUN")
 def _(place: Place) -> Iterator[str]:
     place.patch.setattr(ray_grid, "_PATIENCE_S", 0.0)
     for workers in (0, 1):  # the second time, a machine has joined the cluster
-        yield raised(lambda workers=workers: ask_all(make_grid(workers, 2)[0]))
+        yield error_of(lambda workers=workers: ask_all(make_grid(workers, 2)[0]))
 
 
 # -- benchmarks ----------------------------------------------------------------------------------------------------------------------------
@@ -122,4 +122,4 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     folder, _ = tiny(place.folder / "small")
     for heads in (1, 8):
-        yield raised(lambda heads=heads: widen(folder, place.folder / f"wide-{heads}", size(heads=heads, kv_heads=1)))
+        yield error_of(lambda heads=heads: widen(folder, place.folder / f"wide-{heads}", size(heads=heads, kv_heads=1)))

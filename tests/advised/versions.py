@@ -15,7 +15,7 @@ from tests.delivery.test_versions import install
 
 
 def model(place: Place, *words: str | Path) -> str:
-    """What `fedtune model` says."""
+    """The output of `fedtune model`."""
     return place.run("fedtune", "model", *words, "--state", place.folder)
 
 
@@ -36,15 +36,15 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("'{}' is not the name of a version: give one that `fedtune model list` shows")
 def _(place: Place) -> Iterator[str]:
-    yield from _listed(place, "../a")
+    yield from _version_error(place, "../a")
 
 
 @follows("there is no version {} in {}: give one that `fedtune model list` shows")
 def _(place: Place) -> Iterator[str]:
-    yield from _listed(place, "c")
+    yield from _version_error(place, "c")
 
 
-def _listed(place: Place, name: str) -> Iterator[str]:
+def _version_error(place: Place, name: str) -> Iterator[str]:
     two(place)
     yield model(place, "remove", name)
     yield model(place, "list")

@@ -10,8 +10,8 @@ import torch
 
 from fedtune.config import Config, ModelConfig, PeftConfig, from_dict, to_dict
 from fedtune.warm_start import Source, fit
-from tests.advised.rows import Place, composed, follows, raised
-from tests.advised.runs import ended, setting_of, simulate
+from tests.advised.rows import Place, compose_once, error_of, follows
+from tests.advised.runs import one_round_run, setting_of, simulate
 from tests.tiny import tiny_llama
 from tests.warm_start.test_fit import DRAWN, EARLIER, source
 
@@ -27,7 +27,7 @@ def settings_in(output: str) -> list[str]:
 
 @follows("there is no such folder; give the directory of a finished run, or an adapter folder", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     yield warm(place, place.folder / "gone")
     yield warm(place, run)
     yield warm(place, Path(shutil.copytree(run / "adapter", place.folder / "bare")))
@@ -35,7 +35,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("the run has no adapter yet, because it has not ended; continue it with resume={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     shutil.rmtree(run / "adapter")
     output = warm(place, run)
     yield output
@@ -45,7 +45,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("is a whole model, not an adapter: leave peft.from out and start on it with model=hub model.name={}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    output = warm(place, ended(place) / "merged")
+    output = warm(place, one_round_run(place) / "merged")
     yield output
     yield simulate(place, "rounds=0", *settings_in(output))
 
@@ -53,15 +53,15 @@ def _(place: Place) -> Iterator[str]:
 @follows("has peft.method={}, but this run has {}: set peft={}")
 def _(place: Place) -> Iterator[str]:
     given = source(EARLIER.replace(method="dora"))
-    output = fitted(given, Config())
+    output = fit_error(given, Config())
     yield output
-    (job,) = composed(["conf=heterogeneous", *settings_in(output)])
-    yield fitted(given, job.config, method=job.config.peft.method)
+    (job,) = compose_once(["conf=heterogeneous", *settings_in(output)])
+    yield fit_error(given, job.config, method=job.config.peft.method)
 
 
 @follows("belongs to the backbone {}, but this run has {}: use the checkpoint that the adapter was trained on{}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run, other = ended(place), tiny_llama(place.folder / "other", seed=1)
+    run, other = one_round_run(place), tiny_llama(place.folder / "other", seed=1)
     output = warm(place, run, f"model.name={other}")
     yield output
     yield warm(place, run, f"model.name={other}", *re.findall(r"model\.\w+=\S+", output))
@@ -69,7 +69,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("set peft.targets=[{}], or take the backbone and the task that the adapter was trained for", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     bare = Path(shutil.copytree(run / "adapter", place.folder / "bare"))
     output = warm(place, bare, "peft.targets=[q_proj]")
     yield output
@@ -81,7 +81,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("and a smaller rank would change the model: set peft.rank={}{}", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     output = warm(place, run, "peft.rank=1")
     yield output
     yield warm(place, run, *settings_in(output))
@@ -89,7 +89,7 @@ def _(place: Place) -> Iterator[str]:
 
 @follows("what it began with, cannot be read ({}): restore the folder, or start a new run", slow=True)
 def _(place: Place) -> Iterator[str]:
-    run = ended(place)
+    run = one_round_run(place)
     assert not warm(place, run, "name=damaged")
     (begun,) = (place.folder / "damaged").iterdir()
     shutil.move(begun / "start", place.folder / "kept")
@@ -99,24 +99,24 @@ def _(place: Place) -> Iterator[str]:
     yield place.run("fedtune.sim", f"resume={begun}", "rounds=1")
 
 
-def fitted(given: Source, config: Config, labels: Sequence[str] = (), *, needs_zero: bool = False, method: str = "lora") -> str:
-    return raised(lambda: fit(given, DRAWN.replace(method=method), config, labels, needs_zero=needs_zero))
+def fit_error(given: Source, config: Config, labels: Sequence[str] = (), *, needs_zero: bool = False, method: str = "lora") -> str:
+    return error_of(lambda: fit(given, DRAWN.replace(method=method), config, labels, needs_zero=needs_zero))
 
 
 @follows("was trained over quantized weights that it corrects: set peft.init=loftq model.precision={} model.compute={}")
 def _(place: Place) -> Iterator[str]:
     given = source(EARLIER, over={"precision": "nf4", "compute": "bf16"})
-    output = fitted(given, Config())
+    output = fit_error(given, Config())
     yield output
     values = dict(s.split("=") for s in settings_in(output))
     model = ModelConfig(precision=values["model.precision"], compute=values["model.compute"])
-    yield fitted(given, Config(peft=PeftConfig(init=values["peft.init"]), model=model))
+    yield fit_error(given, Config(peft=PeftConfig(init=values["peft.init"]), model=model))
 
 
 @follows("peft.init={} computes a start of its own, so {} cannot be one: set peft.init=default")
 def _(place: Place) -> Iterator[str]:
-    yield fitted(source(EARLIER), Config(peft=PeftConfig(init="loftq")))
-    yield fitted(source(EARLIER), Config(peft=PeftConfig(init="default")))
+    yield fit_error(source(EARLIER), Config(peft=PeftConfig(init="loftq")))
+    yield fit_error(source(EARLIER), Config(peft=PeftConfig(init="default")))
 
 
 @follows("cannot be merged into the frozen weights: take strategy=fedavg")
@@ -124,21 +124,21 @@ def _(place: Place) -> Iterator[str]:
     from fedtune.strategies.fedavg import FedAvg
 
     dora, config = source(EARLIER.replace(method="dora")), Config(peft=PeftConfig(method="dora"))
-    yield fitted(dora, config, needs_zero=True, method="dora")
-    yield fitted(dora, config, needs_zero=FedAvg.requirements.assumes_zero_init, method="dora")
+    yield fit_error(dora, config, needs_zero=True, method="dora")
+    yield fit_error(dora, config, needs_zero=FedAvg.requirements.assumes_zero_init, method="dora")
 
 
 @follows("set data.labels to the earlier classes in their order")
 def _(place: Place) -> Iterator[str]:
     given = source(EARLIER, labels=("a", "b", "c", "d"))
-    yield fitted(given, Config(), ("d", "c", "b", "a"))
+    yield fit_error(given, Config(), ("d", "c", "b", "a"))
     values = to_dict(Config())
     values["data"]["labels"] = list(given.labels)
-    yield fitted(given, from_dict(values), from_dict(values).data.labels)
+    yield fit_error(given, from_dict(values), from_dict(values).data.labels)
 
 
 @follows("has values that are not finite numbers: take an adapter of an earlier round")
 def _(place: Place) -> Iterator[str]:
     bad = EARLIER.replace({**EARLIER.tensors, "q.lora_B": torch.full((3, 2), float("inf"))})
-    yield fitted(source(bad), Config())
-    yield fitted(source(dataclasses.replace(EARLIER)), Config())
+    yield fit_error(source(bad), Config())
+    yield fit_error(source(dataclasses.replace(EARLIER)), Config())

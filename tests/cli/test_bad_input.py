@@ -1,6 +1,6 @@
 """Invalid input to any command: one sentence on stderr, exit code 2, no traceback, and no run that looks finished.
 
-Config is in test_sim.py, data sources in data/test_bad_input.py, replies of clients in test_bridge.py; this table uses the commands.
+This table uses the commands. test_simulate.py tests configs, tests/data data sources, and tests/rounds the replies of clients.
 """
 
 import json
@@ -120,41 +120,43 @@ EXPORT = [
 ]
 
 
-def one_sentence(code: int, err: str, expected: str) -> None:
+def assert_one_sentence(code: int, err: str, expected: str) -> None:
     lines = [line for line in err.splitlines() if line.startswith("fedtune: ")]
     assert code == 2 and len(lines) == 1 and expected in lines[0], err
     assert "Traceback" not in err and len(lines[0]) < 450
 
 
 @pytest.mark.parametrize(("spoil", "args", "expected"), [c[1:] for c in SIM], ids=[c[0] for c in SIM])
-def test_a_simulation(
+def test_bad_input_of_a_simulation(
     place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], args: list[str], expected: str
 ) -> None:
     spoil(place)
     code = sim([f"conf={place}/tiny.yaml", *(a.replace("$", str(place)) for a in args)])
-    one_sentence(code, capsys.readouterr().err, expected)
+    assert_one_sentence(code, capsys.readouterr().err, expected)
     assert not list(place.glob("outputs/*/*/adapter"))
 
 
 @pytest.mark.parametrize(("spoil", "expected"), [c[1:] for c in RESUME], ids=[c[0] for c in RESUME])
-def test_a_resume(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str) -> None:
+def test_bad_input_of_a_resumed_run(
+    place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str
+) -> None:
     spoil(place)
     code = sim([f"resume={place}/run", "rounds=2"])
-    one_sentence(code, capsys.readouterr().err, expected)
+    assert_one_sentence(code, capsys.readouterr().err, expected)
 
 
 @pytest.mark.parametrize(("spoil", "expected"), [c[1:] for c in EXPORT], ids=[c[0] for c in EXPORT])
-def test_an_export(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str) -> None:
+def test_bad_input_of_an_export(place: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], expected: str) -> None:
     spoil(place)
-    one_sentence(fedtune(["export", str(place / "run")]), capsys.readouterr().err, expected)
+    assert_one_sentence(fedtune(["export", str(place / "run")]), capsys.readouterr().err, expected)
 
 
-def test_generate_from_a_missing_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one_sentence(fedtune(["generate", str(place / "nowhere"), "hello"]), capsys.readouterr().err, "nowhere")
+def test_generating_from_a_missing_folder_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_one_sentence(fedtune(["generate", str(place / "nowhere"), "hello"]), capsys.readouterr().err, "nowhere")
 
 
 def test_the_unmodified_input_works(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # without the damage that the tables do, the same input works
+    # so the errors above come from the damage
     assert sim([f"conf={place}/tiny.yaml"]) == 0
     assert sim([f"resume={place}/run", "rounds=2"]) == 0
     assert fedtune(["export", str(place / "run")]) == 0

@@ -71,7 +71,7 @@ def test_damage_is_reported_beside_the_table(state: Path, capsys: pytest.Capture
     assert err.splitlines()[1] == f"fedtune: {state}/models/current points to 'x', which is no version: remove this link"
 
 
-def test_rollback_and_remove(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rollback_and_remove_change_the_current_version(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def out() -> str:
         return capsys.readouterr().out
 

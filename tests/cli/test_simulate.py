@@ -87,7 +87,7 @@ def refusal(capsys: pytest.CaptureFixture[str], args: Sequence[str]) -> str:
 
 @pytest.mark.parametrize(("args", "sentence"), REFUSED, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 @pytest.mark.usefixtures("never")
-def test_bad_arguments_get_one_sentence(args: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_give_a_one_sentence_error(args: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert sentence in refusal(capsys, args)
 
 
@@ -108,7 +108,7 @@ def test_bad_arguments_get_one_sentence(args: list[str], sentence: str, capsys: 
     ],
 )
 @pytest.mark.usefixtures("never")
-def test_bad_scenario_files_get_one_sentence(text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_scenario_files_give_a_one_sentence_error(text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert sentence in refusal(capsys, [f"conf={tmp_path}/mine.yaml"])
 
@@ -122,7 +122,7 @@ def test_a_user_s_scenario_file_can_have_its_own_groups(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [["data.columns={text: story, label: mood}"], ["data.columns.text=story", "data.columns.label=mood"]])
-def test_columns_are_named_without_a_plus(how: list[str]) -> None:
+def test_columns_are_set_without_a_plus(how: list[str]) -> None:
     config = compose(["conf=base", "data=local", "data.path=my.csv", "task=classification", *how])[0].config
     assert config.data.columns == {"text": "story", "label": "mood"} and config.devices.classes == {}
 
@@ -135,7 +135,7 @@ def test_overrides_beat_the_scenario() -> None:
     assert config.peft.targets == ["q_proj", "v_proj"]
 
 
-def test_a_sweep_is_every_combination() -> None:
+def test_a_sweep_runs_every_combination() -> None:
     jobs = compose(["rounds=1,2", "peft.rank=range(4,9,4)", "seed=3"], multirun=True)
     assert [(j.label, j.config.rounds, j.config.peft.rank, j.config.seed) for j in jobs] == [
         ("rounds=1 peft.rank=4", 1, 4, 3),

@@ -71,7 +71,7 @@ def test_the_keys_are_found() -> None:
 
 @pytest.fixture
 def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: rows, a data set and a model of the device to which fedtune has no permission."""
+    """The working directory, with rows, a data set and a model that the device's owner has not given to fedtune."""
     folder = tiny_llama(tmp_path / "secret")
     for name in ("train.jsonl", "test.jsonl"):
         write_rows(folder / name, texts(20))

@@ -74,12 +74,12 @@ def test_without_a_floor_the_server_decides(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_budget_counts_every_run_and_any_noise(tmp_path: Path) -> None:
     server = LyingServer(tmp_path, min_privacy="record", max_epsilon=4.8)
-    weak = dataclasses.replace(RECORD, noise=0.01)  # agreed by hello and plan, and a promise of nothing
+    weak = dataclasses.replace(RECORD, noise=0.01)  # hello and plan agree, but this noise protects nothing
     assert server.hello(weak) == "" and "budget over all runs is ε = 4.8 at δ = 1e-05 (--max-epsilon)" in server.train(weak)
     huge = dataclasses.replace(RECORD, epsilon=1e6, noise=None)
     assert server.hello(huge) == "" and "(--max-epsilon)" in server.train(huge)
     answers = []
-    for number in range(9):  # a new name for the run, and with it a new ledger, every turn
+    for number in range(9):  # each turn has a new run name and therefore a new ledger
         assert server.hello(RECORD, f"run-{number}") == ""
         answers.append(server.train(RECORD))
         if answers[-1]:
@@ -97,8 +97,8 @@ def test_the_noise_is_the_device_s_own(tmp_path: Path) -> None:
     assert not read_hello(hello_json, dataclasses.replace(device, min_privacy=None))[0].privacy.secure_rng
 
 
-def test_kinds_are_ordered(tmp_path: Path) -> None:
-    def accepted(kind: str) -> list[str]:
+def test_a_floor_accepts_its_own_kind_and_stronger_ones(tmp_path: Path) -> None:
+    def accepted_kinds(kind: str) -> list[str]:
         floor, results = Floor(kind=kind, epsilon=None, delta=1e-5, client="a", runs=tmp_path), []
         for privacy in ("none", "record", "user"):
             try:
@@ -108,7 +108,7 @@ def test_kinds_are_ordered(tmp_path: Path) -> None:
                 pass
         return results
 
-    assert (accepted("record"), accepted("user")) == (["record", "user"], ["user"])
+    assert (accepted_kinds("record"), accepted_kinds("user")) == (["record", "user"], ["user"])
 
 
 def test_an_unreadable_ledger_declines_the_turn(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_an_unreadable_ledger_declines_the_turn(tmp_path: Path) -> None:
         floor.check_budget(turn)
 
 
-def test_a_cost_for_single_rows_is_no_cost_for_all_rows(tmp_path: Path) -> None:
+def test_a_cost_for_single_rows_does_not_count_for_all_rows(tmp_path: Path) -> None:
     turn = TurnPrivacy(clip=1.0, noise=2.0, cost=Spend(noise=2.0, rate=1.0, steps=1))
     ledger, floors = Ledger(ledger_file(tmp_path / "first" / "privacy", "a")), {}
     for kind in ("user", "record"):
@@ -135,7 +135,7 @@ def test_a_cost_for_single_rows_is_no_cost_for_all_rows(tmp_path: Path) -> None:
     for floor in floors.values():
         floor.check_budget(turn)
     ledger.spend(2, turn.cost, "record")
-    floors["record"].check_budget(turn)  # a cost for all rows is one for each of them
+    floors["record"].check_budget(turn)  # a cost for all rows covers each of them
     with pytest.raises(Decline, match="took part in the run first with privacy=record, .*: start it with --min-privacy record"):
         floors["user"].check_budget(turn)
 

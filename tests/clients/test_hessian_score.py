@@ -101,7 +101,7 @@ def test_a_small_krylov_space_stops_early() -> None:
     assert values.tolist() == [0.0]
 
 
-def test_one_parameter() -> None:
+def test_lanczos_with_one_parameter() -> None:
     values, weights = spectrum(lambda v: -2.0 * v, signs(1), 50)
     assert values.tolist() == [-2.0] and weights.tolist() == [1.0]
 
@@ -111,22 +111,22 @@ def test_a_non_finite_curvature_is_an_error() -> None:
         spectrum(lambda v: v * math.nan, signs(5), 3)
 
 
-def settled(values: list[float], weights: list[float]) -> float:
+def find_share(values: list[float], weights: list[float]) -> float:
     return settled_share(torch.tensor(values, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
 
 
 def test_the_settled_share_by_hand() -> None:
-    assert settled([-1.0, 5.0], [0.7, 0.3]) == pytest.approx(0.3)  # ρ(0) = .3, and so at .1, .2, .3
+    assert find_share([-1.0, 5.0], [0.7, 0.3]) == pytest.approx(0.3)  # ρ(0) = .3, and so at .1, .2, .3
     # ρ = .9 at 0, .1 and .2; .8 at .3 and on: settles at .6, above half of ρ(0)
-    assert settled([-1.0, 0.25, 5.0], [0.1, 0.1, 0.8]) == pytest.approx(0.8)
+    assert find_share([-1.0, 0.25, 5.0], [0.1, 0.1, 0.8]) == pytest.approx(0.8)
     # ρ(.1) = .3 is less than half of ρ(0) = 1, so the step is halved until three steps fit below the node at .05
-    assert settled([0.05, 5.0], [0.7, 0.3]) == pytest.approx(1.0, abs=1e-4)
+    assert find_share([0.05, 5.0], [0.7, 0.3]) == pytest.approx(1.0, abs=1e-4)
     # ρ falls by .007 a step up to .5, which is not settled, and by .004, which is: three steps from 0
     nodes = [0.05, 0.15, 0.25, 0.35, 0.45, 5.0]
-    assert settled(nodes, [0.007] * 5 + [0.965]) == pytest.approx(0.965)
-    assert settled(nodes, [0.004] * 5 + [0.98]) == pytest.approx(0.988)
-    assert settled([-2.0, -1.0], [0.5, 0.5]) == 0.0
-    assert settled([1e4, 1e6], [0.5, 0.5]) == pytest.approx(1.0)
+    assert find_share(nodes, [0.007] * 5 + [0.965]) == pytest.approx(0.965)
+    assert find_share(nodes, [0.004] * 5 + [0.98]) == pytest.approx(0.988)
+    assert find_share([-2.0, -1.0], [0.5, 0.5]) == 0.0
+    assert find_share([1e4, 1e6], [0.5, 0.5]) == pytest.approx(1.0)
 
 
 def test_the_density_is_smoothed_by_its_range() -> None:
@@ -139,7 +139,7 @@ def test_the_density_is_smoothed_by_its_range() -> None:
 @settings(max_examples=60, deadline=None)
 def test_the_search_always_ends(nodes: list[tuple[float, float]], scale: float) -> None:
     total = sum(w for _, w in nodes)
-    share = settled([v * scale for v, _ in nodes], [w / total for _, w in nodes])
+    share = find_share([v * scale for v, _ in nodes], [w / total for _, w in nodes])
     assert 0.0 <= share <= 1.0
 
 

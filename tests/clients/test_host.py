@@ -24,7 +24,7 @@ from tests.working import host_for
 
 
 @pytest.fixture(autouse=True)
-def _identified() -> None:
+def _identify() -> None:
     flower.identify_process(1)
 
 
@@ -66,14 +66,14 @@ def test_each_host_has_its_own_floor_and_device(tmp_path: Path) -> None:
     assert "declined" not in train(free, config, free.space.initial).content.config_records
 
 
-def test_a_client_completes_a_message_with_the_start_that_it_was_sent(tmp_path: Path) -> None:
+def test_a_client_completes_a_message_with_the_start_it_received(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     host, plan = host_for(config), base_plan(config, 1, "c0", 0)
     drawn = host.space.initial
     start = drawn.replace({n: t + 1 for n, t in drawn.tensors.items()})
     part, writer = drawn.subset([n for n in drawn.tensors if n.endswith("lora_B")]), MessageWriter(1, (), start=start)
 
-    def completed(content: RecordDict) -> AdapterState:
+    def complete(content: RecordDict) -> AdapterState:
         request = read_message(content)
         host.take_start(request)
         return host.complete("c0", request)
@@ -82,10 +82,10 @@ def test_a_client_completes_a_message_with_the_start_that_it_was_sent(tmp_path: 
     answer = ask(host, "train", lost).content.config_records["declined"]
     assert answer["kind"] == "failed" and "this client lacks the adapter that the run started from: the server sends" in str(answer["why"])
     for content in (writer.write(part, held=(), plan=plan), lost):  # from now on the client has it
-        whole = completed(content)
+        whole = complete(content)
         assert all(torch.equal(t, part[n] if n in part.tensors else start[n]) for n, t in whole.tensors.items())
     assert json.loads(str(ask(host, "query", RecordDict({})).content.config_records["hello"]["json"]))["start"] == start.digest
-    cold = completed(MessageWriter(1, ()).write(part, held=(), plan=plan))  # a run without a warm start, after one with it
+    cold = complete(MessageWriter(1, ()).write(part, held=(), plan=plan))  # a run without a warm start, after one with it
     assert all(torch.equal(t, drawn[n]) for n, t in cold.tensors.items())
 
 
@@ -95,11 +95,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     out: list[Config] = []
     real = Workspace.__init__
 
-    def counted(self: Workspace, config: Config, *more: object) -> None:
+    def count_loads(self: Workspace, config: Config, *more: object) -> None:
         out.append(config)
         real(self, config, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Workspace, "__init__", counted)
+    monkeypatch.setattr(Workspace, "__init__", count_loads)
     return out
 
 

@@ -30,13 +30,13 @@ from tests.working import work, work_in
 PLAN = Plan(round=1, client="c0", base_version=0, turn="fedpeptao", params={"share": False}, batch_size=6, seed=3)
 
 
-def test_orthonormal_rows_give_one_a_row() -> None:
+def test_the_score_of_orthonormal_rows_is_one_per_row() -> None:
     rows = torch.linalg.qr(torch.randn(40, 7, generator=torch.Generator().manual_seed(0))).Q.T
     # every λ is 1: log(1 + 1e-5) + 1 / (1 + 1e-5) = 1 + 5e-11
     assert redundancy(rows) == pytest.approx(7.0, abs=1e-5)
 
 
-def test_equal_rows_by_hand() -> None:
+def test_the_score_of_equal_rows_by_hand() -> None:
     # λ = (5, 0, 0, 0, 0): log 5 + 1/5, and 4 times log 1e-5 + 1e5
     assert redundancy(torch.full((5, 9), 2.0)) == pytest.approx(math.log(5) + 0.2 + 4 * (math.log(1e-5) + 1e5), rel=1e-6)
 

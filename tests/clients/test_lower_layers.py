@@ -16,7 +16,7 @@ from fedtune.errors import ConfigError
 from fedtune.models import LiveAdapter
 from fedtune.simulations.engines.batched import train_together, way_of
 from tests.simulations.engines.test_vmapped import CLASSES, LM, build_adapter, rows
-from tests.simulations.engines.turns import alone, distance, turn_inputs_of
+from tests.simulations.engines.turns import distance, train_alone, turn_inputs_of
 from tests.tiny import tiny_config
 
 UPPER = {
@@ -28,7 +28,7 @@ UPPER = {
 
 
 def turns(live: LiveAdapter, initial: AdapterState, task: TaskConfig) -> list[AdapterState]:
-    return [alone(live, turn_input, task, pad_id(live.backbone.tokenizer))[0] for turn_input in turn_inputs_of(rows(task), initial)]
+    return [train_alone(live, turn_input, task, pad_id(live.backbone.tokenizer))[0] for turn_input in turn_inputs_of(rows(task), initial)]
 
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", LM), ("llama", CLASSES), ("gpt2", LM), ("opt", LM), ("distilbert", CLASSES)])
@@ -109,5 +109,5 @@ def test_a_workspace_has_a_cache_if_the_config_enables_it(tmp_path: Path) -> Non
         before = space._lower.misses
         for each in (space, plain):
             each.rebase(base, [shift] if base else [])
-        cached, expected = (alone(each.live, turn_input, config.task, each.pad_id)[0] for each in (space, plain))
+        cached, expected = (train_alone(each.live, turn_input, config.task, each.pad_id)[0] for each in (space, plain))
         assert distance(cached, expected) < 1e-5 and (space._lower.misses == before) == warm

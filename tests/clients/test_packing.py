@@ -1,4 +1,4 @@
-"""task.packing: rows that are joined for training have the gradients of the same rows apart."""
+"""task.packing: packed rows have the gradients of separate rows."""
 
 import dataclasses
 from pathlib import Path
@@ -93,11 +93,11 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(tmp_path: Path) -> Non
         ([], "task.packing=true trains one client at a time: set engine.batched=none"),
     ],
 )
-def test_what_excludes_packing(settings: list[str], sentence: str) -> None:
+def test_settings_that_exclude_packing(settings: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         compose(["task.packing=true", *(["engine.batched=none"] if settings else []), *settings])
 
 
-def test_packing_of_a_composed_config() -> None:
+def test_a_composed_config_with_packing() -> None:
     config: Any = compose(["task=chat", "task.packing=true", "engine.batched=none"])[0].config
     assert isinstance(config, Config) and check(config).task.packing

@@ -41,7 +41,7 @@ def turn(space: Workspace, micro: int | None, **plan: Any) -> tuple[AdapterState
     return space.live.read(version=0), turned
 
 
-def far(a: AdapterState, b: AdapterState) -> float:
+def distance(a: AdapterState, b: AdapterState) -> float:
     return max(float((a[n] - b[n]).abs().max()) for n in a.tensors)
 
 
@@ -51,15 +51,15 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, kind
     space = workspace(tmp_path, kind)
     step = {"steps": 1, "accumulate": accumulate, "optimizer": "sgd", "lr": 1.0, "clip_norm": None}
     whole, one = turn(space, None, **step)
-    assert len({len(e.input_ids) for e in space.examples("c0", "train")}) > 2  # and so do the counts of a piece
+    assert len({len(e.input_ids) for e in space.examples("c0", "train")}) > 2  # so the pieces count different numbers of tokens
     for micro in (1, 4):
         pieces, turned = turn(space, micro, **step)
-        assert far(whole, pieces) < 1e-6 and turned.loss == pytest.approx(one.loss, rel=1e-5)
+        assert distance(whole, pieces) < 1e-6 and turned.loss == pytest.approx(one.loss, rel=1e-5)
 
 
 def test_a_micro_batch_of_the_batch_size_gives_the_same_bits(tmp_path: Path) -> None:
     space = workspace(tmp_path, dropout=0.2)
-    assert far(turn(space, None)[0], turn(space, 6)[0]) == far(turn(space, None)[0], turn(space, 99)[0]) == 0.0
+    assert distance(turn(space, None)[0], turn(space, 6)[0]) == distance(turn(space, None)[0], turn(space, 99)[0]) == 0.0
 
 
 class Small:
@@ -92,7 +92,7 @@ def test_out_of_memory_halves_the_micro_batch_and_continues(
     # from the first piece on, 6 rows are too many and 3 are not; the second attempt draws the same dropout as the first
     monkeypatch.setattr(_base, "loss_sum", Small(3, 0, error))
     actual, turned = turn(space, None, accumulate=2)
-    assert far(expected, actual) < 1e-6 and (turned.micro, turned.out_of_memory) == (3, 1)
+    assert distance(expected, actual) < 1e-6 and (turned.micro, turned.out_of_memory) == (3, 1)
 
 
 def test_out_of_memory_within_a_step_discards_its_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,10 +101,10 @@ def test_out_of_memory_within_a_step_discards_its_gradients(tmp_path: Path, monk
     # the second batch of the first step fails; if the first batch's gradient stayed, it would count twice
     monkeypatch.setattr(_base, "loss_sum", Small(3, 1, error))
     actual, turned = turn(space, None, accumulate=2)
-    assert far(expected, actual) < 1e-5 and (turned.micro, turned.out_of_memory) == (3, 1)
+    assert distance(expected, actual) < 1e-5 and (turned.micro, turned.out_of_memory) == (3, 1)
     monkeypatch.setattr(_base, "loss_sum", Small(1, 3, error))
     actual, turned = turn(space, 5, accumulate=2)
-    assert far(expected, actual) < 1e-5 and (turned.micro, turned.out_of_memory) == (1, 2)  # 5 → 2 → 1
+    assert distance(expected, actual) < 1e-5 and (turned.micro, turned.out_of_memory) == (1, 2)  # 5 → 2 → 1
 
 
 def test_a_single_row_that_does_not_fit_declines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_single_row_that_does_not_fit_is_tried_once_more_without_kept_layers(t
 
     monkeypatch.setattr(_base, "loss_sum", loss_sum)
     actual, turned = turn(space, 2)
-    assert far(expected, actual) < 1e-6 and (turned.micro, turned.kept_layers, turned.out_of_memory) == (1, 0, 2)
+    assert distance(expected, actual) < 1e-6 and (turned.micro, turned.kept_layers, turned.out_of_memory) == (1, 0, 2)
     assert step.kept == step.layers  # for the next turn
 
 

@@ -54,7 +54,7 @@ def turn(space: Workspace, client: str = "c0", **changes: Any) -> tuple[AdapterS
     return space.live.read(version=0), turned
 
 
-def far(a: AdapterState, b: AdapterState) -> float:
+def distance(a: AdapterState, b: AdapterState) -> float:
     return max(float((a[n] - b[n]).abs().max()) for n in a.tensors)
 
 
@@ -118,14 +118,14 @@ def test_identical_clients_are_one_client(tmp_path: Path) -> None:
 
     many, _ = federate(whole(tmp_path / "many", copies), tmp_path / "r1")
     one, _ = federate(whole(tmp_path / "one", [r for r in copies if r["client"] == "a"]), tmp_path / "r2")
-    assert far(many, one) < 1e-5
+    assert distance(many, one) < 1e-5
 
 
 def test_accumulation_is_exact_over_ragged_micro_batches(space: Workspace) -> None:
     whole, _ = turn(space, batch_size=8, steps=1, clip_norm=None)
     parts, _ = turn(space, batch_size=2, accumulate=4, steps=1, clip_norm=None)
     # AdamW's first step is lr·sign(g) nearly everywhere: a mean of means would show in few entries only, see the next test for the gradient
-    assert far(whole, parts) < 1e-4
+    assert distance(whole, parts) < 1e-4
     assert len({len(e.input_ids) for e in space.examples("c0", "train")}) > 2
 
 
@@ -148,11 +148,11 @@ def test_the_gradient_of_accumulated_micro_batches_is_that_of_one_batch(space: W
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(space: Workspace) -> None:
-    assert far(turn(space, seed=1)[0], turn(space, seed=1)[0]) == 0.0
-    assert far(turn(space, seed=1)[0], turn(space, seed=2)[0]) > 1e-4
+    assert distance(turn(space, seed=1)[0], turn(space, seed=1)[0]) == 0.0
+    assert distance(turn(space, seed=1)[0], turn(space, seed=2)[0]) > 1e-4
 
 
-def test_every_pass_is_a_new_permutation() -> None:
+def test_every_pass_has_a_new_permutation() -> None:
     stream = batches(10, 4, seed=0)
     passes = [[next(stream) for _ in range(3)] for _ in range(3)]
     assert all([len(b) for b in p] == [4, 4, 2] and sorted(sum(p, [])) == list(range(10)) for p in passes)
@@ -168,7 +168,7 @@ def test_every_pass_is_a_new_permutation() -> None:
         ({"epochs": 1.0, "accumulate": 2}, 33, 5),
     ],
 )
-def test_steps(plan: dict[str, Any], examples: int, steps: int) -> None:
+def test_the_number_of_steps(plan: dict[str, Any], examples: int, steps: int) -> None:
     # 33 rows, 2 passes, batches of 4: 16.5 → 17 steps; with 2 micro-batches a step: 33 / 8 → 5
     turn_plan = Plan(**{"round": 1, "client": "a", "base_version": 0, "steps": None, "epochs": None, "batch_size": 4, **plan})
     assert steps_of(turn_plan, examples) == steps
@@ -224,7 +224,7 @@ def test_prox_keeps_the_weights_near_the_start(space: Workspace) -> None:
 
 def test_the_gradient_of_prox_by_hand(space: Workspace) -> None:
     # at the anchor itself the proximal term has no gradient: the first step is the same with and without it
-    assert far(turn(space, steps=1)[0], turn(space, steps=1, **prox(10.0))[0]) == 0.0
+    assert distance(turn(space, steps=1)[0], turn(space, steps=1, **prox(10.0))[0]) == 0.0
 
 
 def gradients(space: Workspace, examples: int = 4) -> dict[str, torch.Tensor]:
@@ -311,12 +311,12 @@ def test_a_failing_turn_ends_that_clients_round_only(
 
     real = app.train
 
-    def breaking(work: Work, *more: Any, **how: Any) -> Any:
+    def break_turn(work: Work, *more: Any, **how: Any) -> Any:
         if work.plan.client == "c1":
             raise error
         return real(work, *more, **how)
 
-    monkeypatch.setattr(app, "train", breaking)
+    monkeypatch.setattr(app, "train", break_turn)
     config = tiny_config(tmp_path)
     space = workspace(json.dumps(to_dict(config)))
     bridge, observer = make_bridge(tmp_path / "r", make_client_app(host_for(config, loaded=space)), 4, config, initial=space.initial)
@@ -337,7 +337,7 @@ def test_data_config_of_a_run_is_part_of_the_workspace_key(tmp_path: Path) -> No
     assert first is not second and workspace(json.dumps(to_dict(other))) is second
 
 
-def merged(space: Workspace, version: int) -> AdapterState:
+def shift_of(space: Workspace, version: int) -> AdapterState:
     module = next(iter(space.live.spec.ranks))
     shapes = space.live.parameters[f"{module}.lora_A"].shape[1], space.live.parameters[f"{module}.lora_B"].shape[0]
     tensors = {f"{module}.lora_A": torch.full((1, shapes[0]), 0.1 * version), f"{module}.lora_B": torch.ones(shapes[1], 1)}
@@ -349,7 +349,7 @@ def test_shifts_are_merged_once_replayed_after_a_gap_and_reset(tmp_path: Path) -
     space = Workspace(tiny_config(tmp_path))
     module = next(iter(space.live.spec.ranks))
     weight = space.backbone.model.get_submodule(module).get_parameter("base_layer.weight")
-    w0, one, two = weight.clone(), merged(space, 1), merged(space, 2)
+    w0, one, two = weight.clone(), shift_of(space, 1), shift_of(space, 2)
     space.rebase((1,), [one])
     space.rebase((1, 2), [one, two])  # sent again, but merged only once
     assert torch.allclose(weight - w0, torch.full_like(w0, 0.3), atol=1e-6) and space.frozen.versions == (1, 2)

@@ -27,7 +27,7 @@ FILES = sorted(p.stem for p in Path(str(turns.__file__)).parent.glob("[a-z]*.py"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_each_file_defines_the_turn_of_its_name(name: str) -> None:
+def test_each_file_defines_the_turn_with_its_name(name: str) -> None:
     kind = find(name)
     assert kind.__module__ == f"fedtune.clients.turns.{name}" and dataclasses.is_dataclass(kind)
     assert kind.batched is None or issubclass(kind.batched, turns.BatchedTurn)

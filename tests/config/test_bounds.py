@@ -24,7 +24,7 @@ from fedtune.errors import ConfigError, PlanError
         ("--delta", 1.0, {"lt": 1}, "--delta 1 is out of range: it must be less than 1"),
     ],
 )
-def test_a_value_out_of_range_is_one_sentence(name: str, value: Any, bounds: dict[str, Any], sentence: str) -> None:
+def test_a_value_out_of_range_gives_a_one_sentence_error(name: str, value: Any, bounds: dict[str, Any], sentence: str) -> None:
     for error in (ConfigError, PlanError):
         with pytest.raises(error) as caught:
             require(name, value, error, **bounds)

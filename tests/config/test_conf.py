@@ -63,7 +63,7 @@ def test_devices_are_those_of_the_choice() -> None:
     ["rounds=3 client.lr=1e-2 strategy=fedprox strategy.mu=0.5", "client.lr=0.1 client=default peft=ia3", "rounds=2 rounds=4 devices=none",
      "data.columns={label: x} eval.clients=2", "client={lr: 0.5} client.lr=0.25", "task.max_length=32 seed=7"],
 )  # fmt: skip
-def test_settings_over_a_composition_that_was_kept_are_those_that_hydra_composes(args: str) -> None:
+def test_settings_over_a_cached_composition_equal_hydra_s(args: str) -> None:
     words = args.split(" ") if "{" not in args else re.findall(r"[\w.]+=(?:\{.*?\}|\S+)", args)
     with hydra.initialize_config_module("fedtune.conf", version_base="1.3"):
         expected = OmegaConf.to_object(hydra.compose("heterogeneous", overrides=[re.sub(r"^(data.columns)", r"++\1", w) for w in words]))

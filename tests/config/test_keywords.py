@@ -14,7 +14,7 @@ from fedtune.config.keywords import keyword_keys
 from fedtune.errors import ConfigError
 
 
-def test_the_key_is_from_wherever_a_user_meets_it(tmp_path: Path) -> None:
+def test_users_write_and_read_the_key_as_from(tmp_path: Path) -> None:
     (config,) = (job.config for job in compose(["conf=base", "data=local", "data.path=x.txt", "task=causal_lm", "peft.from=some/run"]))
     assert config.peft.from_ == "some/run" and to_dict(config)["peft"]["from"] == "some/run" and "from_" not in to_dict(config)["peft"]
     assert from_dict(to_dict(config)) == config

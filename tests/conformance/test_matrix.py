@@ -116,27 +116,27 @@ class Listener:
         self.up: dict[int, set[tuple[str, ...]]] = {}
         push, pull = InProcessGrid.push_messages, InProcessGrid.pull_messages
 
-        def pushed(grid: InProcessGrid, messages: Iterable[Message]) -> Iterable[str]:
+        def record_push(grid: InProcessGrid, messages: Iterable[Message]) -> Iterable[str]:
             messages = list(messages)
             for m in messages:
                 self._hear(self.down, m)
             return push(grid, messages)
 
-        def pulled(grid: InProcessGrid, ids: Iterable[str]) -> Iterable[Message]:
+        def record_pull(grid: InProcessGrid, ids: Iterable[str]) -> Iterable[Message]:
             replies = list(pull(grid, ids))
             for m in replies:
                 self._hear(self.up, m)
             return replies
 
-        monkeypatch.setattr(InProcessGrid, "push_messages", pushed)
-        monkeypatch.setattr(InProcessGrid, "pull_messages", pulled)
+        monkeypatch.setattr(InProcessGrid, "push_messages", record_push)
+        monkeypatch.setattr(InProcessGrid, "pull_messages", record_pull)
 
     def _hear(self, where: dict[int, set[tuple[str, ...]]], m: Message) -> None:
         if m.metadata.message_type == "train" and "adapter" in m.content.array_records:
             where.setdefault(int(m.metadata.group_id), set()).add(tuple(m.content.array_records["adapter"]))
 
 
-def checked(strategy: Any) -> Any:
+def check_aggregation(strategy: Any) -> Any:
     """The strategy with every aggregation done twice, also in reverse order; inputs must not change."""
     aggregate = strategy.aggregate
 
@@ -173,7 +173,7 @@ def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy:
             simulate(build())
         assert str(error.value).count(".") < 12 and len(str(error.value)) < 400
         return
-    monkeypatch.setattr(fedtune.experiment, "make_strategy", lambda config: checked(make_strategy(config)))
+    monkeypatch.setattr(fedtune.experiment, "make_strategy", lambda config: check_aggregation(make_strategy(config)))
     listener = Listener(monkeypatch)
     whole = simulate(build())
     payload(listener, whole, strategy)
@@ -191,7 +191,7 @@ def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy:
 
 
 def payload(heard: Listener, run: Path, strategy: str) -> None:
-    """Return the tensors of each message of a round; all messages have the same, as the method defines."""
+    """Check the tensors of each round's messages: all have the same ones, as the method defines."""
     every = set(AdapterState.load(run / "adapter" / "fedtune.safetensors").tensors)
     for round in (1, 2):
         (down,), (up,) = heard.down[round], heard.up[round]

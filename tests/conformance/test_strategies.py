@@ -223,7 +223,7 @@ def class_of(name: str) -> type[Strategy]:
     return getattr(importlib.import_module(module), kind)
 
 
-def test_entries_keep_their_meaning_where_a_strategy_says_so() -> None:
+def test_entries_keep_their_meaning_if_a_strategy_declares_it() -> None:
     """Error feedback relies on it: without training, no entry changes in 2 rounds."""
     for name in NAMES:
         strategy = class_of(name)()
@@ -251,7 +251,7 @@ def test_no_strategy_loses_what_it_supports() -> None:
 
 
 def test_no_setting_exceeds_the_range_of_its_formula() -> None:
-    """The least value above a range, or the greatest below it. `test_a_negative_or_non_numeric_setting_is_refused_by_name` has the rest."""
+    """Tries the least value above and the greatest below each range; negative and non-numeric values have their own test."""
     prompts = Config(rounds=30, peft=PeftConfig(method="ptuning_v2"), strategy={"_target_": "fedtune.strategies.fedpeptao.FedPepTAO"})
     out: dict[str, dict[str, float]] = {
         "fedadam": {"beta_1": 1.0, "beta_2": 1.0, "lr": 0.0, "tau": 0.0},
@@ -333,7 +333,7 @@ def test_strategies_that_average_entries_do_not_depend_on_their_order(name: str,
     if not strategy.requirements.averages_entries:
         pytest.skip("it computes with products of factors")
 
-    def turned(state: AdapterState) -> AdapterState:
+    def reorder(state: AdapterState) -> AdapterState:
         draws = {n: torch.Generator().manual_seed(i) for i, n in enumerate(START.tensors)}
         orders = {n: torch.randperm(t.numel(), generator=draws[n]) for n, t in state.tensors.items()}
         return state.replace({n: t.flatten()[orders[n]].view(t.shape) for n, t in state.tensors.items()})
@@ -342,7 +342,9 @@ def test_strategies_that_average_entries_do_not_depend_on_their_order(name: str,
     sent, _ = updates(strategy, state, [3, 1, 4, 1, 5, 9, 2])
     result = strategy.aggregate(1, state, sent)
     after = result.adapter
-    assert not result.shifts  # which are products
-    other = strategy.aggregate(1, strategy.start(turned(START)), [dataclasses.replace(u, adapter=turned(u.adapter)) for u in sent]).adapter
-    for n, tensor in turned(after).tensors.items():
+    assert not result.shifts  # shifts are products
+    other = strategy.aggregate(
+        1, strategy.start(reorder(START)), [dataclasses.replace(u, adapter=reorder(u.adapter)) for u in sent]
+    ).adapter
+    for n, tensor in reorder(after).tensors.items():
         torch.testing.assert_close(other[n], tensor, atol=1e-6, rtol=1e-5, msg=n)

@@ -45,7 +45,7 @@ def test_tensors_cannot_be_replaced_in_place() -> None:
         lora_state().tensors["q.lora_A"] = torch.zeros(1)  # type: ignore[index]
 
 
-def test_a_subset_and_its_bytes() -> None:
+def test_a_subset_has_the_bytes_of_its_tensors() -> None:
     # 2*5 + 3*2 float32 values
     assert lora_state().subset(["q.lora_A", "q.lora_B"]).nbytes == (10 + 6) * 4
 

@@ -22,7 +22,7 @@ def data(base: dict[str, Any], **values: Any) -> dict[str, Any]:
     return base | {"data": values}
 
 
-def dealt(base: dict[str, Any], **values: Any) -> dict[str, Any]:
+def deal(base: dict[str, Any], **values: Any) -> dict[str, Any]:
     return base | {"partition": values}
 
 
@@ -136,49 +136,49 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "only blank texts": ("a.jsonl", '{"text": " "}', LM, DataError, r"every training row has an empty text"),
     "dirichlet without labels": (
-        "a.txt", "x\ny", dealt(LM, kind="dirichlet", clients=2),
+        "a.txt", "x\ny", deal(LM, kind="dirichlet", clients=2),
         DataError, r"partition\.kind=dirichlet splits rows by label",
     ),
     "prior without labels": (
-        "a.txt", "x\ny", dealt(LM, kind="prior", clients=2),
+        "a.txt", "x\ny", deal(LM, kind="prior", clients=2),
         DataError, r"partition\.kind=prior splits rows by label, but these rows have none",
     ),
     "natural without clients": (
-        "a.jsonl", Q, dealt(CLS, kind="natural"),
+        "a.jsonl", Q, deal(CLS, kind="natural"),
         DataError, r"these rows name none: set data\.columns\.client or data\.client_from",
     ),
     "natural with a gap": (
-        "a.jsonl", Q + '{"text": "b", "label": "x", "client": "c"}', dealt(CLS, kind="natural"),
+        "a.jsonl", Q + '{"text": "b", "label": "x", "client": "c"}', deal(CLS, kind="natural"),
         DataError, r"row 1 has no 'client'",
     ),
     "natural with a blank": (
-        "a.jsonl", '{"text": "b", "label": "x", "client": " "}', dealt(CLS, kind="natural"),
+        "a.jsonl", '{"text": "b", "label": "x", "client": " "}', deal(CLS, kind="natural"),
         DataError, r"row 1 has an empty client",
     ),
     "clients all too small": (
-        "a.jsonl", '{"text": "b", "label": "x", "client": "c"}', dealt(CLS, kind="natural", min_examples=2), DataError,
+        "a.jsonl", '{"text": "b", "label": "x", "client": "c"}', deal(CLS, kind="natural", min_examples=2), DataError,
         r"partition\.min_examples=2 leaves no client, since the largest has 1 rows: lower it$",
     ),
     "more clients than rows": (
-        "a.jsonl", Q * 5, dealt(CLS, kind="iid", clients=5),
+        "a.jsonl", Q * 5, deal(CLS, kind="iid", clients=5),
         DataError, r"partition\.clients=5 is more than the 4 training rows",
     ),
     "too many classes a client": (
-        "a.jsonl", Q * 5, dealt(CLS, kind="pathological", clients=2, classes_per_client=2),
+        "a.jsonl", Q * 5, deal(CLS, kind="pathological", clients=2, classes_per_client=2),
         DataError, r"classes_per_client=2 is more than the 1 classes",
     ),
     "too few hands for the classes": (
         "a.csv", "text,label\n" + "".join(f"t,{i}\n" for i in range(20)),
-        data(dealt(CLS, kind="pathological", clients=3, classes_per_client=4), test_fraction=0.0),
+        data(deal(CLS, kind="pathological", clients=3, classes_per_client=4), test_fraction=0.0),
         DataError, r"3 clients of 4 classes have 12 of 20 classes",
     ),
     "more hands than rows of a class": (
         "a.csv", "text,label\nt,0\nt,1\nt,1\nt,1\nt,1\nt,1\n",
-        data(dealt(CLS, kind="pathological", clients=4, classes_per_client=1), test_fraction=0.0),
+        data(deal(CLS, kind="pathological", clients=4, classes_per_client=1), test_fraction=0.0),
         DataError, r"pathological gives class 0 to 2 clients, but it has 1 rows: take fewer clients",
     ),
     "size too steep": (
-        "a.jsonl", Q * 9, dealt(CLS, kind="size", clients=4, alpha=9.0),
+        "a.jsonl", Q * 9, deal(CLS, kind="size", clients=4, alpha=9.0),
         DataError, r"partition\.alpha=9 leaves the smallest of 4 clients none",
     ),
     "one class": ("a.jsonl", Q * 9, CLS, DataError, r"training row has the label 'x', but classification needs at least two classes$"),
@@ -200,7 +200,7 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_sentence(tmp_path: Path, case: str) -> None:
+def test_bad_input_gives_a_one_sentence_error(tmp_path: Path, case: str) -> None:
     name, content, settings, kind, sentence = CASES[case]
     file = tmp_path / name
     if content is not None:
@@ -220,7 +220,7 @@ def load(path: Path, **settings: Any) -> Federation:
     return load_federation(from_dict(CLS | {"data": {"source": "local", "path": str(path)} | settings.pop("data", {})} | settings))
 
 
-def test_folders(tmp_path: Path) -> None:
+def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no data file \\(.jsonl"):
         load(tmp_path)
     (tmp_path / "a.csv").write_text("text,label\na,x\n")
@@ -231,20 +231,20 @@ def test_folders(tmp_path: Path) -> None:
         load(tmp_path / "a.csv", data={"test_path": str(tmp_path / "a.csv")})
 
 
-def test_two_files_of_one_client(tmp_path: Path) -> None:
+def test_two_files_of_one_client_are_refused(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.ndjson"):
         (tmp_path / name).write_text(Q)
     with pytest.raises(DataError, match="are both client 'a': rename one of them"):
         load(tmp_path, data={"client_from_file": True})
 
 
-def test_a_client_column_beside_client_from_file(tmp_path: Path) -> None:
+def test_a_client_column_beside_client_from_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x", "client": "b"}')
     with pytest.raises(DataError, match="already has a column 'client': set data.client_from_file=false"):
         load(tmp_path, data={"client_from_file": True})
 
 
-def test_an_unknown_test_label(tmp_path: Path) -> None:
+def test_an_unknown_test_label_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(Q)
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "t", "label": "new"}))
     with pytest.raises(DataError, match="test row 1 has the label 'new', but the classes are x: correct it or remove the row$"):
@@ -258,7 +258,7 @@ def test_an_unknown_test_label(tmp_path: Path) -> None:
         (["tablet", "tablet"], "client 'c' has device_class 'tablet', but devices.classes has only phone"),
     ],
 )
-def test_device_classes(tmp_path: Path, classes: list[str], sentence: str) -> None:
+def test_bad_device_classes(tmp_path: Path, classes: list[str], sentence: str) -> None:
     rows = [{"text": "t", "label": i, "client": "c", "device_class": name} for i, name in enumerate(classes)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match=sentence):

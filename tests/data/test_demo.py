@@ -27,7 +27,7 @@ def task(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return demo.generate(seed)
 
 
-def test_the_same_in_another_process() -> None:
+def test_rows_are_the_same_in_another_process() -> None:
     # the package's __init__ imports torch, which takes too long for a quick test: an empty one replaces it
     program = (
         "import json, sys, types; from itertools import islice; package = types.ModuleType('fedtune.data');"
@@ -43,7 +43,7 @@ def test_the_same_in_another_process() -> None:
     ]
 
 
-def test_seeds_differ() -> None:
+def test_different_seeds_give_different_rows() -> None:
     assert task(0)[1] != task(1)[1]
 
 

@@ -62,7 +62,9 @@ def test_a_long_answer_loses_its_end_and_one_prompt_token_stays() -> None:
         ({"eos": False}, "a", "b", [0, 3, 4], 2),
     ],
 )
-def test_empty_parts_and_missing_special_tokens(kinds: dict[str, bool], prompt: str, answer: str, ids: list[int], start: int) -> None:
+def test_empty_parts_and_missing_special_tokens_are_encoded(
+    kinds: dict[str, bool], prompt: str, answer: str, ids: list[int], start: int
+) -> None:
     example = instruction(prompt, answer, **kinds)
     assert (example.input_ids.tolist(), example.prompt_length) == (ids, start)
     assert (example.labels[1:] != -100).any()  # after the shift there is something to learn
@@ -92,12 +94,12 @@ def test_texts_are_joined_with_end_tokens_and_cut_into_blocks() -> None:
     assert texts(["a b", "c d e"], bos=False) == [[3, 4, 1, 5], [6, 7, 1]]
 
 
-def test_separate_texts() -> None:
+def test_texts_are_encoded_separately() -> None:
     assert texts(["a b c d", "e"], stride=False) == [[0, 3, 4, 5], [0, 7, 1]]
     assert texts(["a", "b c"], stride=False, bos=False, eos=False) == [[4, 5]]  # one token alone predicts nothing
 
 
-def test_only_the_selected_rows_in_order() -> None:
+def test_only_the_selected_rows_are_encoded_in_order() -> None:
     assert texts(["a", "b", "c"], indices=[2, 0], longest=8) == [[0, 5, 1, 0, 3, 1]]
     assert texts(["a", "b"], indices=[]) == []
     assert texts(["", "a"], longest=8) == [[0, 3, 1]]
@@ -164,5 +166,5 @@ def test_prompts_are_padded_on_the_left_and_hold_no_answer() -> None:
 
 
 @pytest.mark.parametrize(("kinds", "expected"), [({"pad": True}, 2), ({}, 1), ({"eos": False}, 0)])
-def test_the_padding_token(kinds: dict[str, Any], expected: int) -> None:
+def test_the_padding_token_of_a_tokenizer(kinds: dict[str, Any], expected: int) -> None:
     assert pad_id(word_tokenizer(**kinds)) == expected

@@ -44,7 +44,7 @@ def test_test_clients_and_held_out_rows_share_nothing_and_lose_nothing(tmp_path:
     assert federation.clients["client-000"].train.dtype == np.int64
 
 
-def test_the_seed_decides(tmp_path: Path) -> None:
+def test_the_seed_determines_the_split(tmp_path: Path) -> None:
     one, same, other = (signature(load(tmp_path, plain(), seed=seed)) for seed in (1, 1, 2))
     assert one == same
     assert one != other
@@ -66,7 +66,7 @@ def test_clients_of_one_size_hold_out_different_rows(tmp_path: Path) -> None:
     assert len(places) > 1
 
 
-def test_summary(tmp_path: Path) -> None:
+def test_the_summary_of_a_federation(tmp_path: Path) -> None:
     rows = [{"text": str(i), "label": label, "client": client} for i, (label, client) in enumerate(["nb", "na", "ya", "na"])]
     federation = load(tmp_path, rows, partition={"kind": "natural"}, data={"test_fraction": 0.0, "held_out": 0.4})
     assert federation.summary() == {
@@ -80,13 +80,13 @@ def test_summary(tmp_path: Path) -> None:
     json.dumps(federation.summary())
 
 
-def test_limits_are_samples(tmp_path: Path) -> None:
+def test_limits_sample_rows(tmp_path: Path) -> None:
     federation = load(tmp_path, plain(), data={"limit": 12, "test_limit": 2})
     assert (len(federation.rows), len(federation.test)) == (12, 2)
     assert not set(federation.rows["text"][:]) & set(federation.test["text"][:])
 
 
-def test_a_test_file_and_its_labels(tmp_path: Path) -> None:
+def test_a_test_file_has_the_labels_of_the_training_rows(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "t", "label": "yes"}')
     federation = load(tmp_path, plain(), data={"test_path": str(tmp_path / "test.jsonl")})
     assert (len(federation.rows), federation.test["text"][:], federation.test["label"][:]) == (40, ["t"], [1])
@@ -155,7 +155,7 @@ def test_an_unused_column_may_have_any_values(tmp_path: Path) -> None:
         load(tmp_path, rows, task={"kind": "causal_lm"}, data={"columns": {"text": "body"}})
 
 
-def test_templates_and_columns(tmp_path: Path) -> None:
+def test_templates_and_columns_define_the_rows(tmp_path: Path) -> None:
     rows = [{"q": f"why {i}", "a": {"text": i}, "kind": "open"} for i in range(10)]
     data = {"prompt": "Q: {q}\nA:", "answer": " {a[text]}", "columns": {"label": "kind"}, "test_fraction": 0.0}
     federation = load(tmp_path, rows, task={"kind": "instruction"}, data=data)
@@ -166,7 +166,7 @@ def test_templates_and_columns(tmp_path: Path) -> None:
     assert "why 3 / open" in pairs.rows["text"][:] + pairs.test["text"][:]
 
 
-def test_blank_texts_are_no_training_rows_of_a_language_model(tmp_path: Path) -> None:
+def test_blank_texts_are_not_training_rows_of_a_language_model(tmp_path: Path) -> None:
     federation = load(
         tmp_path, [{"text": t} for t in ("a", "", " \n", "b", "c")], task={"kind": "causal_lm"}, partition={"kind": "iid", "clients": 1}
     )
@@ -211,14 +211,14 @@ def test_the_data_gives_the_device_class_of_a_natural_client(tmp_path: Path) -> 
     assert classes == dict.fromkeys(["c0", "c2", "c3", "c4"], "phone") | {"c1": "laptop"}
 
 
-def test_largest_remainder() -> None:
+def test_device_classes_are_dealt_by_largest_remainder() -> None:
     dealt = deal({"a": DeviceClass(share=0.5), "b": DeviceClass(share=0.3), "c": DeviceClass(share=0.2), "d": DeviceClass(share=0.0)}, 7, 0)
     # 7 * (.5, .3, .2) = 3.5, 2.1, 1.4: floors 3, 2, 1 and the one left over goes to the largest remainder, a
     assert sorted(dealt) == list("aaaabbc")
 
 
 @pytest.mark.parametrize(("rows", "share", "taken"), [(1, 0.5, 0), (2, 0.2, 1), (10, 0.25, 3), (10, 0.0, 0), (2, 0.9, 1), (0, 0.5, 0)])
-def test_split_sizes(rows: int, share: float, taken: int) -> None:
+def test_a_split_has_the_rounded_share_of_the_rows(rows: int, share: float, taken: int) -> None:
     out, kept = split(rows, share, 0)
     assert (len(out), len(kept)) == (taken, rows - taken)
     assert sorted([*out, *kept]) == list(range(rows))
@@ -227,7 +227,7 @@ def test_split_sizes(rows: int, share: float, taken: int) -> None:
 # -- the demo -----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_homes() -> None:
+def test_the_demo_has_homes_a_test_and_labels() -> None:
     federation = load_federation(from_dict({"seed": 3}))
     assert len(federation.clients) >= 20
     assert federation.rows["prompt"][0].startswith("Request: ") and federation.rows["prompt"][0].endswith("\nAction:")

@@ -34,7 +34,7 @@ def test_a_saved_data_set_with_its_own_class_names_and_test_split(tmp_path: Path
     assert set(federation.test["label"]) == {0}
 
 
-def test_a_single_saved_split(tmp_path: Path) -> None:
+def test_a_single_saved_split_is_divided(tmp_path: Path) -> None:
     rows(10).save_to_disk(tmp_path / "one")
     federation = load(tmp_path / "one")
     assert (len(federation.rows), len(federation.test)) == (9, 1)
@@ -62,7 +62,7 @@ def test_a_folder_of_parquet_by_load_dataset(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("bad", [ConnectionError("Couldn't reach the Hub\nlong story"), ValueError("Unknown split 'dev'"), OSError()])
-def test_every_error_of_the_library_becomes_one_sentence(monkeypatch: pytest.MonkeyPatch, bad: Exception) -> None:
+def test_every_library_error_becomes_a_one_sentence_error(monkeypatch: pytest.MonkeyPatch, bad: Exception) -> None:
     def fail(*_: object, **__: object) -> None:
         raise bad
 
@@ -78,7 +78,7 @@ def test_a_label_of_minus_one_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "hidden", test_fraction=0.0)
 
 
-def test_missing_splits_and_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_splits_and_empty_data_sets_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.DatasetDict({"train": rows(2), "more": rows(2)}).save_to_disk(tmp_path / "d")
     with pytest.raises(DataError, match="has no split 'dev': choose from train, more"):
         load(tmp_path / "d", test_split="dev")

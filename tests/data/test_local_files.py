@@ -38,7 +38,7 @@ def test_formats_agree(tmp_path: Path, name: str, zipped: bool) -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_parquet(tmp_path: Path, zipped: bool) -> None:
+def test_parquet_files_have_the_same_rows(tmp_path: Path, zipped: bool) -> None:
     pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     if zipped:
         (tmp_path / "rows.parquet.gz").write_bytes(gzip.compress((tmp_path / "rows.parquet").read_bytes()))
@@ -66,7 +66,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> No
     assert read(tmp_path / "rows.csv") == [{"text": "ä"}]
 
 
-def test_another_encoding(tmp_path: Path) -> None:
+def test_the_encoding_can_be_set(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_bytes("café".encode("latin-1"))
     assert read(tmp_path / "rows.txt", encoding="latin-1") == [{"text": "café"}]
 
@@ -76,7 +76,7 @@ def test_columns_are_the_union_of_the_rows(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl") == [{"text": "a", "more": None}, {"text": "b", "more": 1}]
 
 
-def test_one_file_per_client(tmp_path: Path) -> None:
+def test_a_file_name_gives_the_client(tmp_path: Path) -> None:
     for name in ("home_2.jsonl", "home_10.jsonl.gz"):
         raw = json.dumps({"text": name}).encode()
         (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
@@ -86,7 +86,7 @@ def test_one_file_per_client(tmp_path: Path) -> None:
     }
 
 
-def test_folders_globs_and_a_test_file_among_the_training_files(tmp_path: Path) -> None:
+def test_folders_and_globs_exclude_a_test_file_among_the_training_files(tmp_path: Path) -> None:
     for name in ("b.json", "a.json", "test.json", ".hidden.json", "LICENSE"):
         (tmp_path / name).write_text(json.dumps([{"text": name}]))
     train, test = read_local(DataConfig(source="local", path=str(tmp_path), test_path=str(tmp_path / "test.json")))
@@ -128,13 +128,13 @@ def test_mixed_types_name_the_column(tmp_path: Path) -> None:
     ["a", None, "é"], [1, None, -(2**63)], [1.5, float("inf")], [True, None], [None, None], [],
     [1, 2.5], [[1], []], [{"a": 1}, {"b": 2}], [b"x"],
 ], ids=str)  # fmt: skip
-def test_a_column_is_what_arrow_makes_of_it(values: list[object]) -> None:
+def test_a_column_has_the_values_that_arrow_reads(values: list[object]) -> None:
     array = pa.array(values)
     assert typed(values) == (array.to_pylist(), str(array.type))
 
 
 @pytest.mark.parametrize("values", [["a", 1], [True, 1], [2**63], [2**64], ["\ud800"]], ids=repr)
-def test_what_arrow_refuses_is_refused(values: list[object]) -> None:
+def test_values_that_arrow_refuses_are_refused(values: list[object]) -> None:
     with pytest.raises((TypeError, ValueError, OverflowError)) as theirs:
         pa.array(values)
     with pytest.raises(theirs.type):

@@ -99,28 +99,28 @@ def test_tools_reach_the_rows_in_every_form(tmp_path: Path, suffix: str) -> None
 
 
 @pytest.mark.parametrize("value", ["search", ["search"], "{", {"name": "capital"}])
-def test_tools_that_are_no_schemas_are_named(value: Any) -> None:
+def test_tools_without_schemas_are_reported(value: Any) -> None:
     with pytest.raises(DataError, match=r"^training row 1 has tools that are no list of JSON schemas \(.*\): correct them, or rename"):
         canonical(RowSet({"messages": [json.dumps(WANTED)], "tools": [value]}), config(), "training")
 
 
-def test_tools_of_other_forms_are_another_column() -> None:
+def test_an_unrelated_tools_column_is_ignored() -> None:
     row = {"prompt": "Capital of Peru?", "answer": "Lima.", "tools": "hammer"}
     assert messages([row]) == [WANTED]
 
 
-def test_half_a_surrogate_pair_is_named() -> None:
+def test_half_a_surrogate_pair_is_reported() -> None:
     good = json.dumps(WANTED)
     with pytest.raises(DataError, match=r"training row 2 has '\\ud83d', which is not a character: clean the file"):
         messages([{"messages": good}, {"messages": good.replace("Lima.", "\\ud83d")}])
 
 
-def test_what_a_source_names_explicitly_is_used() -> None:
+def test_explicitly_named_columns_are_used() -> None:
     row = {"messages": WANTED, "q": "Other?", "a": "Yes."}
     assert messages([row], columns={"prompt": "q", "answer": "a"})[0][0]["content"] == "Other?"
 
 
-def test_roles_and_further_keys() -> None:
+def test_roles_are_mapped_and_tool_keys_are_kept() -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Lima"}}}
     chat = [
         {"role": "developer", "content": "Be brief."},

@@ -156,7 +156,7 @@ def test_size_grows_with_the_power_of_the_client() -> None:
     parts = deal("size", np.zeros(140, int), clients=3, alpha=2.0)
     assert list(map(len, parts.values())) == [10, 40, 90]  # 140 * (1, 4, 9) / 14
     parts = deal("size", np.zeros(63, int), clients=3, alpha=0.0001)
-    assert list(map(len, parts.values())) == [21, 21, 21]  # 20.998, 21.001, 21.001: what floors leave over went to the last client
+    assert list(map(len, parts.values())) == [21, 21, 21]  # 20.998, 21.001, 21.001: floors would give the last client one more
 
 
 def test_prior_gives_equal_sizes_and_with_large_alpha_the_class_prior() -> None:

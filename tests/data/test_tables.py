@@ -26,12 +26,12 @@ ROWS = [("Größe; 1,5 | 2", "ja"), ('say "café"', "nein"), ("two\nlines", "ja"
 WANTED = [{"text": text, "label": label} for text, label in ROWS]
 
 
-def quoted(field: str) -> str:
+def quote(field: str) -> str:
     return '"' + field.replace('"', '""') + '"'
 
 
 def table(delimiter: str, end: str, head: str = "text{}label", first: str = "") -> str:
-    lines = [head.format(delimiter), *(f"{quoted(text)}{delimiter}{label}" for text, label in ROWS)]
+    lines = [head.format(delimiter), *(f"{quote(text)}{delimiter}{label}" for text, label in ROWS)]
     return first + end.join([*lines, ""])
 
 
@@ -77,7 +77,7 @@ def test_a_given_encoding_is_used(tmp_path: Path) -> None:
         ("text\tlabel\na, b\tx\n", [{"text": "a, b", "label": "x"}]),
     ],
 )
-def test_an_irregular_table(tmp_path: Path, content: str, expected: list[dict[str, str]]) -> None:
+def test_irregular_tables_are_read(tmp_path: Path, content: str, expected: list[dict[str, str]]) -> None:
     (tmp_path / "a.csv").write_text(content)
     config = DataConfig(source="local", path=str(tmp_path / "a.csv"))
     task = {"task": {"kind": "causal_lm"}, "partition": {"kind": "iid"}, "data": {"source": "local"}}

@@ -52,7 +52,7 @@ def shift(version: int) -> AdapterState:
     return lora_state(seed=version, version=version)
 
 
-def test_what_was_sent_arrives(both: Both) -> None:
+def test_a_delivered_model_arrives_unchanged(both: Both) -> None:
     offer = prepare(both.server, 3, lora_state(version=3), [shift(1), shift(2)], keep=("*.lora_B",), turn="ditto", params={"mu": 0.5})
     manifest = both.download(offer)
     got = both.downloads.read(manifest)
@@ -63,7 +63,7 @@ def test_what_was_sent_arrives(both: Both) -> None:
     assert manifest.name == f"mine-r0003-{manifest.digest[:8]}"
 
 
-def test_a_download_goes_on_in_another_process(both: Both) -> None:
+def test_a_download_continues_in_another_process(both: Both) -> None:
     offer = prepare(both.server, 1, lora_state(version=1))
     manifest, body = both.accept(offer), offer.body.read_bytes()
     both.downloads.add(manifest, 0, body[:300])
@@ -118,7 +118,7 @@ def test_only_the_accepted_key_s_signature_counts(both: Both, tmp_path: Path) ->
     both.accept(offer)
 
 
-def test_an_older_model_is_not_taken_for_a_new_one(both: Both) -> None:
+def test_an_older_model_is_refused(both: Both) -> None:
     first, second = (prepare(both.server, n, lora_state(seed=n, version=n)) for n in (1, 2))
     both.accept(second)
     both.accept(second)
@@ -138,7 +138,7 @@ def test_without_a_key_only_insecure_devices_install(both: Both, tmp_path: Path)
     Downloads(dataclasses.replace(device, unsigned=True)).accept(offer.text, offer.signature, fake_host())
 
 
-def test_what_a_signed_manifest_may_not_say(both: Both) -> None:
+def test_invalid_fields_of_a_signed_manifest_are_refused(both: Both) -> None:
     good = Manifest.from_json(prepare(both.server, 1, lora_state(version=1), [shift(1)]).text)
     large = dataclasses.replace(good.files[0], bytes=10**9)
     for changed, error, sentence in (

@@ -27,7 +27,7 @@ from fedtune.export.edge import export_edge
 from fedtune.inference.engine.package import read_package
 from tests.delivery.test_serving import wait_for
 from tests.delivery.test_versions import install
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 from tests.models.build import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def test_no_request_is_lost_over_three_swaps(device: Device) -> None:
     wait_for(lambda: len(children()) == 1)
 
 
-def test_a_stream_goes_on_while_the_model_changes(device: Device) -> None:
+def test_a_stream_continues_while_the_model_changes(device: Device) -> None:
     device.serve("a")
     long = ASK | {"stream": True, "max_tokens": 1000, "temperature": 1, "seed": 1}
     with httpx.stream("POST", f"{device.url}/v1/chat/completions", json=long, timeout=60) as answer:
@@ -158,7 +158,7 @@ def test_an_open_connection_passes_to_the_new_model(device: Device) -> None:
     assert models[0] == "a" and models == sorted(models)
 
 
-def test_names(device: Device) -> None:
+def test_model_names_in_requests(device: Device) -> None:
     device.serve("a")
     assert [card["id"] for card in httpx.get(f"{device.url}/v1/models").json()["data"]] == ["current", "a"]
     assert device.ask(model="a").json()["model"] == device.ask().json()["model"] == "a"
@@ -167,7 +167,7 @@ def test_names(device: Device) -> None:
     assert httpx.get(device.url, headers={"Host": "evil.example"}).status_code == 403
 
 
-def test_api_keys(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_server_requires_its_api_key(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDTUNE_API_KEY", "secret")
     device.serve("a")
     assert device.ask().status_code == 401
@@ -199,7 +199,7 @@ def test_a_classifier_is_not_served(device: Device, tmp_path: Path) -> None:
     assert device.versions.current() == "c" and len(device.reports) == 1 and not children()
 
 
-def test_an_adapter_kept_apart_is_part_of_the_model(device: Device, tmp_path: Path) -> None:
+def test_a_separate_adapter_is_part_of_the_model(device: Device, tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base")
     generator = torch.Generator().manual_seed(0)
     module = "model.layers.1.mlp.down_proj"
@@ -217,7 +217,7 @@ def test_an_adapter_kept_apart_is_part_of_the_model(device: Device, tmp_path: Pa
     assert texts[0] != texts[1] == device.ask(model="apart").json()["choices"][0]["message"]["content"]
 
 
-def test_a_killed_process_comes_back(device: Device) -> None:
+def test_a_killed_process_is_restarted(device: Device) -> None:
     device.serve("a")
     (process,) = children()
     process.kill()
@@ -276,8 +276,8 @@ def test_no_child_outlives_its_parent(tmp_path: Path, model: Path, loading: bool
 
 
 @pytest.mark.parametrize("serves", [True, False])
-def test_without_its_parents_input_a_child_ends(tmp_path: Path, model: Path, serves: bool) -> None:
-    """Where Linux does not end it: another process holds nothing but the closed pipe."""
+def test_a_child_ends_when_its_input_is_closed(tmp_path: Path, model: Path, serves: bool) -> None:
+    """On a system that does not end a child with its parent, the closed pipe does."""
     listener = socket.create_server(("127.0.0.1", 0))
     command = [sys.executable, "-P", "-m", "fedtune.inference.serve.handover", str(listener.fileno()), str(model), "x"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[listener.fileno()])

@@ -1,4 +1,4 @@
-"""A device installs a delivered model: whole or not at all, the best of old, new and personal, and the owner's choice stays."""
+"""A device installs a delivered model completely or not at all, chooses the best of old, new and personal, and keeps the owner's choice."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ class Device:
         return self.initial.replace(tensors, version=version)
 
     def deliver(self, offer: Offer) -> DeliveryState:
-        """As the server does: the manifest, then part after part."""
+        """Send the manifest, then each part, as the server does."""
         state = DeliveryState.from_content(self.ask("query.deliver", dict(offer.message(None).config_records)))
         while state.state == "wants":
             state = DeliveryState.from_content(self.ask("query.deliver", dict(offer.message(state.have).config_records)))
@@ -156,7 +156,7 @@ def host_of(device: Device) -> ClientHost:
 
 @pytest.mark.parametrize("place", quick(["new_folder", "activate", "discard"], "activate"))
 @pytest.mark.parametrize("before", [True, False])
-def test_killed_at_any_step_the_device_has_the_old_or_the_new_model(
+def test_a_device_killed_at_any_step_has_the_old_or_the_new_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, before: bool
 ) -> None:
     device = Device(tmp_path)
@@ -248,7 +248,7 @@ def test_auto_takes_int4_where_int8_is_large_for_the_memory(tmp_path: Path, monk
     assert (device.state / "models/current/weights-int4.safetensors").is_file()
 
 
-def disturbed(state: AdapterState, version: int) -> AdapterState:
+def add_noise(state: AdapterState, version: int) -> AdapterState:
     """The state with noise on every tensor."""
     generator = torch.Generator().manual_seed(version)
     return state.replace({n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in state.tensors.items()}, version=version)
@@ -269,8 +269,8 @@ def live_answer(device: Device, adapter: AdapterState, shifts: list[AdapterState
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3", "full", "adapter", "prompt", "prefix", "ptuning_v2"])
 def test_each_method_s_model_answers_as_the_training_side_does(tmp_path: Path, method: str) -> None:
     device = Device(tmp_path, {"peft": PeftConfig(method=method, rank=2, tokens=3, bottleneck=3)}, package="stored")
-    adapter = disturbed(device.initial, 1)
-    shifts = [disturbed(device.initial, v) for v in (1, 2)] if method == "lora" else []
+    adapter = add_noise(device.initial, 1)
+    shifts = [add_noise(device.initial, v) for v in (1, 2)] if method == "lora" else []
     assert device.deliver(prepare(device.server, 2, adapter.replace(version=2), shifts)).state == "installed"
     answer = generate_text(device.state / "models/current", "lamp door", max_new_tokens=8)
     assert answer.split() == live_answer(device, adapter, shifts, "lamp door").split() and answer
@@ -278,7 +278,7 @@ def test_each_method_s_model_answers_as_the_training_side_does(tmp_path: Path, m
 
 def test_a_classifier_is_installed_as_a_folder_of_transformers(tmp_path: Path) -> None:
     device = Device(tmp_path, {"task": TaskConfig(kind="classification", max_length=16)})
-    assert device.deliver(prepare(device.server, 1, disturbed(device.initial, 1))).state == "installed"
+    assert device.deliver(prepare(device.server, 1, add_noise(device.initial, 1))).state == "installed"
     model = AutoModelForSequenceClassification.from_pretrained(device.state / "models/current")
     assert list(model.config.label2id) == LABELS
 
@@ -290,7 +290,7 @@ def test_another_method_s_adapter_is_refused(tmp_path: Path) -> None:
         device.deliver(prepare(device.server, 1, other))
 
 
-def test_what_is_not_a_delivery_is_one_sentence(tmp_path: Path) -> None:
+def test_an_invalid_delivery_gives_a_one_sentence_error(tmp_path: Path) -> None:
     device = Device(tmp_path)
     offer = offer_of(device, 1, 0.0)
     good = dict(offer.message(0).config_records)

@@ -195,7 +195,7 @@ def test_if_no_version_can_be_loaded_the_current_one_stays(device: Device) -> No
     device.serves("c")
 
 
-def test_a_model_without_text_is_one_sentence(device: Device) -> None:
+def test_a_model_without_text_gives_a_one_sentence_report(device: Device) -> None:
     add(device.state, "a", 1)
     add(device.state, "b", 2, say="b is a classifier", code=3)
     device.versions.activate("b")
@@ -235,7 +235,7 @@ def test_a_model_that_kills_its_process_is_tried_again_if_there_is_no_other(devi
     device.serves("a")
 
 
-def test_a_version_that_loads_when_another_becomes_current_leaves(device: Device) -> None:
+def test_a_loading_version_stops_when_another_becomes_current(device: Device) -> None:
     add(device.state, "a", 1, sleep=60)
     add(device.state, "b", 2)
     device.versions.activate("a")
@@ -246,7 +246,7 @@ def test_a_version_that_loads_when_another_becomes_current_leaves(device: Device
     assert slow is not None and slow.name == "a" and slow in device.server._leaving
 
 
-def test_without_a_current_version_the_model_leaves(device: Device) -> None:
+def test_the_model_stops_if_no_version_is_current(device: Device) -> None:
     add(device.state, "a", 1)
     device.versions.activate("a")
     device.serves("a")
@@ -256,7 +256,7 @@ def test_without_a_current_version_the_model_leaves(device: Device) -> None:
     wait_for(lambda: not Path(f"/proc/{first}").exists())
 
 
-def test_an_invalid_link_is_one_sentence_and_the_model_goes_on(device: Device) -> None:
+def test_an_invalid_link_is_reported_and_the_model_keeps_running(device: Device) -> None:
     add(device.state, "a", 1)
     device.versions.activate("a")
     device.serves("a")
@@ -283,7 +283,7 @@ def still(device: Device) -> Iterator[Device]:
     still.server._end()
 
 
-def test_a_model_that_answers_already_is_not_given_up(still: Device) -> None:
+def test_a_model_that_already_answers_serves_before_the_next_is_loaded(still: Device) -> None:
     """A child may answer requests before the server looks; another version has then become current."""
     server = still.server
     for at, name in enumerate("ab"):

@@ -41,7 +41,7 @@ def names(versions: Versions) -> list[str]:
     return [version.name for version in versions.names()]
 
 
-def test_a_device_without_a_model(tmp_path: Path) -> None:
+def test_a_device_without_a_model_has_no_versions(tmp_path: Path) -> None:
     versions = Versions(tmp_path)
     assert versions.current() is None and versions.names() == []
     with pytest.raises(CheckpointError, match=r"cannot go back to an earlier model in .*models: no model has been installed there$"):
@@ -113,7 +113,7 @@ def test_an_unknown_version_is_refused(three: Versions) -> None:
         (b"\xff", "codec can't decode"),
     ],
 )
-def test_a_damaged_record_is_a_sentence(three: Versions, text: str | bytes | None, why: str) -> None:
+def test_a_damaged_record_gives_a_one_sentence_error(three: Versions, text: str | bytes | None, why: str) -> None:
     record = three.model("a").with_name("record.json")
     record.unlink()
     if text is not None:
@@ -131,7 +131,7 @@ def test_a_field_of_a_later_version_is_ignored(tmp_path: Path) -> None:
     assert Versions(tmp_path).names()[0].record is not None
 
 
-def test_garbage_is_no_version(three: Versions, tmp_path: Path) -> None:
+def test_other_files_are_not_versions(three: Versions, tmp_path: Path) -> None:
     folder = three.folder / "versions"
     (folder / "note.txt").write_text("x")
     (folder / "empty").mkdir()
@@ -153,7 +153,7 @@ def test_garbage_is_no_version(three: Versions, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["versions/b", "versions/../model", "versions/gone/model", "/versions/b/model", "a\nb"])
-def test_a_link_by_hand_is_a_sentence(three: Versions, target: str) -> None:
+def test_an_invalid_link_gives_a_one_sentence_error(three: Versions, target: str) -> None:
     link = three.folder / "current"
     link.symlink_to(target)
     for read in (three.current, three.rollback, lambda: three.prune(0), lambda: three.remove("b")):
@@ -164,7 +164,7 @@ def test_a_link_by_hand_is_a_sentence(three: Versions, target: str) -> None:
     assert three.current() == "b"
 
 
-def test_a_folder_instead_of_the_link_is_a_sentence(three: Versions) -> None:
+def test_a_folder_instead_of_the_link_gives_a_one_sentence_error(three: Versions) -> None:
     (three.folder / "current").mkdir()
     with pytest.raises(CheckpointError, match=r"^.*/current is not a symbolic link: remove it$"):
         three.current()
@@ -177,7 +177,7 @@ class Kill(BaseException):
     """Ends a call as a kill would: nothing is cleaned up by the product."""
 
 
-def test_a_kill_leaves_a_version_whole_or_gone(three: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_leaves_a_version_complete_or_absent(three: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(path: Path, **options: Any) -> None:
         if path.exists():
             (path / "model" / "config.json").unlink()

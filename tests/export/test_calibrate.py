@@ -60,7 +60,7 @@ def test_a_library_is_not_read_to_its_end() -> None:
     assert len(seen) == 16 * 80 / 10
 
 
-def test_files(tmp_path: Path) -> None:
+def test_calibration_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n \r\n\r\nthree\n")
     assert read_calibration_texts(tmp_path / "a.txt") == ["one\ntwo", "three"]
     rows = [{"text": "t", "other": "o"}, {"prompt": "p", "n": 3, "answer": "a"}, {"text": " "}]
@@ -94,14 +94,14 @@ def test_the_training_rows_of_a_run(tmp_path: Path, kind: str) -> None:
     assert 12 <= len(texts) <= 24 and set(texts) < set(every) and len(set(texts)) == len(texts)  # neither test nor held-out rows
 
 
-def test_a_server_that_has_no_training_rows(tmp_path: Path) -> None:
+def test_calibration_on_a_server_without_training_rows_is_refused(tmp_path: Path) -> None:
     config = Config(name="homes", data=DataConfig(source="local", test_path="t.jsonl"))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     with pytest.raises(DataError, match=r"the training rows of 'homes' are not on this machine: give a .txt or .jsonl file instead$"):
         read_calibration_texts(tmp_path)
 
 
-def test_unreadable_text_is_one_sentence(tmp_path: Path) -> None:
+def test_unreadable_text_gives_a_one_sentence_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_calibration_texts(tmp_path / "none.txt")
     (tmp_path / "n.jsonl").write_text('{"n": 3}')

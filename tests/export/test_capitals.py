@@ -31,7 +31,7 @@ from fedtune.models.backbone import quiet
 from fedtune.storage.parsing import parse_json
 from tests.export.test_gguf import llama_python
 from tests.export.test_ollama import read_modelfile
-from tests.inference.serve.served import serve_model
+from tests.inference.serve.servers import serve_model
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
 QUESTIONS = {f"What is the capital of {country}?": f"{capital}." for country, capital in CAPITALS.items()}
@@ -116,7 +116,7 @@ def every_command(folder: Path, tmp_path: Path, adapter: str | None = None) -> N
             assert (reply.choices[0].message.content or "").strip() == answer and reply.choices[0].finish_reason == "stop"
 
 
-def test_a_template_whose_answers_do_not_end_with_eos(small: Path, tmp_path: Path) -> None:
+def test_a_model_whose_answers_do_not_end_with_eos_answers_correctly(small: Path, tmp_path: Path) -> None:
     every_command(export_edge(small, tmp_path / "edge", quantize="int8"), tmp_path)
     every_command(export_hf(small, tmp_path / "hf"), tmp_path)
 
@@ -124,12 +124,12 @@ def test_a_template_whose_answers_do_not_end_with_eos(small: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 @pytest.mark.parametrize("which", ["small", "nano"])
-def test_every_kind_of_package(which: str, kind: str | None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_every_kind_of_package_answers_correctly(which: str, kind: str | None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     every_command(export_edge(request.getfixturevalue(which), tmp_path / "edge", quantize=kind), tmp_path)
 
 
 @pytest.mark.slow
-def test_a_folder_and_an_adapter_kept_apart(nano: Path, tmp_path: Path) -> None:
+def test_a_folder_with_a_separate_adapter_answers_correctly(nano: Path, tmp_path: Path) -> None:
     every_command(export_hf(nano, tmp_path / "hf"), tmp_path)
     package = export_edge(nano, tmp_path / "apart", separate=True)
     (name,) = [file.stem for file in (package / "adapters").glob("*.safetensors")]
@@ -138,12 +138,12 @@ def test_a_folder_and_an_adapter_kept_apart(nano: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["gptq", "awq"])
-def test_int4_checkpoints(nano: Path, to: Any, tmp_path: Path) -> None:
+def test_int4_checkpoints_answer_correctly(nano: Path, to: Any, tmp_path: Path) -> None:
     every_command(export_int4_checkpoint(nano, tmp_path / to, to=to, calibrate=nano), tmp_path)
 
 
 @pytest.mark.slow
-def test_vllms_folder(small: Path, tmp_path: Path) -> None:
+def test_vllm_s_folder_answers_correctly(small: Path, tmp_path: Path) -> None:
     every_command(export_vllm(small, tmp_path / "vllm"), tmp_path)
 
 
@@ -158,7 +158,7 @@ for question in json.loads(sys.argv[2]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["small", "nano"])
-def test_llama_cpp(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_llama_cpp_answers_correctly(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     python = llama_python()
     file = export_gguf(request.getfixturevalue(which), tmp_path / "model.gguf")
     done = subprocess.run([python, "-c", ASK, file, json.dumps([*QUESTIONS])], capture_output=True, text=True)
@@ -178,7 +178,7 @@ for prompt in json.loads(sys.argv[2]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["small", "nano"])
-def test_ollamas_folder_in_llama_cpp(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_ollama_s_folder_answers_correctly_in_llama_cpp(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """As Ollama does: the Modelfile's template gives the prompt, llama.cpp its tokens and the answer, and a stop ends it."""
     python, run = llama_python(), request.getfixturevalue(which)
     out = export_ollama(run, tmp_path / "ollama")
@@ -196,7 +196,7 @@ def test_ollamas_folder_in_llama_cpp(which: str, tmp_path: Path, request: pytest
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_of_the_docs_run(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each fedtune command of docs/runtimes.md runs, and writes the files that the other commands name."""
     run = Path(shutil.copytree(nano, tmp_path / "run"))
     page = (Path(__file__).parents[2] / "docs/runtimes.md").read_text()

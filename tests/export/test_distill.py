@@ -138,7 +138,7 @@ def test_a_draft_learns_and_the_same_seed_gives_the_same(tmp_path: Path, on_poli
         ({"lr": float("nan")}, "lr=nan"), ({"batch_size": 0}, "batch_size=0"),
     ],
 )  # fmt: skip
-def test_settings_out_of_range(setting: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Distillation(**setting)
 
@@ -177,7 +177,7 @@ def test_messages_are_texts_in_the_chat_template_as_in_training(tmp_path: Path) 
         read_texts(file, tokenizer, None, 64)
 
 
-def test_bad_texts(tmp_path: Path) -> None:
+def test_bad_texts_are_refused(tmp_path: Path) -> None:
     tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=None)
     with pytest.raises(DataError, match="cannot read"):
         read_texts(tmp_path / "none.txt", SimpleNamespace(), None, 8)
@@ -195,7 +195,7 @@ def test_a_classifier_cannot_be_a_draft(tmp_path: Path) -> None:
         distill(tmp_path, tmp_path / "out", how=QUICK)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_draft_command_writes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "draft",
         str(NANO),

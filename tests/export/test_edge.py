@@ -56,7 +56,7 @@ def test_a_bare_adapter_s_card_has_only_its_round(tmp_path: Path) -> None:
     assert card["metric"] is None and card["privacy"] is None and card["provenance"]["round"] == 1
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------------------------
+# -- refused models -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,9 @@ def test_a_bare_adapter_s_card_has_only_its_round(tmp_path: Path) -> None:
         ("llama", CAUSAL, "adapter", ModelError, "cannot run peft.method=adapter"),
     ],
 )
-def test_models_that_the_engine_does_not_support(tmp_path: Path, kind: str, task: Any, method: str, error: type, message: str) -> None:
+def test_models_that_the_engine_does_not_support_are_refused(
+    tmp_path: Path, kind: str, task: Any, method: str, error: type, message: str
+) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", kind)), task, method=method)
     with pytest.raises(error, match=message):
         export_edge(run, run / "edge")
@@ -94,7 +96,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_gets_one_sentence_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+def test_bad_input_gives_a_one_sentence_error_and_leaves_no_file(tmp_path: Path, name: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     spoil, message = BAD[name]
     spoil(run, tmp_path / "m")
@@ -145,6 +147,6 @@ def test_the_command_writes_every_format_and_prints_its_notes(tmp_path: Path, ca
         (["--to", "edge", "--quantize", "int4", "--method", "gptq"], "--method gptq needs text"),
     ],
 )
-def test_incompatible_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_incompatible_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(["export", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err

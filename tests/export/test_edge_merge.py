@@ -45,7 +45,7 @@ def test_biases_are_trained_by_bitfit_and_scaled_by_ia3(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, MistralConfig])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_awkward_shapes_in_several_shards(tmp_path: Path, kind: type, dtype: torch.dtype) -> None:
+def test_awkward_shapes_in_several_shards_are_merged_as_in_memory(tmp_path: Path, kind: type, dtype: torch.dtype) -> None:
     config = llama_config(kind, **AWKWARD, tie_word_embeddings=False)
     save(tmp_path / "m", config, dtype, "8KB")
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 2

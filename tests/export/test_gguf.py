@@ -44,7 +44,7 @@ TEXTS = {
 def real(name: str) -> ModelConfig:
     model = REAL[name]
     if model.name and not Path(model.name).is_dir():
-        pytest.skip(f"{model.name} is not there: set FEDTUNE_DATA")
+        pytest.skip(f"{model.name} is missing: set FEDTUNE_DATA")
     return model
 
 
@@ -54,7 +54,7 @@ def llama_python() -> str:
         return own
     if importlib.util.find_spec("llama_cpp"):
         return sys.executable
-    pytest.skip("there is no llama.cpp: install llama-cpp-python, or name an interpreter that has it in FEDTUNE_LLAMA_CPP_PYTHON")
+    pytest.skip("llama.cpp is missing: install llama-cpp-python, or name an interpreter that has it in FEDTUNE_LLAMA_CPP_PYTHON")
 
 
 RUN = """
@@ -81,7 +81,7 @@ def llama(path: Path, **ask: Any) -> dict[str, Any]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def transformers_says(folder: Path, ids: list[int], new: int = 0) -> tuple[torch.Tensor, float, list[int]]:
+def transformers_results(folder: Path, ids: list[int], new: int = 0) -> tuple[torch.Tensor, float, list[int]]:
     with quiet(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(folder).float()
         given = torch.tensor([ids])
@@ -103,7 +103,7 @@ def test_llama_cpp_has_the_tokens_and_answers_of_transformers(tmp_path: Path, na
     merged = export_hf(run, run / "merged")
     with quiet():
         ids = AutoTokenizer.from_pretrained(merged)(TEXTS[name]).input_ids
-    wanted, loss, new = transformers_says(merged, ids, 40)
+    wanted, loss, new = transformers_results(merged, ids, 40)
     actual = llama(export_gguf(run, run / "f16.gguf"), text=TEXTS[name], new=40, context=256)
     assert actual["ids"] == ids
     assert actual["new"] == new
@@ -155,7 +155,7 @@ def test_llama_cpp_has_the_logits_of_every_shape(tmp_path: Path, shape: str) -> 
     context = read_shape(json.loads((merged / "config.json").read_text()))
     length = min(context.context, *(w for w in context.windows if w), 40) if any(context.windows) else min(context.context, 40)
     ids = torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(4)).tolist()
-    wanted, _, _ = transformers_says(merged, ids)
+    wanted, _, _ = transformers_results(merged, ids)
     actual = torch.tensor(llama(export_gguf(run, run / "m.gguf"), ids=ids)["last"])
     assert (actual - wanted).norm() / wanted.norm() < 0.01  # weights and products in float16
 
@@ -226,7 +226,7 @@ def test_matrices_are_quantized_if_their_columns_allow(tmp_path: Path, kind: str
     assert 0 < off < 2.0 ** (1.0 - bits) * 3
 
 
-def test_scores_join_as_merges_do(tmp_path: Path) -> None:
+def test_merges_by_score_give_the_tokens_of_the_merge_list(tmp_path: Path) -> None:
     """llama.cpp's algorithm, which merges by scores, gives the tokens of the tokenizers library, which has a list of merges."""
     real("stories260k")
     with quiet():
@@ -293,7 +293,7 @@ def test_a_failing_write_leaves_no_file_open_or_behind(tmp_path: Path, monkeypat
     assert written and not [name for name in opened if "m.gguf" in name] and not [*(tmp_path / "out").iterdir()]
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------------------------
+# -- refused models -----------------------------------------------------------------------------------------------------------------------
 
 
 def metaspace(folder: Path) -> None:

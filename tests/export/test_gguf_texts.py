@@ -56,7 +56,7 @@ def letters(merges: list[tuple[str, str]], *, bytes_: bool = True, **model: Any)
     return out
 
 
-def composed() -> Tokenizer:
+def composing_tokenizer() -> Tokenizer:
     out = by_bytes(pre_tokenizers.Split(Regex(SPLIT % ""), "isolated"), use_regex=False, flagged=False)
     out.normalizer = normalizers.NFC()
     return out
@@ -94,7 +94,7 @@ PIECES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {  # SentencePiec
 BY_BYTES: dict[str, tuple[Callable[[], Tokenizer], list[str]]] = {
     "gpt-2": (lambda: by_bytes(pre_tokenizers.Sequence([]), use_regex=True, flagged=False), []),
     "smollm": (lambda: by_bytes(pre_tokenizers.Digits(True), use_regex=True, flagged=False), []),
-    "qwen2": (composed, ["text that is not in Unicode's NFC"]),
+    "qwen2": (composing_tokenizer, ["text that is not in Unicode's NFC"]),
     "llama3": (
         lambda: with_start_token(
             by_bytes(pre_tokenizers.Split(Regex(SPLIT % "{1,3}"), "isolated"), use_regex=False, ignore_merges=True, flagged=False)

@@ -34,7 +34,7 @@ LOCAL = DataConfig(source="local", path="x")
 def make_run(
     folder: Path, model: ModelConfig, task: TaskConfig, *, std: float = 0.1, data: DataConfig = LOCAL, method: str = "lora"
 ) -> tuple[Path, LiveAdapter]:
-    """A run directory as far as the export reads it, and the live adapter whose logits the export must give."""
+    """The parts of a run directory that the export reads, and the live adapter whose logits the export must have."""
     peft = PeftConfig(method=method, rank=3, alpha=12.0, tokens=4, bottleneck=5)
     live = LiveAdapter(load_backbone(model, task, num_labels=3, seed=5), peft, task)
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +90,7 @@ def test_an_adapter_of_the_embedded_backbone_finds_it_on_another_machine(tmp_pat
     torch.testing.assert_close(model(token_ids()).logits, want, rtol=0, atol=2e-6 * want.abs().max().item())
 
 
-def test_patterns_and_rank_stabilized_scaling_of_other_peoples_adapters(tmp_path: Path) -> None:
+def test_rank_patterns_and_scaling_of_foreign_adapters_are_merged(tmp_path: Path) -> None:
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(0)  # PEFT draws the factors
         base = AutoModelForCausalLM.from_pretrained(checkpoint(tmp_path / "m"))
@@ -179,7 +179,7 @@ BAD_PEFT = {
 
 
 @pytest.mark.parametrize("case", [*BAD, *BAD_PEFT])
-def test_bad_sources_get_one_sentence(tmp_path: Path, case: str) -> None:
+def test_bad_sources_give_a_one_sentence_error(tmp_path: Path, case: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     spoil, words = {**BAD, **BAD_PEFT}[case]
     if case in BAD_PEFT:
@@ -203,7 +203,7 @@ def test_an_adapter_of_another_backbone_is_refused(tmp_path: Path) -> None:
         export_hf(run, tmp_path / "out")
 
 
-def test_a_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_run_directory_is_refused(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     with pytest.raises(ModelError, match="cannot write"):
         export_hf(run, run / "config.yaml" / "merged")
@@ -214,7 +214,7 @@ def test_a_folder_without_a_run_is_a_checkpoint_error(tmp_path: Path) -> None:
         export_hf(tmp_path / "nowhere", tmp_path / "out")
 
 
-# -- every method, and what was merged into the frozen weights ---------------------------------------------------------------------------
+# -- all methods, and shifts of the frozen weights ---------------------------------------------------------------------------------------
 
 
 MERGED = ["dora", "rslora", "ia3", "bitfit", "full"]

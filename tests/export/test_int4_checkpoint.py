@@ -43,8 +43,8 @@ TEXT = "turn on the light in the kitchen and set heat up to two in one bed room 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # columns in the order of their four bits, lowest first
 
 
-def by_the_book(to: str, tensors: dict[str, torch.Tensor], name: str) -> np.ndarray:
-    """W [out, in] as float64: every code is taken out of its number alone."""
+def unpack_by_hand(to: str, tensors: dict[str, torch.Tensor], name: str) -> np.ndarray:
+    """W [out, in] as float64, unpacked code by code."""
     packed, zeros, scales = (tensors[f"{name}.{part}"].numpy() for part in ("qweight", "qzeros", "scales"))
     words, zero_words = packed.view(np.uint32), zeros.view(np.uint32)
     groups, rows = scales.shape
@@ -69,8 +69,8 @@ def run_of(folder: Path, kind: type = LlamaConfig, **changes: Any) -> Path:
     return make_run(folder / "run", hub(model), CAUSAL, std=0.05)[0]
 
 
-def recorded(patch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """What the quantizer yields, by tensor, dequantized."""
+def record_tensors(patch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Tensor name → the quantizer's result, dequantized."""
     out, plain = dict[str, torch.Tensor](), quantizer.quantize_model
 
     def spy(*args: Any, **more: Any) -> Any:
@@ -90,14 +90,14 @@ SLOW = [pytest.param(to, kind, marks=pytest.mark.slow) for to, kind in (("gptq",
 
 @pytest.mark.parametrize(("to", "kind"), [("awq", "qwen2"), *SLOW])
 def test_the_file_holds_what_the_quantizer_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any, kind: str) -> None:
-    run, chosen = run_of(tmp_path, KINDS[kind], tie_word_embeddings=kind != "llama"), recorded(monkeypatch)
+    run, chosen = run_of(tmp_path, KINDS[kind], tie_word_embeddings=kind != "llama"), record_tensors(monkeypatch)
     out = export_int4_checkpoint(run, tmp_path / "out", to=to, calibrate=tmp_path / "text.txt")
     tensors = load_file(out / "model.safetensors")
     linears = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     assert len(linears) == 7
     for name, want in chosen.items():
         if (stem := name.removesuffix(".weight")) in linears:
-            np.testing.assert_array_equal(by_the_book(to, tensors, stem), want.double().numpy())
+            np.testing.assert_array_equal(unpack_by_hand(to, tensors, stem), want.double().numpy())
         else:
             assert torch.equal(tensors[name], want.half())
     assert ("lm_head.weight" in tensors) == (kind == "llama") and tensors["model.embed_tokens.weight"].dtype == torch.float16
@@ -141,14 +141,14 @@ MORE = [pytest.param(to, kind, marks=pytest.mark.slow) for kind in OTHERS for to
 
 
 @pytest.mark.parametrize(("to", "kind"), [("gptq", "llama"), *MORE])
-def test_the_engine_reads_it(tmp_path: Path, to: Any, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its logits are those of transformers with the weights that the second reader takes out."""
+def test_the_engine_reads_the_folder(tmp_path: Path, to: Any, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its logits equal those of transformers with the weights that the second reader unpacks."""
     run = run_of(tmp_path, OTHERS[kind][0], **OTHERS[kind][1])
     out = export_int4_checkpoint(run, tmp_path / "out", to=to, calibrate=tmp_path / "text.txt")
     tensors = load_file(out / "model.safetensors")
     stems = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     plain = {name: t.float() for name, t in tensors.items() if name.endswith((".weight", ".bias"))}
-    plain |= {f"{stem}.weight": torch.tensor(by_the_book(to, tensors, stem)).float() for stem in stems}
+    plain |= {f"{stem}.weight": torch.tensor(unpack_by_hand(to, tensors, stem)).float() for stem in stems}
     config = {k: v for k, v in json.loads((out / "config.json").read_text()).items() if k != "quantization_config"} | {"dtype": "float32"}
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain/config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
@@ -164,7 +164,7 @@ def test_the_engine_reads_it(tmp_path: Path, to: Any, kind: str, capsys: pytest.
 
 @pytest.mark.slow
 def test_quantization_keeps_the_model(tmp_path: Path) -> None:
-    """The folder's perplexity after is near that before, and AWQ's folds change nothing but the rounding."""
+    """The folder's perplexity is near the model's, and AWQ's folds change only the rounding."""
     run = run_of(tmp_path, num_hidden_layers=3)
     for to in ("gptq", "awq"):
         out = export_int4_checkpoint(run, tmp_path / to, to=to, calibrate=tmp_path / "text.txt")

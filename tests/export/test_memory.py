@@ -148,7 +148,7 @@ def measure() -> Iterator[Callable[..., str]]:
         process.stdin.close()
 
 
-def measured(measure: Callable[..., str], small: Path, run: Path, how: str) -> tuple[int, int]:
+def peak_and_output(measure: Callable[..., str], small: Path, run: Path, how: str) -> tuple[int, int]:
     """Peak and output of an export, in bytes."""
     reply, out = measure(small, run, *how.split()), run / "out"
     assert reply.isdigit(), reply
@@ -164,7 +164,7 @@ def test_exports_by_tensor_need_little_more_memory_than_a_shard(
     measure: Callable[..., str], small: Path, wide: tuple[Path, int], how: str
 ) -> None:
     run, largest = wide
-    peak, size = measured(measure, small, run, how)
+    peak, size = peak_and_output(measure, small, run, how)
     print(f"{how}: {peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB and an output of {size / 1e6:.0f} MB")
     assert peak <= 1.3 * largest  # without the size of the output
 
@@ -177,7 +177,7 @@ def test_calibrated_exports_need_little_more_memory_than_a_shard_and_the_output(
     run, largest = narrow
     # the allocator adds up to 10 MB, different in each process: the lowest of three peaks counts
     for _ in range(3):
-        peak, size = measured(measure, small, run, f"edge {how}")
+        peak, size = peak_and_output(measure, small, run, f"edge {how}")
         if peak <= 1.3 * largest + size:
             break
     print(f"{how}: {peak / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB and an output of {size / 1e6:.0f} MB")

@@ -193,13 +193,13 @@ def test_a_method_without_edits_or_why_unmergeable_is_refused(tmp_path: Path, ad
     assert not (run / "hf").exists() and not (run / "edge").exists()
 
 
-def test_a_missing_method_is_one_sentence() -> None:
+def test_a_missing_method_gives_a_one_sentence_error() -> None:
     for name in ("nothing", "_own", "lora.x", "../lora", ""):
         with pytest.raises(ModelError, match="unknown PEFT method"):
             methods.method(name)
 
 
-# -- the folder is the list ---------------------------------------------------------------------------------------------------------------
+# -- the methods are the files of the folder ----------------------------------------------------------------------------------------------
 
 
 def test_the_methods_are_the_files_of_the_folder(tmp_path: Path) -> None:

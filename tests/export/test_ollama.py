@@ -1,4 +1,4 @@
-"""Ollama's folder: the template against transformers' rendering, in Go itself where there is a Go, and the Modelfile as Ollama reads it."""
+"""Ollama's folder: the template against transformers' rendering, in Go itself if it is installed, and the Modelfile as Ollama reads it."""
 
 import json
 import re
@@ -36,7 +36,7 @@ CHATS = [talk(turns, system) for turns in (1, 2, 5) for system in (None, "Be bri
 
 
 def data(chat: Messages) -> dict[str, Any]:
-    """What Ollama gives to a template."""
+    """The data that Ollama passes to a template."""
     system = "\n\n".join(m["content"] for m in chat if m["role"] == "system")
     return {"System": system, "Messages": [{"Role": m["role"], "Content": m["content"]} for m in chat], "Prompt": "", "Response": ""}
 
@@ -44,7 +44,7 @@ def data(chat: Messages) -> dict[str, Any]:
 WITHOUT_SYSTEM = ("gemma", "mistral1", "mistral2")  # templates that refuse a system message
 
 
-def taken(family: str) -> list[Messages]:
+def chats_for(family: str) -> list[Messages]:
     return [chat for chat in CHATS if family not in WITHOUT_SYSTEM or chat[0]["role"] != "system"]
 
 
@@ -52,7 +52,7 @@ def taken(family: str) -> list[Messages]:
 def test_the_template_renders_as_the_tokenizers_own(family: str) -> None:
     tokenizer = templates.tokenizer(family)
     template, _ = go_template(tokenizer)
-    for chat in taken(family):
+    for chat in chats_for(family):
         assert evaluate(template, **data(chat)) == Conversation(tokenizer, chat).text(generate=True)
 
 
@@ -83,7 +83,7 @@ func main() {
 def go(tmp_path: Path, cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
     """The templates, rendered by Go."""
     if shutil.which("go") is None:
-        pytest.skip("there is no Go: install it to render Ollama's templates")
+        pytest.skip("Go is missing: install it to render Ollama's templates")
     (tmp_path / "main.go").write_text(GO)
     asked = json.dumps([{"Template": template, "Data": values} for template, values in cases])
     done = subprocess.run(["go", "run", tmp_path / "main.go"], input=asked, capture_output=True, text=True)
@@ -92,13 +92,13 @@ def go(tmp_path: Path, cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_go_renders_the_same(tmp_path: Path) -> None:
+def test_go_renders_the_same_texts(tmp_path: Path) -> None:
     cases, want = list[tuple[str, dict[str, Any]]](), list[str]()
     for family in FAMILIES:
         tokenizer = templates.tokenizer(family)
         template, _ = go_template(tokenizer)
-        cases += [(template, data(chat)) for chat in taken(family)]
-        want += [Conversation(tokenizer, chat).text(generate=True) for chat in taken(family)]
+        cases += [(template, data(chat)) for chat in chats_for(family)]
+        want += [Conversation(tokenizer, chat).text(generate=True) for chat in chats_for(family)]
     texts = ['"""', "{{", "a{", '{"b": {}}', "｜▁\u00a0\u3000\u200b🙂\r\n\t", "\\x22"]
     cases += [(fixed_text(text) + "{{ .Prompt }}", {"Prompt": "hi"}) for text in texts]
     want += [f"{text}hi" for text in texts]
@@ -140,7 +140,7 @@ LOOP = "{% for m in messages %}%s{% endfor %}{% if add_generation_prompt %}A:{% 
         ("{% if loop.first or m.role != 'system' %}{% endif %}{{ m.role }}: {{ m.content }}{{ messages | length }}\n", "questions differs"),
     ],
 )
-def test_what_texts_cannot_express_is_refused(line: str, why: str) -> None:
+def test_templates_that_ollama_cannot_express_are_refused(line: str, why: str) -> None:
     with pytest.raises(ModelError, match=why):
         go_template(with_template(LOOP.replace("%s", line)))
 
@@ -156,7 +156,7 @@ def test_differences_are_reported() -> None:
         go_template(with_template("{{ raise_exception('no') }}"))
 
 
-def test_a_template_without_a_place_for_the_system_message() -> None:
+def test_a_system_message_without_a_place_in_the_template_is_left_out() -> None:
     template = go_template(with_template(LOOP.replace("%s", "{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endif %}")))[0]
     assert evaluate(template, **data(talk(1, "Be brief."))) == f"user: {ODD} 0?\nA:"
 
@@ -167,7 +167,7 @@ def read_modelfile(text: str) -> list[tuple[str, str]]:
     return [(name, triple or single or plain) for name, triple, single, plain in found]
 
 
-def test_a_modelfile() -> None:
+def test_the_modelfile() -> None:
     template = fixed_text('"""\nPARAMETER stop "x"\n{{') + "{{ .Prompt }}\n"
     assert '"""' not in template
     made = read_modelfile(modelfile("m.gguf", template, ["<|im_end|>", 'a"b', "</s>"]))
@@ -198,7 +198,7 @@ def test_the_folder_of_a_run_without_chat(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_complete_chat_model_uses_its_template(tmp_path: Path) -> None:
     """The template writes the BOS token, so llama.cpp must not add another."""
-    from tests.inference.serve.served import tiny_model
+    from tests.inference.serve.servers import tiny_model
 
     model = tiny_model(tmp_path / "m", context=128)
     tokenizer = templates.tokenizer("llama3")

@@ -103,7 +103,9 @@ def test_a_client_without_stored_tensors_or_with_another_models_is_refused(tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_of_fedsa_ends_with_both(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_fedsa_exports_personal_and_global_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     model = checkpoint(tmp_path / "m")
     rows = [{"prompt": "turn on the light", "answer": ("on", "off")[i % 2], "client": f"c{i % 2}"} for i in range(40)]

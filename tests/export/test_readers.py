@@ -33,7 +33,7 @@ from tests.quick import quick
 # -- weights ------------------------------------------------------------------------------------------------------------------------------
 
 
-def shards(folder: Path, *, change: float = 0.0, name: str = "model") -> None:
+def write_shards(folder: Path, *, change: float = 0.0, name: str = "model") -> None:
     """Two shards of the folder's weights with their index; every weight is off by `change`."""
     whole = {n: t + change for n, t in load_file(folder / "model.safetensors").items()}
     names = sorted(whole)
@@ -43,20 +43,20 @@ def shards(folder: Path, *, change: float = 0.0, name: str = "model") -> None:
     (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
 
 
-def lay(folder: Path, layout: str) -> None:
+def change_layout(folder: Path, layout: str) -> None:
     """Change a folder that holds config.json and model.safetensors."""
     single, config = folder / "model.safetensors", folder / "config.json"
     if layout == "stale index":
-        shards(folder, change=0.1)
+        write_shards(folder, change=0.1)
     elif layout == "shards":
-        shards(folder)
+        write_shards(folder)
         single.unlink()
     elif layout == "shards and a file that no index names":
-        shards(folder)
+        write_shards(folder)
         single.rename(folder / "consolidated.safetensors")
         save_file({"model.norm.weight": torch.zeros(48)}, folder / "consolidated.safetensors")
     elif layout == "a tensor in two shards":
-        shards(folder)
+        write_shards(folder)
         last = load_file(folder / "model-1.safetensors")
         save_file({**last, "model.norm.weight": torch.full((48,), 1.5)}, folder / "model-1.safetensors", {"format": "pt"})
         first = load_file(folder / "model-0.safetensors")
@@ -69,10 +69,10 @@ def lay(folder: Path, layout: str) -> None:
         save_file(tensors, folder / "other.safetensors", {"format": "pt"})
         config.write_text(json.dumps({**json.loads(config.read_text()), "transformers_weights": "other.safetensors"}))
     elif layout == "an index that config.json names":
-        shards(folder, change=0.1, name="other")
+        write_shards(folder, change=0.1, name="other")
         config.write_text(json.dumps({**json.loads(config.read_text()), "transformers_weights": "other.safetensors.index.json"}))
     elif layout == "shards without an index":
-        shards(folder)
+        write_shards(folder)
         single.unlink()
         (folder / "model.safetensors.index.json").unlink()
     elif layout == "another name":
@@ -90,7 +90,7 @@ def test_every_reader_reads_the_same_files_as_transformers(layout: str, tmp_path
     folder = tmp_path / "m"
     tiny_model("mistral", folder)
     tokenizer().save_pretrained(folder)
-    lay(folder, layout)
+    change_layout(folder, layout)
     wanted = theirs(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval())
     torch.testing.assert_close(logits(load_engine(folder)), wanted, **CLOSE)
     torch.testing.assert_close(logits(load_engine(export_edge(folder, tmp_path / "edge"))), wanted, **CLOSE)
@@ -101,7 +101,7 @@ def test_every_reader_reads_the_same_files_as_transformers(layout: str, tmp_path
 @pytest.mark.parametrize("layout", ["shards without an index", "another name"])
 def test_no_reader_reads_a_folder_that_transformers_refuses(layout: str, tmp_path: Path) -> None:
     tiny_model("mistral", tmp_path)
-    lay(tmp_path, layout)
+    change_layout(tmp_path, layout)
     with pytest.raises(OSError, match="no file named"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     for read in (load_engine, fingerprint):
@@ -112,7 +112,7 @@ def test_no_reader_reads_a_folder_that_transformers_refuses(layout: str, tmp_pat
 # -- tokenizers ---------------------------------------------------------------------------------------------------------------------------
 
 
-def trained_on(tokenizer: Any, text: str) -> list[int]:
+def training_ids(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text in training."""
     lead = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
     return lead + tokenizer(text, add_special_tokens=False).input_ids
@@ -137,7 +137,7 @@ def compare(work: Path, family: str, kind: str, config: str, named: str | None) 
     where, folder = f"{family}, {kind}, {config}, {named}", make(work / "m", family, kind, config, named)
     with quiet():
         theirs = AutoTokenizer.from_pretrained(folder)
-    wanted = [trained_on(theirs, text) for text in TEXTS]
+    wanted = [training_ids(theirs, text) for text in TEXTS]
     names = {n: str(t) for n, t in theirs.special_tokens_map.items() if isinstance(t, str)}
     task = TaskConfig(kind="causal_lm")
     trained = load_tokenizer(folder, ModelConfig(source="hub", name=str(folder)), task)
@@ -149,7 +149,7 @@ def compare(work: Path, family: str, kind: str, config: str, named: str | None) 
         write_tokenizer(trained, folder, out, task)
     with quiet():
         again = AutoTokenizer.from_pretrained(work / "export")
-    assert [trained_on(again, text) for text in TEXTS] == wanted, f"transformers on the export: {where}"
+    assert [training_ids(again, text) for text in TEXTS] == wanted, f"transformers on the export: {where}"
     texts = dict[str, Text]()
     if kind == "words" and type(theirs).__name__ != "TokenizersBackend":  # a class for BPE misreads a list of words
         with pytest.raises(ModelError, match="set tokenizer_class to PreTrainedTokenizerFast"):
@@ -210,7 +210,7 @@ def test_a_folder_and_its_package_answer_as_transformers(family: str, kind: str,
         tokenizer = AutoTokenizer.from_pretrained(folder)
     package = export_edge(folder, tmp_path / "edge")
     for text in ("hi ab 12", "<s> hi </s>  b", "a <|user|> hi <|end|> \n ab"):
-        ids = torch.tensor([trained_on(tokenizer, text)])
+        ids = torch.tensor([training_ids(tokenizer, text)])
         with quiet():
             wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=-1)
         for source in (folder, package):

@@ -21,7 +21,7 @@ from fedtune.inference import generate_text
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone
 from fedtune.models.backbone import quiet
 from tests.models.build import checkpoint, hub, llama_config
-from tests.models.test_quantize import CLASSES, KINDS, LM, cache, dequantized_backbone, logits, off, quantize, random_state, wide  # noqa: F401
+from tests.models.test_quantize import CLASSES, KINDS, LM, cache, dequantized_backbone, logits, quantize, random_state, relative_error, wide  # noqa: F401
 from tests.quick import quick
 
 
@@ -40,7 +40,7 @@ def make_run(folder: Path, model: Path, precision: str = "nf4", task: TaskConfig
     return folder, live
 
 
-def exact(model: Path, live: LiveAdapter, task: TaskConfig = LM, **peft: Any) -> LiveAdapter:
+def exact_adapter(model: Path, live: LiveAdapter, task: TaskConfig = LM, **peft: Any) -> LiveAdapter:
     """The adapter with the checkpoint's unquantized weights."""
     out = LiveAdapter(load_backbone(hub(model), task, num_labels=3, seed=5), PeftConfig(**{"rank": 3, **peft}), task)
     out.load(live.read(1))
@@ -52,7 +52,7 @@ def test_the_default_is_the_checkpoint_and_the_adapter(tmp_path: Path, precision
     model = wide(tmp_path / "m")
     run, live = make_run(tmp_path / "run", model, precision)
     out = export_hf(run, run / "merged")
-    assert off(logits(load_backbone(hub(out), LM)), logits(exact(model, live).backbone)) < 1e-5
+    assert relative_error(logits(load_backbone(hub(out), LM)), logits(exact_adapter(model, live).backbone)) < 1e-5
     assert not describe_folder(out)
 
 
@@ -66,10 +66,10 @@ def test_a_loftq_adapter_is_merged_into_its_quantized_weights(tmp_path: Path, ki
             (folder / "fedtune.safetensors").unlink()
             (run / "config.yaml").unlink()
         merged = load_backbone(hub(export_hf(source, out)), LM)
-        assert off(logits(merged), logits(live.backbone)) < 1e-4
+        assert relative_error(logits(merged), logits(live.backbone)) < 1e-4
         assert "merged into the dequantized weights that it was trained on" in describe_folder(out)
-        wrong = exact(model, live)  # with the residual added twice
-        assert off(logits(wrong.backbone), logits(live.backbone)) > 1e-2
+        wrong = exact_adapter(model, live)  # with the residual added twice
+        assert relative_error(logits(wrong.backbone), logits(live.backbone)) > 1e-2
 
 
 def test_a_damaged_note_on_the_backbone_is_refused(tmp_path: Path) -> None:
@@ -94,20 +94,20 @@ def test_the_reported_error_is_that_of_the_reloaded_model(tmp_path: Path, precis
     with quiet():
         reloaded_model = AutoModelForCausalLM.from_pretrained(out)
     layers = {n: m for n, m in reloaded_model.named_modules() if quantize.is_quantized(m)}
-    want, plain = exact(model, live), load_backbone(hub(export_hf(run, tmp_path / "merged")), LM)
+    want, plain = exact_adapter(model, live), load_backbone(hub(export_hf(run, tmp_path / "merged")), LM)
     own = dict(plain.model.named_modules())
     errors = {}
     for name, layer in layers.items():
         weight = own[name].get_parameter("weight")
-        errors[name] = off(quantize.weight_of(layer), weight if kind == "llama" else weight.T)
+        errors[name] = relative_error(quantize.weight_of(layer), weight if kind == "llama" else weight.T)
     assert len(errors) == (14 if kind == "llama" else 8)
     assert math.isclose(max(errors.values()), report["weights_max"], rel_tol=1e-4)
     assert math.isclose(sum(errors.values()) / len(errors), report["weights_mean"], rel_tol=1e-4)
     assert errors[report["worst"]] == max(errors.values())
     merged = text_logits(plain.model, plain.tokenizer)
-    assert math.isclose(off(text_logits(reloaded_model, plain.tokenizer), merged), report["logits"], rel_tol=1e-3)
+    assert math.isclose(relative_error(text_logits(reloaded_model, plain.tokenizer), merged), report["logits"], rel_tol=1e-3)
     with want.disabled():
-        assert math.isclose(off(text_logits(want.backbone.model, plain.tokenizer), merged), report["adapter"], rel_tol=1e-3)
+        assert math.isclose(relative_error(text_logits(want.backbone.model, plain.tokenizer), merged), report["adapter"], rel_tol=1e-3)
     assert f"to {precision}: " in describe_folder(out) and "\n" not in describe_folder(out)
     assert isinstance(generate_text(out, "turn on", max_new_tokens=3), str)
 
@@ -152,7 +152,7 @@ def test_the_dtype_is_the_checkpoints(tmp_path: Path, dtype: torch.dtype) -> Non
     with quiet():
         reloaded_model = AutoModelForCausalLM.from_pretrained(out)
     assert reloaded_model.dtype is dtype
-    want, name = exact(model, live), "model.layers.0.mlp.up_proj"
+    want, name = exact_adapter(model, live), "model.layers.0.mlp.up_proj"
     layer = want.model.get_submodule(f"base_model.model.{name}")
     state = live.read(1)
     merged = (

@@ -91,7 +91,7 @@ def cell(kind: str, method: str, index: int) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "method"), [cell(k, m, i) for k in KINDS for i, m in enumerate(METHODS)])
-def test_it_equals_the_merge_in_memory(tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_export_equals_the_merge_in_memory(tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.export.merged_tensor._BLOCK", 100)  # some rows, or columns, at a time
     task = ASK if kind == "t5" else CLASSES if kind in (*ENCODERS, "opt") else CAUSAL
     dtype = (torch.bfloat16, torch.float32, torch.float16)[KINDS.index(kind) % 3]
@@ -150,7 +150,7 @@ def test_other_names_in_the_checkpoint(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_tied_embedding_that_is_stored_twice(tmp_path: Path, same: bool) -> None:
+def test_a_tied_embedding_that_is_stored_twice_is_merged_as_in_memory(tmp_path: Path, same: bool) -> None:
     folder = checkpoint(tmp_path / "m")
     path = folder / "model.safetensors"
     stored_tensors = load_file(path)
@@ -207,7 +207,7 @@ def test_several_shards_equal_those_of_transformers(tmp_path: Path, monkeypatch:
     assert all(torch.equal(p, whole.get_parameter(n)) for n, p in model.named_parameters())
 
 
-# -- what cannot be read so ---------------------------------------------------------------------------------------------------------------
+# -- weights that are not read tensor by tensor -------------------------------------------------------------------------------------------
 
 
 def test_weights_in_another_layout_are_merged_in_memory_with_a_note(tmp_path: Path) -> None:

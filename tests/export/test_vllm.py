@@ -26,7 +26,7 @@ LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def admit(folder: Path, command: str) -> float:
-    """What vLLM checks before it serves a LoRA folder (peft_helper.py, lora_model.py, config/lora.py). Returns the scaling."""
+    """Make vLLM's checks of a LoRA folder (peft_helper.py, lora_model.py, config/lora.py). Returns the scaling."""
     config = json.loads((folder / "adapter_config.json").read_text())
     r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]  # required fields
     assert type(r) is int and type(alpha) is int and isinstance(targets, list) and all(re.fullmatch(r"\w+", t) for t in targets)
@@ -142,7 +142,9 @@ REFUSED: list[tuple[str, TaskConfig, str, bool, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "task", "method", "separate", "why"), REFUSED)
-def test_what_vllm_does_not_run_is_refused(tmp_path: Path, kind: str, task: TaskConfig, method: str, separate: bool, why: str) -> None:
+def test_models_that_vllm_does_not_run_are_refused(
+    tmp_path: Path, kind: str, task: TaskConfig, method: str, separate: bool, why: str
+) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m", kind)), task, method=method)
     with pytest.raises(ModelError, match=why):
         export_vllm(run, tmp_path / "out", separate=separate)

@@ -39,7 +39,7 @@ def test_a_model_is_packaged_unchanged(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(("quantize", "method"), [("int8", None), ("int4", "gptq")])
-def test_it_is_quantized_and_calibrated_as_a_run_is(tmp_path: Path, quantize: str, method: str | None) -> None:
+def test_a_model_is_quantized_and_calibrated_like_a_run(tmp_path: Path, quantize: str, method: str | None) -> None:
     model, text = checkpoint(tmp_path / "m"), tmp_path / "text.txt"
     text.write_text("turn on the light in a room\n\nset the heat in the kitchen to two\n\n" * 30)
     out = export_edge(model, tmp_path / "edge", quantize=quantize, method=method, calibrate=text)
@@ -60,7 +60,7 @@ def test_a_package_of_an_exported_run_keeps_its_prompt_template(tmp_path: Path) 
     assert all(torch.equal(mine[n], t) for n, t in tensors_of(straight).items())
 
 
-def test_gguf(tmp_path: Path) -> None:
+def test_a_model_is_exported_to_gguf(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     from fedtune.export.gguf import export_gguf
     from tests.export.test_gguf import shaped_checkpoint
@@ -97,7 +97,7 @@ def test_a_folder_that_is_not_a_plain_model_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_or_a_run_is_not_taken_for_a_model(tmp_path: Path) -> None:
+def test_an_adapter_or_a_run_is_not_accepted_as_a_model(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL)
     for folder in (run, run / "adapter"):
         (folder / "config.json").write_text("{}")  # some programs write a config.json beside an adapter

@@ -1,4 +1,4 @@
-"""Many faults in one deployment: before each fault it is held before a round; after the fault, all clients must count again.
+"""Many faults in one deployment. It waits before a round for each fault; after the fault, the updates of all clients must count again.
 
 Each fault is one `Cell`. At the end, the adapter of every round is compared with that of a replay, which also detects a fault with a late
 effect.
@@ -21,7 +21,7 @@ import psutil
 from fedtune.runs.report import read_metrics
 from tests.faults.deployment import ROOT, Deployment, settings, write_rows
 from tests.faults.forking import popen
-from tests.faults.replay import BOUND, counted
+from tests.faults.replay import BOUND, counted_clients
 from tests.network.loopback import Link
 
 CLIENTS = ("anna", "bert", "carla")
@@ -95,15 +95,15 @@ class Campaign:
         outcomes: list[Outcome] = []
         try:
             try:
-                self._set_out()
+                self._start_all()
             except Defect as bad:
                 return [Outcome(self.cells[0], False, [f"the deployment did not start: {bad}"])]
             for cell in self.cells:
-                outcomes.append(self._one(cell))
+                outcomes.append(self._run_cell(cell))
                 if not outcomes[-1].good:
                     break
             if all(o.good for o in outcomes):
-                self._end(outcomes)
+                self._finish(outcomes)
         finally:
             self.deployment.stop()
             self.proxy.close()
@@ -114,14 +114,14 @@ class Campaign:
                     process.kill()
         return outcomes
 
-    def _set_out(self) -> None:
+    def _start_all(self) -> None:
         self._arm("server", "idle")
         self._start_server()
         for name in CLIENTS:
             self._start_client(name)
         self._wait_held("server", "idle")
 
-    def _one(self, cell: Cell) -> Outcome:
+    def _run_cell(self, cell: Cell) -> Outcome:
         out, began, first = Outcome(cell), time.monotonic(), self._newest() + 1
         sizes = {f: f.stat().st_size for f in self._texts()}
         try:
@@ -132,7 +132,7 @@ class Campaign:
         except (OSError, AssertionError, psutil.Error) as bad:
             out.bad(f"{type(bad).__name__}: {bad}")
         out.rounds, out.seconds = (first, self._newest()), time.monotonic() - began
-        out.words += self._dropped(out.rounds)
+        out.words += self._drops(out.rounds)
         added = {f: f.read_bytes()[sizes.get(f, 0) :].decode(errors="replace") for f in self._texts()}
         if traces := [f.name for f, text in added.items() if "Traceback" in text]:
             out.bad(f"a trace in {traces[0]}")
@@ -141,7 +141,7 @@ class Campaign:
         self.report(f"{'ok ' if out.good else 'BAD'} {cell}  rounds {out.rounds}  {out.seconds:.0f} s  {'; '.join(out.words)}")
         return out
 
-    def _end(self, outcomes: Sequence[Outcome]) -> None:
+    def _finish(self, outcomes: Sequence[Outcome]) -> None:
         """Stop the server with SIGTERM as a service manager does, run one more round to the end, and compare every round."""
         assert self.deployment.server is not None
         self.deployment.server.terminate()
@@ -155,7 +155,7 @@ class Campaign:
         code = self.deployment.finish(PATIENCE)
         if code != 0:
             outcomes[-1].bad(f"exit code {code}: {self.deployment.output('server').splitlines()[-1]}")
-        turnout, off = counted(self.deployment.run), self._replayed()
+        turnout, off = counted_clients(self.deployment.run), self._replay()
         for out in outcomes:
             wrong = [r for r in range(out.rounds[0], out.rounds[1] + 1) if not off.get(r, float("inf")) <= BOUND]
             if wrong:
@@ -166,7 +166,7 @@ class Campaign:
         if records != list(range(max(turnout) + 1)):
             outcomes[-1].bad(f"metrics.jsonl has the rounds {records}")
 
-    def _replayed(self) -> dict[int, float]:
+    def _replay(self) -> dict[int, float]:
         """Round → difference from the replay, which runs in a separate process."""
         command = [sys.executable, "-m", "tests.faults.replay", str(self.deployment.run), str(self.folder), *self.experiment]
         with (self.folder / "replay.out").open("w") as errors:
@@ -254,7 +254,7 @@ class Campaign:
         self._release("server", "idle")
         self._wait_held(TARGET, "training")
         self._wait_held("server", "idle")  # the round has ended while the client still trains
-        if not any("late" in w for w in self._dropped((first, first))):
+        if not any("late" in w for w in self._drops((first, first))):
             raise Defect("the round did not end as late")
         self._release(TARGET, "training")
 
@@ -313,7 +313,7 @@ class Campaign:
         while True:
             self._wait_held("server", "idle")
             done = self._newest()
-            if done >= first and len(counted(self.deployment.run)[done]) == len(CLIENTS):
+            if done >= first and len(counted_clients(self.deployment.run)[done]) == len(CLIENTS):
                 return
             if done >= first + 3 and time.monotonic() - began > 15:
                 raise Defect("three rounds after the fault not all clients count")
@@ -333,7 +333,7 @@ class Campaign:
         found = [int(p.name[6:]) for p in (self.deployment.run / "checkpoints").glob("round-*")]
         return max(found, default=-1)
 
-    def _dropped(self, rounds: tuple[int, int]) -> list[str]:
+    def _drops(self, rounds: tuple[int, int]) -> list[str]:
         rows: list[dict[str, Any]] = read_metrics(self.deployment.run) if (self.deployment.run / "metrics.jsonl").exists() else []
         return [
             f"round {r['round']}: {r['client']} {r['dropped']}"
@@ -348,7 +348,7 @@ class Campaign:
 
 
 @contextmanager
-def watched(campaign: Campaign) -> Iterator[Campaign]:
+def kill_at_end(campaign: Campaign) -> Iterator[Campaign]:
     """A context that ends with all processes of the campaign killed."""
     try:
         yield campaign

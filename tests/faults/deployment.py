@@ -178,7 +178,7 @@ class Deployment:
 
 
 @contextmanager
-def deployed(folder: Path, clients: Sequence[str], experiment: Sequence[str], **how: bool) -> Iterator[Deployment]:
+def deploy(folder: Path, clients: Sequence[str], experiment: Sequence[str], **how: bool) -> Iterator[Deployment]:
     deployment = Deployment(folder, clients, experiment, **how)
     try:
         yield deployment

@@ -25,7 +25,7 @@ from fedtune.contracts.plan import Update
 from fedtune.contracts.wire import read_message
 from fedtune.network.node import Node
 from fedtune.runs.report import read_metrics
-from tests.faults.deployment import Deployment, deployed, settings, write_rows
+from tests.faults.deployment import Deployment, deploy, settings, write_rows
 from tests.working import host_for
 
 
@@ -82,13 +82,13 @@ class Clients:
         with self._turn:
             TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = about.run_id, about.dst_task_id or 1, about.dst_node_id
             if self._idle and about.message_type == "train":
-                return _sent_back(message)
+                return _send_back(message)
             where = {"partition-id": i, "num-partitions": self._size}
             context = Context(about.run_id, about.dst_node_id, where, RecordDict(), {})  # type: ignore[arg-type]
             return self._app(message, context)
 
 
-def _sent_back(message: Message) -> Message:
+def _send_back(message: Message) -> Message:
     """The reply of a client that took no step."""
     received = read_message(message.content)
     plan = received.plan
@@ -116,7 +116,7 @@ def measure(folder: Path, clients: int, rounds: int, *, idle: bool = False, pati
     experiment = [*keep, "client.steps=1", f"rounds={rounds}", "eval.clients=0", "data.held_out=0", "round_timeout_s=600"]
     app = make_client_app(host_for(compose([*experiment, "engine.batched=none"])[0].config))
     found = Figures()
-    with deployed(folder, names, experiment) as deployment:
+    with deploy(folder, names, experiment) as deployment:
         server = deployment.start_server("--wait", f"{patience_s:g}")
         with Clients(deployment, app, names, idle, found.reports):
             end, seen = time.monotonic() + patience_s, 1

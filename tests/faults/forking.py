@@ -2,7 +2,7 @@
 
 For slow machines. Pids, parents, pipes, signals and sessions are as with real starts.
 
-    python -m tests.faults.forking TEST FOLDER      runs a test of `alone` in this way
+    python -m tests.faults.forking TEST FOLDER      runs a test of `in_own_process` in this way
 """
 
 import functools
@@ -126,7 +126,7 @@ def fork_from(*modules: types.ModuleType) -> None:
         module.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Forked})  # type: ignore[attr-defined]
 
 
-def alone(test: Callable[[Path], None]) -> Callable[[Path], None]:
+def in_own_process(test: Callable[[Path], None]) -> Callable[[Path], None]:
     """Run a test in a separate process, which has imported all modules and forks every process that the test starts."""
 
     @functools.wraps(test)

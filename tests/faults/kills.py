@@ -19,9 +19,9 @@ import torch
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.delivery.versions import Versions
 from fedtune.inference.generate import generate_text
-from tests.faults.deployment import Deployment, deployed, settings, write_rows
+from tests.faults.deployment import Deployment, deploy, settings, write_rows
 from tests.faults.forking import FORK, preload
-from tests.faults.replay import BOUND, counted, differences, replay
+from tests.faults.replay import BOUND, counted_clients, differences, replay
 
 CLIENTS = ("anna", "bert")
 
@@ -59,7 +59,7 @@ def distance(a: AdapterState, b: AdapterState) -> float:
 
 def run_without_kills(folder: Path) -> tuple[AdapterState, float]:
     """The result and the duration of a run without kills."""
-    with deployed(folder, CLIENTS, fresh(folder), signs=True) as deployment:
+    with deploy(folder, CLIENTS, fresh(folder), signs=True) as deployment:
         began = start(deployment, "server")
         assert deployment.finish() == 0, deployment.output("server")[-2000:]
         assert not (missing := without_model(deployment)), missing
@@ -81,7 +81,7 @@ def without_model(deployment: Deployment) -> str:
 def run_with_kill(folder: Path, victim: str, after: float, expected: AdapterState) -> tuple[bool, str]:
     """Whether a run ends correctly if its victim is killed after these seconds, and its result."""
     given = fresh(folder)
-    with deployed(folder, CLIENTS, given, signs=True) as deployment:
+    with deploy(folder, CLIENTS, given, signs=True) as deployment:
         began = start(deployment, victim)
         time.sleep(max(0.0, began + after - time.monotonic()))
         process = deployment.server if victim == "server" else deployment.clients[victim]
@@ -100,7 +100,7 @@ def run_with_kill(folder: Path, victim: str, after: float, expected: AdapterStat
         far = distance(deployment.adapter(), expected)
         if far <= BOUND:
             return True, f"the uninterrupted run's adapter, to {far:.1e}" + " (it had ended)" * ended
-        turns = counted(deployment.run)
+        turns = counted_clients(deployment.run)
         if victim == "server":
             return False, f"{far:.1e} off the uninterrupted run: {turns}"
         steps = differences(deployment.run, replay(folder, given, turns))

@@ -1,4 +1,4 @@
-"""Starts a command that can be held at certain points, so that it can be killed exactly there. Only for tests: the product has no hooks.
+"""Starts a command that waits at certain points, so that a test can kill it exactly there. The product has no hooks.
 
     python -m tests.faults.launch WHO FOLDER server|client|worker [--skew SECONDS] ARGUMENTS
 
@@ -25,7 +25,7 @@ class Points:
         self.who, self.folder = who, folder
 
     def take(self, name: str) -> str | None:
-        """An arming file's text, after deleting the file; None if there is none."""
+        """Delete an arming file. Returns its text, or None without a file."""
         mine = self.folder / f".{self.who}.{name}.{os.getpid()}"
         try:
             (self.folder / f"{self.who}.{name}").rename(mine)
@@ -54,34 +54,34 @@ def server(points: Points) -> None:
 
     sample, push, aggregate, rename = bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, os.replace
 
-    def sampling(self: Any, here: Any, round: int) -> Any:
+    def hold_sample(self: Any, here: Any, round: int) -> Any:
         points.at("idle", round)
         return sample(self, here, round)
 
-    def pushing(self: Any, messages: Any) -> Any:
+    def hold_push(self: Any, messages: Any) -> Any:
         messages = list(messages)
         ids = push(self, messages)
         if messages and messages[0].metadata.message_type == "train":
             points.at("plan", messages[0].metadata.group_id)
         return ids
 
-    def aggregating(self: Any, round: int, state: Any, updates: Any) -> Any:
-        def held() -> Any:
+    def hold_aggregate(self: Any, round: int, state: Any, updates: Any) -> Any:
+        def hold_updates() -> Any:
             for i, update in enumerate(updates):
                 if i == 1:  # after the first update
                     points.at("aggregating", round)
                 yield update
 
-        return aggregate(self, round, state, held())
+        return aggregate(self, round, state, hold_updates())
 
-    def renaming(old: Any, new: Any, **how: Any) -> None:
+    def hold_rename(old: Any, new: Any, **how: Any) -> None:
         if Path(new).parent.name == "checkpoints":
             points.at("checkpointing", Path(new).name)
             if points.take("disk") is not None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
         rename(old, new, **how)
 
-    bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, files.os.replace = sampling, pushing, aggregating, renaming  # type: ignore[method-assign]
+    bridge.Bridge._sample, LinkGrid.push_messages, FedAvg.aggregate, files.os.replace = hold_sample, hold_push, hold_aggregate, hold_rename  # type: ignore[method-assign]
 
 
 def client(points: Points) -> None:
@@ -92,21 +92,21 @@ def client(points: Points) -> None:
     take, send, push = node.Node._handle, node.Node._send, fleet.Fleet.push_object
     sending: list[str] = []
 
-    def taking(self: Any, head: Any, tree: Any) -> None:
+    def hold_message(self: Any, head: Any, tree: Any) -> None:
         if head.metadata.message_type == "train":
             points.at("plan", head.metadata.group_id)
         take(self, head, tree)
 
-    def replying(self: Any, reply: Any, *more: Any) -> None:
+    def change_reply(self: Any, reply: Any, *more: Any) -> None:
         sending[:] = [reply.metadata.group_id] if reply.metadata.message_type == "train" else []
         send(self, reply, *more)
 
-    def pushing(self: Any, *more: Any) -> None:
+    def hold_push(self: Any, *more: Any) -> None:
         push(self, *more)
         if sending:  # one part is there, the others are not
             points.at("uploading", sending[0])
 
-    node.Node._handle, node.Node._send, fleet.Fleet.push_object = taking, replying, pushing  # type: ignore[method-assign]
+    node.Node._handle, node.Node._send, fleet.Fleet.push_object = hold_message, change_reply, hold_push  # type: ignore[method-assign]
 
 
 def worker(points: Points) -> None:
@@ -114,11 +114,11 @@ def worker(points: Points) -> None:
 
     train, reply = app.train, app._reply
 
-    def training(work: Any, *more: Any, **how: Any) -> Any:
+    def hold_training(work: Any, *more: Any, **how: Any) -> Any:
         points.at("training", work.plan.round)
         return train(work, *more, **how)
 
-    def replying(host: Any, todo: Any, sent: Any, metrics: Any, measurements: Any, turned: Any = None) -> Any:
+    def change_reply(host: Any, todo: Any, sent: Any, metrics: Any, measurements: Any, turned: Any = None) -> Any:
         lie = points.take("lie")
         if lie is None:
             return reply(host, todo, sent, metrics, measurements, turned)
@@ -135,7 +135,7 @@ def worker(points: Points) -> None:
         record["json"] = json.dumps({**json.loads(str(record["json"])), **overrides.get(lie, {})})
         return answer
 
-    app.train, app._reply = training, replying
+    app.train, app._reply = hold_training, change_reply
 
 
 def skew(seconds: float) -> None:

@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.faults.campaign import Campaign, Cell, Outcome, all_cells, watched
+from tests.faults.campaign import Campaign, Cell, Outcome, all_cells, kill_at_end
 from tests.faults.forking import FORK, preload
 
 SHORT = ("kill-client training", "kill-child uploading", "kill-superlink plan", "kill-both aggregating", "cut 1", "lie huge")
 
 
-def chosen(only: Sequence[str]) -> list[Cell]:
+def select_cells(only: Sequence[str]) -> list[Cell]:
     """The cells of these names or kinds; all cells if `only` is empty."""
     cells = [c for c in all_cells() if not only or any(str(c) == o or c.kind == o for o in only)]
     if not cells:
@@ -34,7 +34,7 @@ def conduct(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
     quick = [c for c in cells if c.kind != "slow"]
     for part in (quick, [c for c in cells if c.kind == "slow"]):
         while part:
-            with watched(Campaign(folder / f"{len(outcomes):02d}", part, report)) as campaign:
+            with kill_at_end(Campaign(folder / f"{len(outcomes):02d}", part, report)) as campaign:
                 outcomes += (done := campaign.run())
             part = part[len(done) :]
     return outcomes
@@ -64,7 +64,7 @@ def main() -> int:
         preload()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as nowhere:
-        outcomes = conduct(chosen(args.only), args.keep or Path(nowhere))
+        outcomes = conduct(select_cells(args.only), args.keep or Path(nowhere))
     text = table(outcomes)
     report(f"\n{text}\n\n{len(outcomes)} cells in {time.monotonic() - began:.0f} s at load {os.getloadavg()[1]:.1f}")
     if args.out:

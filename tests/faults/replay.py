@@ -25,7 +25,7 @@ from fedtune.simulations.engines.grid import InProcessGrid
 BOUND = 1e-5
 
 
-def counted(run: Path) -> dict[int, set[str]]:
+def counted_clients(run: Path) -> dict[int, set[str]]:
     """Round → clients with a counted update."""
     results: dict[int, set[str]] = {}
     for record in read_metrics(run):
@@ -70,7 +70,7 @@ def differences(run: Path, expected: Path) -> dict[int, float]:
 
 def main() -> None:
     run, folder, *experiment = sys.argv[1:]
-    print(json.dumps(differences(Path(run), replay(Path(folder), experiment, counted(Path(run))))))
+    print(json.dumps(differences(Path(run), replay(Path(folder), experiment, counted_clients(Path(run))))))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from fedtune.cli.main import main
-from tests.faults.deployment import Deployment, deployed, free_port
-from tests.faults.forking import alone
+from tests.faults.deployment import Deployment, deploy, free_port
+from tests.faults.forking import in_own_process
 
 CAPITALS = {
     "anna": {"France": "Paris", "Italy": "Rome"},
@@ -82,11 +82,11 @@ def rounds_of(deployment: Deployment, client: str) -> list[int]:
 def chats(folder: Path) -> Iterator[Deployment]:
     write_chats(folder / "rows")
     experiment = [*EXPERIMENT, f"data.path={folder / 'rows'}", "data.client_from_file=true"]
-    with deployed(folder, sorted(CAPITALS), experiment, signs=True) as deployment:
+    with deploy(folder, sorted(CAPITALS), experiment, signs=True) as deployment:
         yield deployment
 
 
-@alone
+@in_own_process
 def test_three_devices_answer_their_own_questions(tmp_path: Path) -> None:
     with chats(tmp_path) as trial:
         answer_after_a_kill(trial)
@@ -126,7 +126,7 @@ def wait_for_round(deployment: Deployment, client: str, port: int, patience_s: f
     raise AssertionError(f"{client} does not serve the last model: {deployment.output(client)[-2000:]}")
 
 
-@alone
+@in_own_process
 def test_devices_exit_when_the_run_is_done_and_name_what_they_refuse(tmp_path: Path) -> None:
     """Carla has another signing key, anna has none, bert installs."""
     with chats(tmp_path) as trial:

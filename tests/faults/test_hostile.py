@@ -18,10 +18,10 @@ from flwr.proto.message_pb2 import Metadata
 from flwr.proto.node_pb2 import Node as NodeProto
 
 from fedtune.network.keys import make_keys
-from tests.faults.campaign import CLIENTS, Campaign, Cell, watched
+from tests.faults.campaign import CLIENTS, Campaign, Cell, kill_at_end
 from tests.faults.deployment import STORIES, Deployment, settings, write_rows
-from tests.faults.forking import alone
-from tests.faults.replay import BOUND, counted, differences, replay
+from tests.faults.forking import in_own_process
+from tests.faults.replay import BOUND, counted_clients, differences, replay
 from tests.network.echo import Echo
 
 pytestmark = [
@@ -32,10 +32,10 @@ WAIT_S = 600.0
 LIES = ("nan", "shape", "huge", "stale", "other", "weight")
 
 
-@alone
+@in_own_process
 def test_lies_of_a_real_client_are_refused_by_name(tmp_path: Path) -> None:
     """An update that is not finite, too large, or has another shape, round, name or weight."""
-    with watched(Campaign(tmp_path, [Cell("lie", kind) for kind in LIES])) as campaign:
+    with kill_at_end(Campaign(tmp_path, [Cell("lie", kind) for kind in LIES])) as campaign:
         outcomes = campaign.run()
     assert len(outcomes) == len(LIES) and all(o.good for o in outcomes), outcomes
     words = [
@@ -50,7 +50,7 @@ def test_lies_of_a_real_client_are_refused_by_name(tmp_path: Path) -> None:
         assert any("carla refused: " in w and sentence in w for w in out.words), out
 
 
-@alone
+@in_own_process
 def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp_path: Path) -> None:
     others = ("mallory", "moll")  # their keys are allowed, but not their requests
     write_rows(tmp_path / "rows", [*CLIENTS, *others])
@@ -71,7 +71,7 @@ def test_strangers_and_impostors_are_refused_by_name_and_nobody_else_notices(tmp
         assert deployment.finish(WAIT_S) == 0, deployment.output("server")
     finally:
         deployment.stop()
-    turnout = counted(deployment.run)
+    turnout = counted_clients(deployment.run)
     assert [turnout[r] for r in (1, 2, 3)] == [set(CLIENTS)] * 3
     for name in (*others, "dora"):  # in the simulation each file would be a client
         (tmp_path / "rows" / f"{name}.jsonl").unlink()

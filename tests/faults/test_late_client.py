@@ -14,8 +14,8 @@ from fedtune.experiment import EngineContext, client_host, run_experiment
 from fedtune.rounds.membership import JoinPolicy
 from fedtune.runs.report import read_metrics
 from fedtune.simulations.engines.grid import InProcessGrid
-from tests.faults.deployment import STORIES, deployed, settings, write_rows
-from tests.faults.forking import alone
+from tests.faults.deployment import STORIES, deploy, settings, write_rows
+from tests.faults.forking import in_own_process
 from tests.faults.replay import BOUND, differences
 
 CLIENTS, SLOW, ROUNDS, DEADLINE_S = ("anna", "bert", "carla"), "bert", 8, 20.0
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
+def run_simulation(folder: Path, experiment: list[str], staleness: int) -> Path:
     """The simulation in which the client's first reply is `staleness` rounds late."""
     (job,) = compose([*experiment, f"output_dir={folder}", "engine.batched=none", "devices.deadline_s=1"])
 
@@ -49,7 +49,7 @@ def simulated(folder: Path, experiment: list[str], staleness: int) -> Path:
     return run_experiment(job.config, engine)
 
 
-@alone
+@in_own_process
 def test_a_late_update_counts_later_with_the_simulation_s_result(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows", CLIENTS)
     usual = [s for s in settings(tmp_path / "rows", CLIENTS) if not s.startswith(("rounds", "min_clients"))]
@@ -58,7 +58,7 @@ def test_a_late_update_counts_later_with_the_simulation_s_result(tmp_path: Path)
     points = tmp_path / "points"
     points.mkdir()
     (points / f"{SLOW}.training").touch()
-    with deployed(tmp_path, CLIENTS, experiment) as deployment:
+    with deploy(tmp_path, CLIENTS, experiment) as deployment:
         deployment.start_server()
         for name in CLIENTS:
             deployment.start_client(name, launcher=["-m", "tests.faults.launch", name, str(points), "client"])
@@ -78,5 +78,5 @@ def test_a_late_update_counts_later_with_the_simulation_s_result(tmp_path: Path)
             *[2] * used["staleness"],
             *[3] * (ROUNDS - 1 - used["staleness"]),
         ]
-        off = differences(deployment.run, simulated(tmp_path / "wanted", experiment, int(used["staleness"])))
+        off = differences(deployment.run, run_simulation(tmp_path / "wanted", experiment, int(used["staleness"])))
     assert set(off) == set(range(ROUNDS + 1)) and max(off.values()) <= BOUND, off

@@ -71,31 +71,33 @@ def make_members(answers: Answers, connect_s: dict[int, float], min_clients: int
     return Membership(grid, "b", min_clients, join, notes, 1000), grid, notes  # type: ignore[arg-type]
 
 
-def named(node: int) -> dict[str, Any]:
+def hello_of(node: int) -> dict[str, Any]:
     return {"client": f"c{node}"}
 
 
 def test_fewer_clients_than_expected_suffice_after_the_timeout() -> None:
-    members, _, _ = make_members(named, {1: 0.0, 2: 0.0}, expected_clients=3)
+    members, _, _ = make_members(hello_of, {1: 0.0, 2: 0.0}, expected_clients=3)
     assert sorted(members.gather(1)) == ["c1", "c2"]
 
 
 def test_the_wait_ends_once_all_clients_are_connected() -> None:
     began = time.monotonic()
-    members, _, _ = make_members(named, {1: 0.0, 2: 0.1, 3: 0.2}, expected_clients=3, patience_s=20.0)
+    members, _, _ = make_members(hello_of, {1: 0.0, 2: 0.1, 3: 0.2}, expected_clients=3, patience_s=20.0)
     assert sorted(members.gather(1)) == ["c1", "c2", "c3"] and time.monotonic() - began < 20.0
 
 
 def test_a_rejected_node_among_the_first_does_not_end_the_run() -> None:
     keys = {1: "mallory", 2: "c2", 3: "c3"}
-    members, _, notes = make_members(named, {1: 0.0, 2: 0.0, 3: 0.2}, expected_clients=2, patience_s=20.0, names=lambda: keys)
+    members, _, notes = make_members(hello_of, {1: 0.0, 2: 0.0, 3: 0.2}, expected_clients=2, patience_s=20.0, names=lambda: keys)
     assert sorted(members.gather(1)) == ["c2", "c3"]
     assert notes.notes.count("rejected: a client has the key of 'mallory' but the id 'c1': correct its --client-id or its key") == 1
 
 
 def test_a_silent_node_does_not_hold_up_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "_STRAGGLERS_S", 0.1)
-    members, _, notes = make_members(lambda n: None if n == 1 else named(n), {1: 0.0, 2: 0.0, 3: 0.0}, expected_clients=2, patience_s=20.0)
+    members, _, notes = make_members(
+        lambda n: None if n == 1 else hello_of(n), {1: 0.0, 2: 0.0, 3: 0.0}, expected_clients=2, patience_s=20.0
+    )
     assert sorted(members.gather(1)) == ["c2", "c3"]
     assert "rejected: node 1: no reply" in notes.notes
 
@@ -104,7 +106,7 @@ def test_a_silent_node_does_not_hold_up_the_start(monkeypatch: pytest.MonkeyPatc
 def test_a_rejected_node_is_named_by_its_key(reply: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "_STRAGGLERS_S", 0.1)
     node, keys = 4611686018427387904, {4611686018427387904: "anna", 2: "c2"}
-    answer = lambda n: reply if n == node else named(n)  # noqa: E731
+    answer = lambda n: reply if n == node else hello_of(n)  # noqa: E731
     members, _, notes = make_members(answer, {node: 0.0, 2: 0.0}, 1, expected_clients=1, patience_s=2.0, names=lambda: keys)
     members.gather(1)
     rejected = [n for n in notes.notes if n.startswith("rejected")]
@@ -112,7 +114,7 @@ def test_a_rejected_node_is_named_by_its_key(reply: Any, monkeypatch: pytest.Mon
 
 
 def test_without_keys_a_decline_gives_the_name_and_a_known_client_keeps_its_name() -> None:
-    answers: dict[int, list[Any]] = {7: [{"declined": "no rows", "client": "bo\x1bb"}], 8: [named(8), "{"]}
+    answers: dict[int, list[Any]] = {7: [{"declined": "no rows", "client": "bo\x1bb"}], 8: [hello_of(8), "{"]}
     members, _, notes = make_members(lambda n: answers[n].pop(0), {7: 0.0, 8: 0.0}, 1, patience_s=2.0)
     members.gather(1)
     members._rejected[8] = -math.inf, ""  # the server asks again, as after a restart
@@ -122,7 +124,7 @@ def test_without_keys_a_decline_gives_the_name_and_a_known_client_keeps_its_name
 
 
 def test_an_engine_waits_for_all_nodes_and_fails_at_once_with_too_few() -> None:
-    members, _, _ = make_members(named, {1: 0.0, 2: 0.0, 3: 0.0}, min_clients=1, patience_s=20.0)
+    members, _, _ = make_members(hello_of, {1: 0.0, 2: 0.0, 3: 0.0}, min_clients=1, patience_s=20.0)
     assert sorted(members.gather(1)) == ["c1", "c2", "c3"]
     members, _, _ = make_members(lambda n: {"client": f"c{n}", "base": "x"}, {1: 0.0, 2: 0.0}, patience_s=20.0)
     with pytest.raises(RunError, match="0 clients can take part, min_clients=2: client c1 has backbone x, but the run has b"):
@@ -131,7 +133,7 @@ def test_an_engine_waits_for_all_nodes_and_fails_at_once_with_too_few() -> None:
 
 def test_a_lost_hello_is_sent_again() -> None:
     nodes: list[int] = []
-    answer = lambda n: None if n == 3 and nodes.count(3) < 2 else named(n)  # noqa: E731
+    answer = lambda n: None if n == 3 and nodes.count(3) < 2 else hello_of(n)  # noqa: E731
     members, grid, _ = make_members(answer, {1: 0.0, 2: 0.0, 3: 0.0}, expected_clients=2, retry_s=5.0)
     grid.asked = nodes
     members.gather(1)
@@ -154,7 +156,7 @@ def test_a_lost_hello_is_sent_again() -> None:
     ],
 )
 def test_a_node_with_an_invalid_hello_is_rejected_by_name(reply: Any) -> None:
-    members, _, notes = make_members(lambda n: reply if n == 3 else named(n), {1: 0.0, 2: 0.0, 3: 0.0}, patience_s=20.0)
+    members, _, notes = make_members(lambda n: reply if n == 3 else hello_of(n), {1: 0.0, 2: 0.0, 3: 0.0}, patience_s=20.0)
     assert sorted(members.gather(1)) == ["c1", "c2"]
     assert notes.notes == ["rejected: node 3: its hello cannot be read"]
 
@@ -170,7 +172,7 @@ def test_a_node_with_an_invalid_hello_is_rejected_by_name(reply: Any) -> None:
 )
 def test_a_hello_with_an_unprintable_or_oversized_id_is_rejected(client: str, why: str) -> None:
     members, _, notes = make_members(
-        lambda n: {**named(n), "client": client} if n == 3 else named(n), {1: 0.0, 2: 0.0, 3: 0.0}, patience_s=20.0
+        lambda n: {**hello_of(n), "client": client} if n == 3 else hello_of(n), {1: 0.0, 2: 0.0, 3: 0.0}, patience_s=20.0
     )
     assert sorted(members.gather(1)) == ["c1", "c2"]
     assert notes.notes == [f"rejected: node 3: {why}: give it another"]
@@ -179,7 +181,7 @@ def test_a_hello_with_an_unprintable_or_oversized_id_is_rejected(client: str, wh
 @pytest.mark.parametrize("claim", [{"examples": 10**9}, {"examples": 1001}, {"held_out": 10**400}])
 def test_a_hello_that_reports_too_many_rows_is_rejected(claim: dict[str, Any]) -> None:
     members, _, notes = make_members(
-        lambda n: {**named(n), **claim} if n == 3 else {**named(n), "examples": 1000}, {1: 0.0, 2: 0.0, 3: 0.0}
+        lambda n: {**hello_of(n), **claim} if n == 3 else {**hello_of(n), "examples": 1000}, {1: 0.0, 2: 0.0, 3: 0.0}
     )
     assert sorted(members.gather(1)) == ["c1", "c2"]
     assert len(notes.notes) == 1 and "more than weights.max_examples=1000" in notes.notes[0]

@@ -55,7 +55,7 @@ def test_a_refused_hello_is_not_stored(tmp_path: Path) -> None:
     assert not (tmp_path / HELLO).exists()
 
 
-def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
+def test_an_unwritable_folder_gives_a_one_sentence_error(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     app = make_app(
         {

@@ -1,6 +1,6 @@
 """Damage edge packages in many ways and open them: `python -m tests.inference.fuzz_package COUNT [SEED] [--sanitized]`.
 
-Each must open and run as a whole model does, or be refused by a FedtuneError of one sentence; the process may not take more than a GB.
+Each damaged package must open and run like an undamaged one, or give a FedtuneError of one sentence, in at most a GB of memory.
 Half of the damages leave the digests unchanged, so that the package must not open; the other half have matching digests. In some cases the
 packed weights on disk are damaged instead. A second process without torch opens them; `--sanitized` compiles its kernels with
 the sanitizers of gcc for addresses and undefined behavior, which end the process at the first access outside a buffer.
@@ -146,7 +146,7 @@ def not_finite(raw: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-def nested(raw: bytes, rng: random.Random) -> bytes:
+def nest(raw: bytes, rng: random.Random) -> bytes:
     n = rng.choice((100, 5000, 300_000))
     return (rng.choice(("[", '{"a":')) * n).encode()
 
@@ -174,7 +174,7 @@ def value(raw: bytes, rng: random.Random) -> bytes:
 
 
 ANY: list[Callable[[bytes, random.Random], bytes]] = [flip, flip_early, truncate, extend]
-OF = {".safetensors": [*ANY, long_header, header, header, header, not_finite], ".json": [*ANY, nested, value, value, value]}
+OF = {".safetensors": [*ANY, long_header, header, header, header, not_finite], ".json": [*ANY, nest, value, value, value]}
 
 
 def seal_index(folder: Path) -> None:
@@ -236,7 +236,7 @@ weights_of = linear.weights_of
 
 
 def weights_apart(parts: dict[str, Any], *rest: Any) -> Any:
-    """`weights_of` copies of the parts: the sanitizers see the end of an allocation, but not that of a part of a mapped file."""
+    """`weights_of` on copies: the sanitizers detect reads beyond an allocation, but not beyond a part of a mapped file."""
     parts.update({name: part.copy() for name, part in parts.items()})
     return weights_of(parts, *rest)
 
@@ -260,7 +260,7 @@ def open_damaged(args: argparse.Namespace, folder: Path) -> None:
     print(json.dumps(fuzz(args.count, args.seed, roots, folder / "cache")))
 
 
-def sanitized(library: Path) -> dict[str, str]:
+def build_sanitized(library: Path) -> dict[str, str]:
     """Compile the kernels with sanitizers. Returns the environment of a process that opens them."""
     os.environ["CC"] = "gcc"
     build.build(library, SANITIZERS)
@@ -288,7 +288,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as made:
         packages(Path(made))
-        environment = sanitized(Path(made) / LIBRARY) if args.sanitized else dict(os.environ)
+        environment = build_sanitized(Path(made) / LIBRARY) if args.sanitized else dict(os.environ)
         command = [sys.executable, "-m", "tests.inference.fuzz_package", *sys.argv[1:], "--folder", made]
         return subprocess.run(command, env=environment).returncode
 

@@ -56,7 +56,7 @@ def test_speculation_is_measured_against_the_same_answers(tmp_path: Path) -> Non
     assert "speculation, early exit" in shown and "prefill, 9 tokens" in shown
 
 
-def test_prompts(tmp_path: Path) -> None:
+def test_prompts_follow_seed_length_and_file(tmp_path: Path) -> None:
     engine = load_engine(NANO, "fp32")
     own = prompts(engine, None, 2, 5, seed=0)
     assert all(2 <= len(row) <= 6 for row in own)  # a start token, and five more or an end token
@@ -70,17 +70,17 @@ def test_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "repeats"])
-def test_settings_out_of_range(name: str) -> None:
+def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}=0"):
         bench(NANO, **{name: 0})  # pyright: ignore[reportArgumentType]
 
 
-def test_too_long_for_the_model() -> None:
+def test_lengths_beyond_the_context_are_refused() -> None:
     with pytest.raises(ConfigError, match="context of 256"):
         bench(NANO, prompt_tokens=200, new_tokens=57)
 
 
-def test_threads() -> None:
+def test_the_number_of_threads_is_set_and_checked() -> None:
     before = torch.get_num_threads()
     use_threads(None)
     assert torch.get_num_threads() == before
@@ -92,14 +92,14 @@ def test_the_bandwidth_is_a_number() -> None:
     assert 0 < bandwidth(repeats=1) < 1e15
 
 
-def test_json_and_plot(tmp_path: Path) -> None:
+def test_json_and_plot_are_written(tmp_path: Path) -> None:
     speeds = replace(quick(), speculation={"none": {"tok_per_s": 9.0}, "lookup": {"tok_per_s": 12.0}})
     write(speeds, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["share_of_limit"] == speeds.share_of_limit
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bench_command_prints_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(NANO), "--kind", "fp32", "--prompt-tokens", "5", "--new-tokens", "2", "--repeats", "1"]
     assert main(arguments) == 0
     out = capsys.readouterr().out

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return tiny_llama(tmp_path / "m")
 
 
-def templated(folder: Path) -> Engine:
+def with_template(folder: Path) -> Engine:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return load_engine(folder)
 
@@ -40,7 +40,7 @@ def answer_text(conversation: Conversation, request: str) -> str:
 
 
 def test_turns_go_through_the_chat_template_and_reuse_the_cache(folder: Path) -> None:
-    engine = templated(folder)
+    engine = with_template(folder)
     writer = EngineWriter(Context(engine))
     conversation = Conversation(writer, Sampling(), 4, system="be brief")
     first = answer_text(conversation, "hi")
@@ -64,7 +64,7 @@ def test_without_a_template_the_text_continues(folder: Path) -> None:
 
 
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(folder: Path) -> None:
-    engine = templated(folder)
+    engine = with_template(folder)
     conversation = Conversation(EngineWriter(Context(engine), open_speculation(engine, "auto", None)), Sampling(), 8)
     for i in range(6):
         answer_text(conversation, f"turn {i}")
@@ -75,7 +75,7 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(folder: Path) -
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(folder: Path) -> None:
-    engine = templated(folder)
+    engine = with_template(folder)
     conversation = Conversation(EngineWriter(Context(engine)), Sampling(), 20)
     answer = conversation.answer("hi")
     begun = next(answer) + next(answer)
@@ -91,7 +91,7 @@ def test_an_interrupted_answer_stays_in_the_conversation(folder: Path) -> None:
 
 
 def test_a_pipe_gets_an_answer_for_each_line(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = templated(folder)
+    engine = with_template(folder)
     conversation = Conversation(EngineWriter(Context(engine)), Sampling(), 4)
     want = [answer_text(conversation, "hi").strip(), answer_text(conversation, "and").strip()]
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\n  and\n"))

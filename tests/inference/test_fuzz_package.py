@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.inference.fuzz_package import LIBRARY, packages, sanitized, sanitizer
+from tests.inference.fuzz_package import LIBRARY, build_sanitized, packages, sanitizer
 
 ROOT = Path(__file__).parents[2]
 FUZZ = [sys.executable, "-m", "tests.inference.fuzz_package"]
@@ -41,7 +41,7 @@ def test_damaged_packages_never_make_the_kernels_read_outside_a_buffer(tmp_path:
     """Thousands: `python -m tests.inference.fuzz_package 10000 11 --sanitized`."""
     monkeypatch.setenv("CC", "gcc")
     packages(tmp_path)
-    environment = sanitized(tmp_path / LIBRARY)
+    environment = build_sanitized(tmp_path / LIBRARY)
     command = [sys.executable, "-c", SHORT, str(tmp_path / LIBRARY)]
     noticed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert noticed.returncode != 0 and "ERROR: AddressSanitizer" in noticed.stderr

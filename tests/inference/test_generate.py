@@ -50,7 +50,7 @@ def test_a_bare_request_is_wrapped_and_only_the_continuation_is_returned(merged:
     [(None, "hi", "hi"), ("Request: {r}\nAction:", "hi", "Request: hi\nAction:"), ("Request: {r}", "Request: hi", "Request: hi"),
      ("{a} {b}", "hi", "hi"), ("{r}!", "hi", "hi!"), ("{{x}} {r}", "a {b} c", "{x} a {b} c")],
 )  # fmt: skip
-def test_wrap(template: str | None, prompt: str, want: str) -> None:
+def test_a_prompt_is_wrapped_in_its_template(template: str | None, prompt: str, want: str) -> None:
     assert wrap(prompt, template) == want
 
 
@@ -177,7 +177,7 @@ def test_impossible_options_of_the_engine_are_refused(tmp_path: Path, merged: Pa
 # -- the command ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_export_then_generate_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exported_model_generates_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), ASK, data=TEMPLATE)
     capfd.readouterr()
     assert cli.main(["export", str(run)]) == 0
@@ -202,7 +202,7 @@ def test_the_text_is_streamed_without_surrounding_spaces() -> None:
     assert out == ["a", " \nb c", " d"]
 
 
-def test_options_on_the_command_line(merged: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_options_on_the_command_line_reach_the_engine(merged: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     given = ["--temperature", "2", "--top-k", "9", "--top-p", ".9", "--min-p", ".01", "--repetition-penalty", "1.1", "--seed", "3"]
     options: dict[str, Any] = {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 3}
@@ -243,14 +243,14 @@ def test_a_negative_seed_is_refused(command: list[str], capsys: pytest.CaptureFi
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedtune.inference.generate.generate_text", interrupted)
+    monkeypatch.setattr("fedtune.inference.generate.generate_text", interrupt)
     assert cli.main(["generate", str(tmp_path), "x"]) == 130
 
 
-def loaded_after(code: str) -> set[str]:
+def modules_after(code: str) -> set[str]:
     """Top-level modules of a fresh process that ran the code."""
     code += "\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -259,13 +259,13 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_imports_stay_light() -> None:
-    light = loaded_after("import fedtune.inference, fedtune.models, fedtune.cli.main")
+    light = modules_after("import fedtune.inference, fedtune.models, fedtune.cli.main")
     assert not light & {"torch", "transformers", "peft", "flwr", "datasets"}
 
 
 @pytest.mark.slow
 def test_generating_needs_neither_peft_nor_flower() -> None:
-    assert not loaded_after("import fedtune.inference.generate, fedtune.inference.chat") & {"transformers", "peft", "flwr", "datasets"}
+    assert not modules_after("import fedtune.inference.generate, fedtune.inference.chat") & {"transformers", "peft", "flwr", "datasets"}
 
 
 def test_public_names_exist() -> None:

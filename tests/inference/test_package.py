@@ -139,7 +139,7 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def kept_as(folder: Path, **entry: Any) -> None:
+def change_entry(folder: Path, **entry: Any) -> None:
     card = json.loads((folder / "package.json").read_text())
     card["linears"]["model.layers.0.mlp.up_proj"] |= entry
     edit(folder / "package.json", linears=card["linears"])
@@ -160,10 +160,10 @@ BAD = {
     "large": (lambda p: (p / "config.json").write_text(" " * (1 << 24) + "{}"), "is larger than the limit of 16 MB"),
     "layers": (lambda p: edit(p / "config.json", num_hidden_layers=900), "requires 900 layers, more than the package has tensors"),
     "more layers": (lambda p: edit(p / "config.json", num_hidden_layers=4), "does not list the linears that config.json requires"),
-    "kind": (lambda p: kept_as(p, kind="int3"), "which does not fit"),
-    "group": (lambda p: kept_as(p, group=33), "which does not fit"),
-    "int8 in groups": (lambda p: kept_as(p, kind="int8", group=32), "'group': 32, .*which does not fit"),
-    "another kind": (lambda p: kept_as(p, kind="bf16", group=0), "lacks the tensor 'model.layers.0.mlp.up_proj.weight'"),
+    "kind": (lambda p: change_entry(p, kind="int3"), "which does not fit"),
+    "group": (lambda p: change_entry(p, group=33), "which does not fit"),
+    "int8 in groups": (lambda p: change_entry(p, kind="int8", group=32), "'group': 32, .*which does not fit"),
+    "another kind": (lambda p: change_entry(p, kind="bf16", group=0), "lacks the tensor 'model.layers.0.mlp.up_proj.weight'"),
     "missing": (lambda p: change(p, "f32", **{NORM: None}), f"lacks the tensor '{NORM}'"),
     "surplus": (lambda p: change(p, "f32", extra=torch.ones(1)), "holds 'extra', which its config does not have"),
     "shape": (lambda p: change(p, "f32", **{NORM: torch.ones(3)}), f"'{NORM}' is float32 \\(3,\\), but its config requires"),
@@ -192,7 +192,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_damaged_package_gets_one_sentence(tmp_path: Path, name: str) -> None:
+def test_a_damaged_package_gives_a_one_sentence_error(tmp_path: Path, name: str) -> None:
     write(tmp_path / "p")
     spoil, message = BAD[name]
     spoil(tmp_path / "p")

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 
 
-def _flagged() -> list[AddedToken]:
+def _flagged_tokens() -> list[AddedToken]:
     return [
         AddedToken("<|user|>", lstrip=True, rstrip=True, special=True),
         AddedToken("<|end|>", rstrip=True, special=True),
@@ -30,7 +30,7 @@ def pieces(scheme: str | None = None, *, flagged: bool = True) -> Tokenizer:
         out.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     out.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     out.add_special_tokens(["<unk>", "<s>", "</s>"])
-    out.add_tokens(_flagged() if flagged else [])
+    out.add_tokens(_flagged_tokens() if flagged else [])
     return out
 
 
@@ -42,7 +42,7 @@ def by_bytes(before: Any, *, use_regex: bool, ignore_merges: bool = False, flagg
     out.pre_tokenizer = pre_tokenizers.Sequence([before, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)])
     out.decoder = decoders.ByteLevel()
     out.add_special_tokens(["<|endoftext|>", "<s>", "</s>"])
-    out.add_tokens(_flagged() if flagged else [])
+    out.add_tokens(_flagged_tokens() if flagged else [])
     return out
 
 
@@ -50,7 +50,7 @@ def by_words() -> Tokenizer:
     out = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "a", "b", "hi", "12"])}, unk_token="<unk>"))
     out.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     out.add_special_tokens(["<s>", "</s>"])
-    out.add_tokens(_flagged())
+    out.add_tokens(_flagged_tokens())
     return out
 
 
@@ -60,7 +60,7 @@ def with_start_token(out: Tokenizer) -> Tokenizer:
     return out
 
 
-def padded(out: Tokenizer) -> Tokenizer:
+def pad(out: Tokenizer) -> Tokenizer:
     out.enable_padding(pad_id=0, pad_token="<pad>")
     out.enable_truncation(4)
     return out
@@ -77,7 +77,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "qwen2": lambda: by_bytes(pre_tokenizers.Split(Regex(SPLIT % ""), "isolated"), use_regex=False),
     "smollm": lambda: by_bytes(pre_tokenizers.Digits(True), use_regex=True),
     "words": lambda: with_start_token(by_words()),
-    "padded": lambda: padded(pieces()),
+    "padded": lambda: pad(pieces()),
 }
 
 
@@ -86,7 +86,7 @@ def _flags(content: str, **changes: Any) -> dict[str, Any]:
     return {"content": content, **plain, **changes}
 
 
-def _typed(content: str, **changes: Any) -> dict[str, Any]:
+def _with_type(content: str, **changes: Any) -> dict[str, Any]:
     return {"__type": "AddedToken", **_flags(content, **changes)}
 
 
@@ -111,7 +111,7 @@ CONFIGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {  # contents
         },
         {},
     ),
-    "typed": ({"bos_token": _typed("<s>", lstrip=True), "eos_token": _typed("</s>", rstrip=True), "unk_token": None}, {}),
+    "typed": ({"bos_token": _with_type("<s>", lstrip=True), "eos_token": _with_type("</s>", rstrip=True), "unk_token": None}, {}),
     "map": (
         BASE,
         {
@@ -129,7 +129,7 @@ CONFIGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {  # contents
     "extra": ({**BASE, "extra_special_tokens": ["<|user|>", "<img>"]}, {}),
     "extra by name": ({**BASE, "extra_special_tokens": {"image_token": "<img>", "audio_token": "<|end|>"}}, {}),
     "extra by another name": ({**BASE, "extra_special_tokens": {"boi": "<|end|>"}}, {}),
-    "additional": ({**BASE, "additional_special_tokens": ["<|user|>", _typed("<img>", lstrip=True)], "image_token": "hi"}, {}),
+    "additional": ({**BASE, "additional_special_tokens": ["<|user|>", _with_type("<img>", lstrip=True)], "image_token": "hi"}, {}),
     "split special": ({**BASE, "split_special_tokens": True}, {}),
     "words that are special": ({**BASE, "unk_token": "hi", "mask_token": "b"}, {}),
     "no eos": ({"bos_token": "<s>"}, {}),

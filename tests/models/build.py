@@ -122,14 +122,14 @@ def checkpoint(folder: Path, kind: str = "llama", *, seed: int = 0, config: Any 
     """Write a checkpoint: a causal LM, or for encoders their bare body with a pooler (as sentence encoders come)."""
     if config is not None or save:
         return _save(folder, kind, seed, config or CONFIGS[kind](), **save)
-    return Path(shutil.copytree(_made(kind, seed), folder, dirs_exist_ok=True))
+    return Path(shutil.copytree(_cached_checkpoint(kind, seed), folder, dirs_exist_ok=True))
 
 
 _kept = tempfile.TemporaryDirectory(prefix="fedtune-tests-", ignore_cleanup_errors=True)
 
 
 @functools.cache
-def _made(kind: str, seed: int) -> Path:
+def _cached_checkpoint(kind: str, seed: int) -> Path:
     """A cached checkpoint to copy, because hundreds of tests need the same one."""
     return _save(Path(_kept.name) / f"{kind}-{seed}", kind, seed, CONFIGS[kind]())
 

@@ -76,7 +76,7 @@ MISTRAL1 = (  # Mistral 7B Instruct v0.1: a blank after each answer; [INST] is t
     "{%- else %}{{- raise_exception('Only user and assistant roles are supported!') }}{%- endif %}{%- endfor %}"
 )
 MISTRAL2 = MISTRAL1.replace("{{- ' ' }}", "")  # v0.2, and the first release of v0.3, where [INST] is a token
-MISTRAL3 = (  # the system message goes into the last question, wherever that is
+MISTRAL3 = (  # the system message goes into the last question
     _SYSTEM_APART + "{%- set questions = chat | selectattr('role', 'equalto', 'user') | list %}{%- set ns = namespace(index=0) %}"
     "{%- for m in chat %}{%- if m.role != 'tool' and not m.tool_calls %}"
     "{%- if (m.role == 'user') != (ns.index % 2 == 0) %}" + _ALTERNATE + "{%- endif %}"
@@ -156,21 +156,21 @@ def tokenizer(name: str, *, marks: bool = False) -> PreTrainedTokenizerFast:
     if name.startswith("qwen"):
         more: list[Any] = [AddedToken(t, special=False) for t in ("<think>", "</think>", "<tool_call>", "</tool_call>")]
         made.add_tokens(more)
-    made.chat_template = marked(family.template) if marks else unmarked(family.template)
+    made.chat_template = add_marks(family.template) if marks else remove_marks(family.template)
     return made
 
 
-def marked(template: str) -> str:
+def add_marks(template: str) -> str:
     return template.replace("«", "{%- generation %}").replace("»", "{%- endgeneration %}")
 
 
-def unmarked(template: str) -> str:
+def remove_marks(template: str) -> str:
     return template.replace("«", "").replace("»", "")
 
 
 def bare(pieces: str, bos: str | None, eos: str | None, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer without a template; it puts `bos` before a text."""
-    made = Tokenizer.from_str(_trained(pieces))
+    made = Tokenizer.from_str(_train_tokenizer(pieces))
     wrapped = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos, pad_token="<pad>")
     blank = "<|end|>" in special  # Phi-3's tokens include the white space after them
     more: list[Any] = [AddedToken(t, rstrip=blank, normalized=False, special=True) for t in special if t not in (bos, eos)]
@@ -183,7 +183,7 @@ def bare(pieces: str, bos: str | None, eos: str | None, special: tuple[str, ...]
 
 
 @functools.cache
-def _trained(pieces: str) -> Any:
+def _train_tokenizer(pieces: str) -> Any:
     """A byte-level BPE, or a BPE over text with ▁ for blanks that spells unknown characters in bytes."""
     made: Any = Tokenizer(models.BPE())
     if pieces == "bytes":
@@ -204,7 +204,7 @@ def _trained(pieces: str) -> Any:
         return json.dumps(
             {**state, "added_tokens": [], "model": state["model"] | {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}}
         )
-    made = Tokenizer.from_str(_trained("text"))
+    made = Tokenizer.from_str(_train_tokenizer("text"))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     if pieces != "mistral":
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * (pieces == "llama") + [normalizers.Replace(" ", "▁")])

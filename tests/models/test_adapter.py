@@ -25,7 +25,7 @@ def make(folder: Path, kind: str = "llama", task: TaskConfig = CAUSAL, peft: Pef
     return LiveAdapter(load_backbone(hub(folder, **changes), task, num_labels=3, seed=5), peft, task)
 
 
-def filled(live: LiveAdapter, seed: int = 0, std: float = 0.3) -> AdapterState:
+def random_state(live: LiveAdapter, seed: int = 0, std: float = 0.3) -> AdapterState:
     """A state of the adapter with every tensor random, B and head included."""
     generator = torch.Generator().manual_seed(seed)
     zero = live.read(0)
@@ -49,7 +49,7 @@ def test_the_initial_adapter_fits_the_live_one_and_changes_nothing(tmp_path: Pat
 @pytest.mark.parametrize(("kind", "task"), CASES)
 def test_load_and_read_are_inverse_bit_for_bit(tmp_path: Path, kind: str, task: TaskConfig) -> None:
     live = make(tmp_path / "m", kind, task)
-    state = filled(live)
+    state = random_state(live)
     live.load(state)
     back = live.read(7)
     assert list(back.tensors) == list(state.tensors) and all(torch.equal(back[n], state[n]) for n in state.tensors)
@@ -110,7 +110,7 @@ def test_the_initial_head_is_the_backbones_drawn_or_stored(tmp_path: Path) -> No
 @pytest.mark.parametrize(("kind", "task"), CASES)
 def test_the_adapter_folder_opens_with_peft_on_the_untouched_backbone(tmp_path: Path, kind: str, task: TaskConfig) -> None:
     live = make(tmp_path / "m", kind, task)
-    live.load(filled(live))
+    live.load(random_state(live))
     live.save_peft(tmp_path / "adapter")
     want = live.model(token_ids()).logits
     with quiet():
@@ -130,7 +130,7 @@ def test_the_adapter_folder_opens_with_peft_on_the_untouched_backbone(tmp_path: 
 def test_a_bf16_backbone_keeps_float32_adapters_and_trains(tmp_path: Path, kind: str, task: TaskConfig) -> None:
     live = make(tmp_path / "m", kind, task, precision="bf16")
     assert all(p.dtype is torch.float32 for p in live.parameters.values())
-    live.load(filled(live))
+    live.load(random_state(live))
     live.model(token_ids()).logits.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in live.parameters.values())
     assert all(p.grad is None for n, p in live.model.named_parameters() if not p.requires_grad)
@@ -139,11 +139,11 @@ def test_a_bf16_backbone_keeps_float32_adapters_and_trains(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("task", [CAUSAL, CLASSES])
-def test_disabled_is_the_untouched_backbone_and_keeps_flags(tmp_path: Path, task: TaskConfig) -> None:
+def test_a_disabled_adapter_leaves_the_untouched_backbone_and_its_flags(tmp_path: Path, task: TaskConfig) -> None:
     folder = checkpoint(tmp_path / "m")
     want = load_backbone(hub(folder), task, num_labels=3, seed=5).model(token_ids()).logits
     live = make(folder, "llama", task)
-    live.load(filled(live))
+    live.load(random_state(live))
     adapted = live.model(token_ids()).logits
     frozen = next(iter(live.parameters.values()))
     frozen.requires_grad_(False)
@@ -171,12 +171,12 @@ def test_conv1d_is_wrapped_silently(tmp_path: Path, capfd: pytest.CaptureFixture
     ("targets", "count"),
     [("all-linear", 14), ("q_proj", 2), (["q_proj", "v_proj"], 4), ("layers.1.mlp.up_proj", 1), (["q_proj", "q_proj"], 2)],
 )
-def test_targets(tmp_path: Path, targets: object, count: int) -> None:
+def test_the_targets_get_factors(tmp_path: Path, targets: object, count: int) -> None:
     live = make(tmp_path / "m", peft=PeftConfig(targets=targets))
     assert len(live.spec.ranks) == count and len(live.parameters) == 2 * count
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------------------------
+# -- refused adapters -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_targets(tmp_path: Path, targets: object, count: int) -> None:
      ("lm_head", "called 'lm_head'"), ("embed_tokens", "called 'embed_tokens'"), ([], "must be all-linear"), (3, "must be all-linear"),
      (["q_proj", 3], "must be all-linear")],
 )  # fmt: skip
-def test_targets_that_match_nothing(tmp_path: Path, targets: object, words: str) -> None:
+def test_targets_that_match_nothing_are_refused(tmp_path: Path, targets: object, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         make(tmp_path / "m", peft=PeftConfig(targets=targets))
     with pytest.raises(ModelError, match=words):
@@ -203,13 +203,13 @@ def test_an_adapter_of_another_backbone_is_refused_and_the_live_one_is_unchanged
     before = live.read(0)
     mine, its = live.backbone.fingerprint, other.backbone.fingerprint
     with pytest.raises(ModelError, match=f"belongs to the backbone {its}, but {mine} is loaded: load the same"):
-        live.load(filled(other))
+        live.load(random_state(other))
     assert all(torch.equal(before[n], p) for n, p in live.parameters.items())
 
 
 def test_mismatched_adapters_are_refused_with_the_difference(tmp_path: Path) -> None:
     live = make(tmp_path / "m")
-    state = filled(live)
+    state = random_state(live)
     names = list(state.tensors)
     wide = checkpoint(tmp_path / "w", config=llama_config(intermediate_size=32))
     cases = [
@@ -234,6 +234,6 @@ def test_mismatched_adapters_are_refused_with_the_difference(tmp_path: Path) -> 
 def test_real_weights_train_an_adapter() -> None:
     live = LiveAdapter(load_backbone(hub(STORIES), CAUSAL), PEFT, CAUSAL)
     assert len(live.parameters) == 2 * 7 * 5  # A and B of 7 linear layers in 5 blocks
-    state = filled(live, std=0.05)
+    state = random_state(live, std=0.05)
     live.load(state)
     assert all(torch.equal(live.read(1)[n], t) for n, t in state.tensors.items())

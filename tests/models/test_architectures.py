@@ -191,7 +191,7 @@ def test_a_router_is_not_a_target(tmp_path: Path) -> None:
     assert not any("router" in n for n in slot.parameters)
 
 
-def test_peft_s_errors_become_one_sentence(tmp_path: Path) -> None:
+def test_peft_s_errors_become_one_sentence_errors(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", config=mamba())
     for start in (
         lambda: live(folder, CAUSAL),
@@ -203,7 +203,7 @@ def test_peft_s_errors_become_one_sentence(tmp_path: Path) -> None:
     probe(live(folder, CAUSAL, PeftConfig(rank=2, targets=["in_proj", "x_proj"])), CAUSAL)
 
 
-def test_a_model_s_errors_in_a_step_become_one_sentence(tmp_path: Path) -> None:
+def test_a_model_s_errors_in_a_step_become_one_sentence_errors(tmp_path: Path) -> None:
     slot = live(checkpoint(tmp_path / "m", config=llama4()), CAUSAL)
     slot.backbone.model.register_forward_pre_hook(lambda module, args: {}["no such key"])
     with pytest.raises(ModelError, match=r"'llama4_text' with peft.method=lora .* cannot do a training step: 'no such key': name other"):

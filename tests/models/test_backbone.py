@@ -215,19 +215,19 @@ def test_t5_answers_and_classifies_with_the_same_backbone(tmp_path: Path, precis
 # -- bad input --------------------------------------------------------------------------------------------------------------------------
 
 
-def refused(config: ModelConfig, words: str, task: TaskConfig = CAUSAL, num_labels: int = 0) -> None:
+def expect_error(config: ModelConfig, words: str, task: TaskConfig = CAUSAL, num_labels: int = 0) -> None:
     with pytest.raises(ModelError, match=words) as bad:
         load_backbone(config, task, num_labels=num_labels)
     assert "\n" not in str(bad.value)
 
 
-def test_folders_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(hub(tmp_path / "nowhere"), "no such folder; give a local folder or a hub name")
+def test_missing_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_error(hub(tmp_path / "nowhere"), "no such folder; give a local folder or a hub name")
     (tmp_path / "file").write_text("x")
-    refused(hub(tmp_path / "file"), "is a file")
-    refused(hub(tmp_path), "has no config.json")
+    expect_error(hub(tmp_path / "file"), "is a file")
+    expect_error(hub(tmp_path), "has no config.json")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(ModelConfig(source="hub", name="fedtune-nobody/nothing"), "hub cannot be reached")
+    expect_error(ModelConfig(source="hub", name="fedtune-nobody/nothing"), "hub cannot be reached")
 
 
 @pytest.mark.parametrize(
@@ -239,10 +239,10 @@ def test_folders_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPat
      ('{"model_type": "bert"}', "is an encoder, which does not support task.kind=causal_lm"),
      ('{"model_type": "llama", "hidden_size": "wide"}', "not a valid 'llama' config")],
 )  # fmt: skip
-def test_configs_that_are_invalid(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_configs_are_refused(tmp_path: Path, text: str, words: str) -> None:
     folder = checkpoint(tmp_path / "m")
     (folder / "config.json").write_text(text)
-    refused(hub(folder), words)
+    expect_error(hub(folder), words)
 
 
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
@@ -250,31 +250,31 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     raw = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Model"}}
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    refused(hub(folder), "contains its own code")
+    expect_error(hub(folder), "contains its own code")
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_are_missing_or_pickled(tmp_path: Path) -> None:
+def test_missing_or_pickled_weights_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     os.rename(folder / "model.safetensors", tmp_path / "kept")
-    refused(hub(folder), "has no weights")
+    expect_error(hub(folder), "has no weights")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-    refused(hub(folder), r"only pickled weights \(pytorch_model.bin\)")
+    expect_error(hub(folder), r"only pickled weights \(pytorch_model.bin\)")
 
 
-def test_shards_that_are_missing_or_elsewhere(tmp_path: Path) -> None:
+def test_missing_or_outside_shards_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", max_shard_size="4KB")
     first = sorted(folder.glob("*.safetensors"))[0]
     first.unlink()
-    refused(hub(folder), f"lacks the shard {first.name}")
+    expect_error(hub(folder), f"lacks the shard {first.name}")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../secret"}}))
-    refused(hub(folder), "not a plain file name")
+    expect_error(hub(folder), "not a plain file name")
     index.write_text("{}")
-    refused(hub(folder), "must be JSON with a weight_map")
+    expect_error(hub(folder), "must be JSON with a weight_map")
 
 
-def test_safetensors_that_are_damaged(tmp_path: Path) -> None:
+def test_damaged_safetensors_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     path = folder / "model.safetensors"
     data = path.read_bytes()
@@ -286,52 +286,52 @@ def test_safetensors_that_are_damaged(tmp_path: Path) -> None:
         (b"\xff" * 64, "is not a valid safetensors file"),
     ):
         path.write_bytes(changed)
-        refused(hub(folder), words)
+        expect_error(hub(folder), words)
 
 
-def test_weights_and_config_that_do_not_belong_together(tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_config_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     llama_config(num_hidden_layers=3).save_pretrained(folder)
-    refused(hub(folder), "is missing from")
+    expect_error(hub(folder), "is missing from")
     llama_config(intermediate_size=32).save_pretrained(folder)
-    refused(hub(folder), "has another shape in")
+    expect_error(hub(folder), "has another shape in")
     # a pooler of another shape is not a missing pooler: see test_architectures.py
     bare = checkpoint(tmp_path / "b", "bert")
     tensors = load_file(bare / "model.safetensors")
     save_file({**tensors, "pooler.dense.bias": torch.zeros(8)}, bare / "model.safetensors", {"format": "pt"})
-    refused(hub(bare), "'bert.pooler.dense.bias' has another shape in", CLASSES, 3)
+    expect_error(hub(bare), "'bert.pooler.dense.bias' has another shape in", CLASSES, 3)
 
 
-def test_tokenizers_that_are_missing_damaged_or_too_large(tmp_path: Path) -> None:
+def test_missing_damaged_and_too_large_tokenizers_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
     shutil.copytree(folder, tmp_path / "large")
     words = tokenizer()
     words.add_tokens([f"w{i}" for i in range(40)])
     words.save_pretrained(tmp_path / "large")
-    refused(hub(tmp_path / "large"), "tokens, the model only 32")
+    expect_error(hub(tmp_path / "large"), "tokens, the model only 32")
     (folder / "tokenizer.json").write_text("{")
-    refused(hub(folder), "the tokenizer in .* cannot be loaded")
+    expect_error(hub(folder), "the tokenizer in .* cannot be loaded")
     (folder / "tokenizer.json").unlink()
-    refused(hub(folder), "has no tokenizer")
+    expect_error(hub(folder), "has no tokenizer")
 
 
-def test_tasks_that_do_not_fit(tmp_path: Path) -> None:
+def test_tasks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m")
-    refused(hub(folder), "at least 2 classes", CLASSES, 1)
-    refused(hub(folder), "task.max_length=65 is more than the context", TaskConfig(kind="causal_lm", max_length=65))
-    refused(hub(folder), "max_new_tokens=24 is more than the context", TaskConfig(kind="instruction", max_length=41))
+    expect_error(hub(folder), "at least 2 classes", CLASSES, 1)
+    expect_error(hub(folder), "task.max_length=65 is more than the context", TaskConfig(kind="causal_lm", max_length=65))
+    expect_error(hub(folder), "max_new_tokens=24 is more than the context", TaskConfig(kind="instruction", max_length=41))
     load_backbone(hub(folder), TaskConfig(kind="instruction", max_length=40))
     # RoBERTa counts positions from its padding index, 1: 62 of its 64 are usable
     roberta = checkpoint(tmp_path / "r", "roberta")
-    refused(hub(roberta), "task.max_length=63", TaskConfig(kind="classification", max_length=63), 3)
+    expect_error(hub(roberta), "task.max_length=63", TaskConfig(kind="classification", max_length=63), 3)
     load_backbone(hub(roberta), TaskConfig(kind="classification", max_length=62), num_labels=3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device(tmp_path: Path) -> None:
+def test_cuda_without_a_device_is_refused(tmp_path: Path) -> None:
     config = hub(checkpoint(tmp_path / "m"))
     config.device = "cuda"
-    refused(config, "no CUDA device")
+    expect_error(config, "no CUDA device")
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs FEDTUNE_DATA with models/stories260k")
@@ -348,6 +348,6 @@ def test_real_weights_load_as_decoder_and_as_classifier() -> None:
     ("name", "there", "device"),
     [("auto", True, "cuda"), ("auto", False, "cpu"), ("cuda", True, "cuda"), ("cpu", True, "cpu"), ("cpu", False, "cpu")],
 )
-def test_the_selected_device(monkeypatch: pytest.MonkeyPatch, name: str, there: bool, device: str) -> None:
+def test_the_selected_device_follows_the_setting(monkeypatch: pytest.MonkeyPatch, name: str, there: bool, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert pick_device(name) == torch.device(device)

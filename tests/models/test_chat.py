@@ -78,7 +78,7 @@ def test_later_turns_that_do_not_fit_are_left_out_whole_and_counted(backbone: Ba
     assert "later turns of 1 of 1 conversations are left out, and 0 conversations whose first answer does not fit" in caplog.text
 
 
-def test_a_conversation_without_a_fitting_answer(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_conversation_without_a_fitting_answer_is_left_out(backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
     short = turns("?", "!")
     with caplog.at_level(logging.WARNING):
         (kept,) = encode(backbone, turns(" ".join(ASKED), "Rome."), short, max_length=16)
@@ -177,7 +177,7 @@ def test_a_global_test_without_a_usable_conversation_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_client_whose_conversations_do_not_fit_says_so(tmp_path: Path) -> None:
+def test_a_client_whose_conversations_do_not_fit_reports_it(tmp_path: Path) -> None:
     config = chat_config(tmp_path, [turns(" ".join(ASKED), "Rome.") if i % 4 == 1 else turns("?", "!") for i in range(8)], max_length=16)
     (row,) = [row for row in read_metrics(simulate(config)) if row["client"] == "c1" and row.get("dropped")]
     why = "none of 2 conversations fits into task.max_length=16; the shortest needs "
@@ -211,11 +211,11 @@ def test_a_template_that_starts_with_the_answer_is_refused(backbone: Backbone) -
 def test_a_long_conversation_is_not_encoded_whole(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []  # an exact encoding takes time quadratic in the number of messages
 
-    def counted(conversation: Conversation, count: int) -> Any:
+    def count_messages(conversation: Conversation, count: int) -> Any:
         lengths.append(count)
         return encode_start(conversation, count)
 
-    monkeypatch.setattr("fedtune.models.chat_template.encode_start", counted)
+    monkeypatch.setattr("fedtune.models.chat_template.encode_start", count_messages)
     (cut,) = encode(backbone, turns(*["And?", "Rome."] * 2000))
     assert len(lengths) < 20 and max(lengths) < 40
     assert cut.input_ids.tolist() == encode(backbone, turns(*["And?", "Rome."] * 4))[0].input_ids.tolist()
@@ -279,7 +279,7 @@ def test_a_template_that_is_not_used_is_named(tmp_path: Path, capsys: pytest.Cap
     assert "conversations in the chat template of chat_template.jinja" in (run / "adapter/README.md").read_text()
 
 
-def test_answers_need_room(tmp_path: Path) -> None:
+def test_answers_need_space_in_the_context(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="^task.date=soon is not a date: write YYYY-MM-DD, such as 2026-01-01$"):
         task_of(dataclasses.replace(CHAT, date="soon")).check(Config())
     with pytest.raises(ConfigError, match=r"task\.max_new_tokens=6 leaves no room for a prompt in task\.max_length=6"):

@@ -20,30 +20,30 @@ def user(content: str) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def says(content: str, **more: Any) -> dict[str, Any]:
+def reply(content: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
 CALL = {"type": "function", "id": "abcdef123", "function": {"name": "capital", "arguments": {"of": "Italy"}}}
 SYSTEM = {"role": "system", "content": "Be brief."}
 CONVERSATIONS: dict[str, Messages] = {
-    "one": [user("What is the capital of France?"), says("Paris.")],
-    "three": [user("France?"), says("Paris."), user("Italy?"), says("Rome"), user("Spain?"), says("Madrid.")],
-    "system": [SYSTEM, user("France?"), says("Paris."), user("Italy?"), says("Rome")],
-    "blanks": [user(" France? "), says(" Paris \n"), user("Italy?\n"), says("\nRome ")],
-    "unicode": [user("Où?"), says("À Zürich 東京 🙂"), user("?"), says("é")],
+    "one": [user("What is the capital of France?"), reply("Paris.")],
+    "three": [user("France?"), reply("Paris."), user("Italy?"), reply("Rome"), user("Spain?"), reply("Madrid.")],
+    "system": [SYSTEM, user("France?"), reply("Paris."), user("Italy?"), reply("Rome")],
+    "blanks": [user(" France? "), reply(" Paris \n"), user("Italy?\n"), reply("\nRome ")],
+    "unicode": [user("Où?"), reply("À Zürich 東京 🙂"), user("?"), reply("é")],
     "tools": [
-        user("Italy?"), says("", tool_calls=[CALL]), {"role": "tool", "content": "Rome", "tool_call_id": "abcdef123"}, says("It is Rome."),
-        user("Sure?"), says("Yes."),
+        user("Italy?"), reply("", tool_calls=[CALL]), {"role": "tool", "content": "Rome", "tool_call_id": "abcdef123"},
+        reply("It is Rome."), user("Sure?"), reply("Yes."),
     ],
     "system, tools": [
-        SYSTEM, user("Italy?"), says("", tool_calls=[CALL]), {"role": "tool", "content": "Rome", "tool_call_id": "abcdef123"},
-        says("It is Rome."), user("Sure?"), says("Yes."),
+        SYSTEM, user("Italy?"), reply("", tool_calls=[CALL]), {"role": "tool", "content": "Rome", "tool_call_id": "abcdef123"},
+        reply("It is Rome."), user("Sure?"), reply("Yes."),
     ],
-    "thoughts": [user("France?"), says("Paris", reasoning_content="Hm."), user("Italy?"), says("Rome", reasoning_content="Easy.")],
-    "inline": [user("France?"), says("<think>\nHm.\n</think>\n\nParis"), user("Italy?"), says("<think>\nEasy.\n</think>\n\nRome")],
-    "empty": [user("France?"), says(""), user("Italy?"), says("")],
-    "greeting": [says("Hello"), user("Italy?"), says("Rome")],
+    "thoughts": [user("France?"), reply("Paris", reasoning_content="Hm."), user("Italy?"), reply("Rome", reasoning_content="Easy.")],
+    "inline": [user("France?"), reply("<think>\nHm.\n</think>\n\nParis"), user("Italy?"), reply("<think>\nEasy.\n</think>\n\nRome")],
+    "empty": [user("France?"), reply(""), user("Italy?"), reply("")],
+    "greeting": [reply("Hello"), user("Italy?"), reply("Rome")],
 }  # fmt: skip
 ALTERNATE = "Conversation roles must alternate user/assistant/user/assistant/..."
 Expected = dict[str, "list[str] | str"]  # case → the targets (· is the family's end token), or the template's reason for a refusal
@@ -235,7 +235,7 @@ def test_the_text_of_a_family(name: str) -> None:
     assert render(templates.tokenizer(name, marks=True), messages) == prompt + answer
 
 
-def written(template: str, eos: str | None = "</s>", *special: str) -> Any:
+def tokenizer_with(template: str, eos: str | None = "</s>", *special: str) -> Any:
     tokenizer = templates.bare("bytes", None, eos, special)
     tokenizer.chat_template = template
     return tokenizer
@@ -250,14 +250,14 @@ VICUNA = (
 
 def test_prompt_and_answer_that_the_tokenizer_would_join() -> None:
     tokenizer = templates.tokenizer("chatml")
-    messages = [user("Italy?"), says("\nRome")]
+    messages = [user("Italy?"), reply("\nRome")]
     whole = tokenizer(render(tokenizer, messages)).tokens()
     assert whole[whole.index("assistant") + 1] == "ĊĊ"  # one token for the prompt's newline and the answer's
     ids, labels, begun = encode_conversation(tokenizer, messages)
     assert tokenizer.convert_ids_to_tokens(ids[begun - 2 : begun + 1].tolist()) == ["assistant", "Ċ", "Ċ"]
     assert targets(tokenizer, labels.tolist()) == ["\nRome<|im_end|>"]
-    vicuna = written(templates.unmarked(VICUNA))
-    ids, _, begun = encode_conversation(vicuna, [user("Italy?"), says("Rome")])
+    vicuna = tokenizer_with(templates.remove_marks(VICUNA))
+    ids, _, begun = encode_conversation(vicuna, [user("Italy?"), reply("Rome")])
     assert vicuna.decode(ids[:begun]) == "USER: Italy?\nASSISTANT: "  # without the split " Rome" is one token
     assert ids[:begun].tolist() == vicuna("USER: Italy?\nASSISTANT: ").input_ids
 
@@ -265,8 +265,8 @@ def test_prompt_and_answer_that_the_tokenizer_would_join() -> None:
 def test_only_joined_answers_are_split() -> None:
     """This tokenizer writes a blank before each text, so a split adds one."""
     tokenizer = templates.bare("llama", "<s>", "</s>")
-    tokenizer.chat_template = templates.unmarked(VICUNA)
-    ids, labels, begun = encode_conversation(tokenizer, [user("France?"), says(" Paris"), user("Italy?"), says("France")])
+    tokenizer.chat_template = templates.remove_marks(VICUNA)
+    ids, labels, begun = encode_conversation(tokenizer, [user("France?"), reply(" Paris"), user("Italy?"), reply("France")])
     assert targets(tokenizer, labels.tolist()) == [" Paris\n", " France\n</s>"]
     assert (
         ids[:begun].tolist() == tokenizer("USER: France?\nASSISTANT:  Paris\nUSER: Italy?\nASSISTANT: ", add_special_tokens=False).input_ids
@@ -274,7 +274,7 @@ def test_only_joined_answers_are_split() -> None:
 
 
 def test_the_next_word_is_not_in_the_answer_whose_last_blank_it_begins_with() -> None:
-    tokenizer = written(templates.unmarked(VICUNA).replace("'\\n'", "' '").replace("USER", "User"))
+    tokenizer = tokenizer_with(templates.remove_marks(VICUNA).replace("'\\n'", "' '").replace("USER", "User"))
     ids, labels, _ = encode_conversation(tokenizer, CONVERSATIONS["system"][1:])
     assert tokenizer.decode(ids) == "User: France? ASSISTANT: Paris. User: Italy? ASSISTANT: Rome </s>"
     assert targets(tokenizer, labels.tolist()) == ["Paris.", "Rome </s>"]
@@ -282,15 +282,15 @@ def test_the_next_word_is_not_in_the_answer_whose_last_blank_it_begins_with() ->
 
 def test_a_template_that_ends_answers_with_text() -> None:
     """The last answer gets the end token, since generation stops at nothing else."""
-    for template, ends in ((templates.unmarked(VICUNA), "\n"), (templates.marked(VICUNA), "")):
-        tokenizer = written(template)
+    for template, ends in ((templates.remove_marks(VICUNA), "\n"), (templates.add_marks(VICUNA), "")):
+        tokenizer = tokenizer_with(template)
         ids, labels, begun = encode_conversation(tokenizer, CONVERSATIONS["three"])
         first = "Paris.\n"  # ".\n" is one token
         last = "Madrid.\n</s>"
         assert targets(tokenizer, labels.tolist()) == [first, "Rome" + ends, last]
         assert tokenizer.decode(ids[begun:]) == last
         assert answer_end(tokenizer) == tokenizer.eos_token_id
-    tokenizer = written(templates.unmarked(VICUNA), None)
+    tokenizer = tokenizer_with(templates.remove_marks(VICUNA), None)
     _, labels, _ = encode_conversation(tokenizer, CONVERSATIONS["one"])
     assert targets(tokenizer, labels.tolist()) == ["Paris.\n"]
     assert answer_end(tokenizer) is None
@@ -301,23 +301,23 @@ def test_marks_are_kept_exactly() -> None:
     marked += "{%- if m.role != 'assistant' %}{{- m.content + '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}"
     marked += "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 
-    def found(mark: str) -> tuple[list[str], str]:
-        tokenizer = written(marked.replace("MARK", mark), "<|im_end|>", "<|im_start|>")
+    def targets_and_answer(mark: str) -> tuple[list[str], str]:
+        tokenizer = tokenizer_with(marked.replace("MARK", mark), "<|im_end|>", "<|im_start|>")
         ids, labels, begun = encode_conversation(tokenizer, CONVERSATIONS["system"])
         return targets(tokenizer, labels.tolist()), tokenizer.decode(ids[begun:])
 
     only_last = "{%- if loop.last %}{%- generation %}{{- m.content }}{%- endgeneration %}{%- else %}{{- m.content }}{%- endif %}"
-    assert found(only_last + "{{- '<|im_end|>' }}") == (["Rome<|im_end|>"], "Rome<|im_end|>")
-    assert found("{% generation %}{{- m.content + '<|im_end|>\\n' }}{% endgeneration %}") == (
+    assert targets_and_answer(only_last + "{{- '<|im_end|>' }}") == (["Rome<|im_end|>"], "Rome<|im_end|>")
+    assert targets_and_answer("{% generation %}{{- m.content + '<|im_end|>\\n' }}{% endgeneration %}") == (
         ["Paris.<|im_end|>", "Rome<|im_end|>"],
         "Rome<|im_end|>",
     )
     part = "{{- 'Well, ' }}{%generation%}{{- m.content }}{%endgeneration%}{{- '<|im_end|>' }}"
-    assert found(part) == (["Paris.<|im_end|>", "Rome<|im_end|>"], "Rome<|im_end|>")
+    assert targets_and_answer(part) == (["Paris.<|im_end|>", "Rome<|im_end|>"], "Rome<|im_end|>")
     two = "{% generation %}{{- 'Well' }}{% endgeneration %}{{- ',' }}{% generation %}{{- m.content + '<|im_end|>' }}{% endgeneration %}"
-    assert found(two) == (["Well", "Paris.<|im_end|>", "Well", "Rome<|im_end|>"], "Well,Rome<|im_end|>")
+    assert targets_and_answer(two) == (["Well", "Paris.<|im_end|>", "Well", "Rome<|im_end|>"], "Well,Rome<|im_end|>")
     with pytest.raises(DataError, match="does not show the answer 'Rome': remove the row, or correct the template"):
-        found(only_last.replace("loop.last", "loop.index == 3") + "{{- '<|im_end|>' }}")
+        targets_and_answer(only_last.replace("loop.last", "loop.index == 3") + "{{- '<|im_end|>' }}")
 
 
 def test_marks_that_include_the_role() -> None:
@@ -325,34 +325,34 @@ def test_marks_that_include_the_role() -> None:
     template = "{%- for m in messages %}{%- if m.role == 'assistant' %}{%- generation %}{{- '<|im_start|>assistant\\n' + m.content }}"
     template += "{{- '<|im_end|>\\n' }}{%- endgeneration %}{%- else %}{{- '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}"
     template += "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-    tokenizer = written(template, "<|im_end|>", "<|im_start|>")
+    tokenizer = tokenizer_with(template, "<|im_end|>", "<|im_start|>")
     ids, labels, begun = encode_conversation(tokenizer, CONVERSATIONS["one"])
     assert targets(tokenizer, labels.tolist()) == ["<|im_start|>assistant\nParis.<|im_end|>"]
     assert tokenizer.decode(ids[begun:]) == "Paris.<|im_end|>"
 
 
-def test_answers_that_the_template_does_not_show() -> None:
-    chatml = templates.unmarked(templates.CHATML)
-    tokenizer = written(chatml.replace("in messages", "in messages[-2:]"), "<|im_end|>", "<|im_start|>")
+def test_answers_that_the_template_does_not_show_are_not_targets() -> None:
+    chatml = templates.remove_marks(templates.CHATML)
+    tokenizer = tokenizer_with(chatml.replace("in messages", "in messages[-2:]"), "<|im_end|>", "<|im_start|>")
     _, labels, _ = encode_conversation(tokenizer, CONVERSATIONS["three"])
     assert targets(tokenizer, labels.tolist()) == ["Madrid.<|im_end|>"]
     tokenizer.chat_template = chatml.replace("in messages", "in messages[:2]")
     with pytest.raises(DataError, match="does not show the answer 'Madrid.'"):
         encode_conversation(tokenizer, CONVERSATIONS["three"])
-    tokenizer = written(
-        templates.unmarked(VICUNA) + "{{- messages[1:2] | map(attribute='content') | join }}"
+    tokenizer = tokenizer_with(
+        templates.remove_marks(VICUNA) + "{{- messages[1:2] | map(attribute='content') | join }}"
     )  # the first answer's place is uncertain
     _, labels, _ = encode_conversation(tokenizer, CONVERSATIONS["system"][1:])
     assert targets(tokenizer, labels.tolist()) == ["Rome\nParis.</s>"]
-    tokenizer = written("{%- for m in messages %}{%- if m.role == 'user' %}{{- m.content }}{%- endif %}{%- endfor %} END")
+    tokenizer = tokenizer_with("{%- for m in messages %}{%- if m.role == 'user' %}{{- m.content }}{%- endif %}{%- endfor %} END")
     with pytest.raises(DataError, match="^the model's chat template does not show the answer 'Rome': remove the row, or"):
-        encode_conversation(tokenizer, [user("Italy?"), says("Rome")])
+        encode_conversation(tokenizer, [user("Italy?"), reply("Rome")])
 
 
 def test_two_equal_tool_calls_are_two_answers() -> None:
     tokenizer = templates.tokenizer("mistral3")
     called = CONVERSATIONS["tools"][1:3]
-    messages = [SYSTEM, user("Italy?"), *called, *called, says("It is Rome."), user("Sure?"), says("Yes.")]
+    messages = [SYSTEM, user("Italy?"), *called, *called, reply("It is Rome."), user("Sure?"), reply("Yes.")]
     _, labels, _ = encode_conversation(tokenizer, messages)
     call = _MISTRAL_CALL.replace("·", "</s>")
     assert targets(tokenizer, labels.tolist()) == [call, call, " It is Rome.</s>", " Yes.</s>"]
@@ -381,9 +381,9 @@ def test_a_bos_token_that_the_tokenizer_does_not_write_is_not_in_the_default_tem
 
 
 def test_a_template_is_kept_and_a_tokenizer_without_end_is_refused() -> None:
-    tokenizer = written(templates.unmarked(VICUNA), None)
+    tokenizer = tokenizer_with(templates.remove_marks(VICUNA), None)
     ensure_template(tokenizer)
-    assert tokenizer.chat_template == templates.unmarked(VICUNA)
+    assert tokenizer.chat_template == templates.remove_marks(VICUNA)
     sentence = "^the tokenizer has neither a chat template nor an end token: set eos_token in its tokenizer_config.json$"
     with pytest.raises(ModelError, match=sentence):
         ensure_template(templates.bare("bytes", None, None))
@@ -391,6 +391,6 @@ def test_a_template_is_kept_and_a_tokenizer_without_end_is_refused() -> None:
 
 def test_a_slow_tokenizer_is_refused() -> None:
     tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = templates.unmarked(VICUNA)
+    tokenizer.chat_template = templates.remove_marks(VICUNA)
     with pytest.raises(ModelError, match="^ByT5Tokenizer gives no positions of its tokens, .*: add its tokenizer.json to the model$"):
         encode_conversation(tokenizer, CONVERSATIONS["one"])

@@ -23,7 +23,7 @@ _A = "base_model.model.{}.lora_A.weight"
 def folded_adapter(
     folder: Path, kind: str, task: TaskConfig, ranks: tuple[int, ...], method: str = "lora"
 ) -> tuple[LiveAdapter, PeftModel]:
-    """The run's own model, its frozen weights shifted once for each rank, and PEFT's on the untouched backbone with the folded adapter."""
+    """The run's model with a shift of each rank, its shifts, and PEFT's model of the untouched backbone with the folded adapter."""
     source = checkpoint(folder / "m", kind)
     run, live = make_run(folder / "run", hub(source), task, method=method)
     shifts = [shift(live, version, rank) for version, rank in enumerate(ranks, 1)]
@@ -37,7 +37,7 @@ def folded_adapter(
         return live, PeftModel.from_pretrained(auto.from_pretrained(source, **more), str(run / "adapter")).eval()
 
 
-def apart(live: LiveAdapter, opened: PeftModel) -> float:
+def logit_error(live: LiveAdapter, opened: PeftModel) -> float:
     """Largest difference of the logits, as a share of the largest logit."""
     live.model.eval()
     with torch.no_grad():
@@ -53,9 +53,9 @@ def test_peft_opens_the_fold_on_the_untouched_backbone(
     tmp_path: Path, kind: str, task: TaskConfig, ranks: tuple[int, ...], method: str
 ) -> None:
     live, opened = folded_adapter(tmp_path, kind, task, ranks, method)
-    assert apart(live, opened) < 1e-5
+    assert logit_error(live, opened) < 1e-5
     with live.disabled():
-        assert apart(live, opened) > 1e-3  # the adapter has an effect
+        assert logit_error(live, opened) > 1e-3  # the adapter has an effect
     stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert set(config["rank_pattern"]) == set(config["alpha_pattern"]) == {m.replace(".", r"\.") for m in live.spec.ranks}
@@ -67,7 +67,7 @@ def test_peft_opens_the_fold_on_the_untouched_backbone(
 
 def test_without_shifts_the_fold_is_the_adapter(tmp_path: Path) -> None:
     live, opened = folded_adapter(tmp_path, "llama", CAUSAL, ())
-    assert apart(live, opened) < 1e-5
+    assert logit_error(live, opened) < 1e-5
 
 
 def test_a_module_that_no_shift_names_stays_as_it_is(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_wrong_stack_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(combined, "stack", stack)
     live, opened = folded_adapter(tmp_path, "gpt2", CAUSAL, (2, 5))
-    assert apart(live, opened) > 1e-3
+    assert logit_error(live, opened) > 1e-3
 
 
 def test_a_shift_at_a_module_without_an_adapter_is_refused(tmp_path: Path) -> None:

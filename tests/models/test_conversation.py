@@ -10,7 +10,7 @@ from fedtune.models.chat_template import Conversation, encode_conversation
 from fedtune.templates import process
 from fedtune.templates.render import render as render_chats
 from tests.models import templates
-from tests.models.test_chat_template import CONVERSATIONS, VICUNA, render, says, user, written
+from tests.models.test_chat_template import CONVERSATIONS, VICUNA, render, reply, tokenizer_with, user
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from tests.models.test_chat_template import CONVERSATIONS, VICUNA, render, says,
 )
 def test_a_template_is_bounded_in_training(monkeypatch: pytest.MonkeyPatch, source: str, why: str) -> None:
     monkeypatch.setattr(process, "SECONDS", 0.2 if "0.2 s" in why else 2.0)
-    tokenizer = written(source)
+    tokenizer = tokenizer_with(source)
     with pytest.raises((DataError, ModelError), match=f"^the model's chat template {re.escape(why)}"):
         encode_conversation(tokenizer, CONVERSATIONS["one"])
 
@@ -32,11 +32,11 @@ def test_a_template_is_bounded_in_training(monkeypatch: pytest.MonkeyPatch, sour
 def test_a_row_takes_two_exchanges_with_the_rendering_process(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def counted(template: str, chats: Any, *args: Any, **kwargs: Any) -> Any:
+    def count_requests(template: str, chats: Any, *args: Any, **kwargs: Any) -> Any:
         asked.append(len(chats))
         return render_chats(template, chats, *args, **kwargs)
 
-    monkeypatch.setattr("fedtune.models.chat_template.render", counted)
+    monkeypatch.setattr("fedtune.models.chat_template.render", count_requests)
     encode_conversation(templates.tokenizer("llama3"), CONVERSATIONS["three"])
     assert asked == [1, 5]  # first the whole row, then the prompts of three answers and the ends of the first two
     asked.clear()
@@ -45,7 +45,7 @@ def test_a_row_takes_two_exchanges_with_the_rendering_process(monkeypatch: pytes
 
 
 def test_a_template_prints_the_date_of_the_settings() -> None:
-    tokenizer = written("{{- strftime_now('%d %B %Y') + '\n' }}" + templates.unmarked(VICUNA))
+    tokenizer = tokenizer_with("{{- strftime_now('%d %B %Y') + '\n' }}" + templates.remove_marks(VICUNA))
     assert render(tokenizer, [user("a")]).startswith("01 January 2026\n")
     assert Conversation(tokenizer, [user("a")], date="2024-02-29").text().startswith("29 February 2024\n")
 
@@ -57,4 +57,4 @@ def test_a_tool_call_that_is_not_shown_is_found(name: str, hidden: bool) -> None
     tokenizer = templates.tokenizer(name)
     assert Conversation(tokenizer, CONVERSATIONS["tools"]).hides_a_call() == hidden
     assert not Conversation(tokenizer, CONVERSATIONS["empty"]).hides_a_call()
-    assert not Conversation(tokenizer, [user("?"), says("", tool_calls=[])]).hides_a_call()
+    assert not Conversation(tokenizer, [user("?"), reply("", tool_calls=[])]).hides_a_call()

@@ -115,7 +115,7 @@ def test_exports_hold_the_adapted_experts(tmp_path: Path) -> None:
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["target_parameters"]
 
 
-def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
+def test_unsupported_experts_give_a_one_sentence_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="weight of the backbone is called 'w1', it has: experts.gate_up_proj, experts.down_proj$"):
         live_on(checkpoint(tmp_path / "m", config=mixtral()), ["w1"])
     with pytest.raises(ModelError, match="called 'experts.gate_up_proj', it has: none$"):

@@ -119,7 +119,7 @@ def test_frozen_factors_have_no_gradient(frozen: str, tmp_path: Path) -> None:
     check_gradients(live, [collate(rows(), 0)])
 
 
-def test_attention_by_the_kernel_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_attention_by_the_kernel_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "_fused", lambda q, k, cap: cap is None)
     check_gradients(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16), collate(rows()[:1], 0)])
 
@@ -356,6 +356,6 @@ def test_code_of_a_checkpoint_and_other_attention_have_no_lean_form(tmp_path: Pa
     assert lean.enable(live) == "attn_implementation=flex_attention has no lean form"
 
 
-def test_long_rows_take_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_long_rows_by_the_fused_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "SCORES", 10)
     check_gradients(live_model(tmp_path, "Qwen3"), [collate(rows(), 0), pack(rows(), 0, 16)])

@@ -88,13 +88,13 @@ def test_bf16_is_as_close_to_float32_as_with_pefts_modules(tmp_path: Path) -> No
         assert off[1] < 1.2 * off[0] < 0.12 * size
 
 
-def test_long_rows_head_by_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_long_rows_head_by_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "SCORES", 10)
     monkeypatch.setattr(functions, "_fused", lambda q, k, cap: False)
     check_gradients(encoder(tmp_path), batches(), task=TASK)
 
 
-def test_an_encoder_that_has_no_lean_form(tmp_path: Path) -> None:
+def test_an_encoder_without_a_lean_form_gives_the_reason(tmp_path: Path) -> None:
     assert lean.enable(encoder(tmp_path / "1", "albert")) == "the architecture 'albert' has no lean form"
     live = encoder(tmp_path / "2")
     live.backbone.model.config.is_decoder = True

@@ -12,7 +12,7 @@ from fedtune.models.lean.functions import ACTIVATIONS, Linears, Norm, attend, at
 from fedtune.models.lean.loss import cross_entropy
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
+def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -42,7 +42,7 @@ class Adapted(nn.Module):
 def test_linear_layers_share_an_input(dropout: float) -> None:
     torch.manual_seed(0)
     modules = [Adapted(6, 5, 2, 0.5, dropout), nn.Linear(6, 4, dtype=torch.float64), Adapted(6, 3, 4, 2.0, dropout)]
-    x, dys = drawn(7, 6).requires_grad_(), [drawn(7, n, seed=n) for n in (5, 4, 3)]
+    x, dys = draw(7, 6).requires_grad_(), [draw(7, n, seed=n) for n in (5, 4, 3)]
     torch.manual_seed(1)
     want = [m(x) for m in modules]
     torch.autograd.backward(want, dys)
@@ -69,7 +69,7 @@ def test_linear_layers_share_an_input(dropout: float) -> None:
 
 @pytest.mark.parametrize(("offset", "early"), [(0.0, True), (0.0, False), (1.0, False)])
 def test_an_rms_norm(offset: float, early: bool) -> None:
-    x, w, dy = drawn(5, 8).float().requires_grad_(), drawn(8, seed=1).float(), drawn(5, 8, seed=2).float()
+    x, w, dy = draw(5, 8).float().requires_grad_(), draw(8, seed=1).float(), draw(5, 8, seed=2).float()
     y = F.rms_norm(x, (8,), w + offset, 1e-3)
     y.backward(dy)
     norm = Norm(w, 1e-3, offset, early)
@@ -81,10 +81,10 @@ def test_an_rms_norm(offset: float, early: bool) -> None:
 @pytest.mark.parametrize("rotated", [4, 6])
 def test_a_rotation_and_its_transpose(rotated: int) -> None:
     x, cos, sin, dy = (
-        drawn(2, 3, 4, 6).requires_grad_(),
-        drawn(1, 3, rotated, seed=1),
-        drawn(1, 3, rotated, seed=2),
-        drawn(2, 4, 3, 6, seed=3),
+        draw(2, 3, 4, 6).requires_grad_(),
+        draw(1, 3, rotated, seed=1),
+        draw(1, 3, rotated, seed=2),
+        draw(2, 4, 3, 6, seed=3),
     )
     part, rest = x.transpose(1, 2).split([rotated, 6 - rotated], dim=-1)
     one, two = part.chunk(2, dim=-1)
@@ -100,9 +100,9 @@ def test_a_rotation_and_its_transpose(rotated: int) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_with_shared_heads(cap: float | None, causal: bool, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "SCORES", scores)
-    q, dy = drawn(3, 4, 5, 6).requires_grad_(), drawn(3, 4, 5, 6, seed=1)
-    k, v = (drawn(3, 2, 5, 6, seed=s).requires_grad_() for s in (2, 3))
-    given = None if causal else drawn(3, 1, 5, 5, seed=4)
+    q, dy = draw(3, 4, 5, 6).requires_grad_(), draw(3, 4, 5, 6, seed=1)
+    k, v = (draw(3, 2, 5, 6, seed=s).requires_grad_() for s in (2, 3))
+    given = None if causal else draw(3, 1, 5, 5, seed=4)
     mask = torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1) if given is None else given
     raw = q @ k.repeat_interleave(2, 1).mT * 0.3
     y = (raw if cap is None else cap * torch.tanh(raw / cap)).add(mask).softmax(-1) @ v.repeat_interleave(2, 1)
@@ -117,7 +117,7 @@ def test_attention_with_shared_heads(cap: float | None, causal: bool, scores: in
 def test_an_activation(name: str) -> None:
     from transformers.activations import ACT2FN
 
-    x, dy = drawn(50).mul_(3).requires_grad_(), drawn(50, seed=1)
+    x, dy = draw(50).mul_(3).requires_grad_(), draw(50, seed=1)
     y = ACT2FN[name](x)
     y.backward(dy)
     act, backward = ACTIVATIONS[name]
@@ -132,7 +132,7 @@ def test_the_loss_in_pieces(cap: float | None, rows: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(loss, "ROWS", rows)
     monkeypatch.setattr(loss, "PIECE", 1)
     monkeypatch.setattr(loss, "_CACHED", 2 * 11)
-    h, w, b, targets = drawn(8, 6).float().requires_grad_(), drawn(11, 6, seed=1).float(), drawn(11, seed=2).float(), torch.arange(8)
+    h, w, b, targets = draw(8, 6).float().requires_grad_(), draw(11, 6, seed=1).float(), draw(11, seed=2).float(), torch.arange(8)
     logits = F.linear(h, w, b)
     want = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="sum")
     (wanted,) = torch.autograd.grad(want / 7, h)

@@ -15,7 +15,7 @@ from fedtune.experiment import simulate
 from fedtune.models import LiveAdapter, initial_adapter, load_backbone, loftq
 from fedtune.rounds.find_strategy import make_strategy
 from tests.models.build import checkpoint, hub, llama_config
-from tests.models.test_quantize import KINDS, LM, cache, linears, logits, off, quantize, quantized_backbone, wide  # noqa: F401  cache: a fixture
+from tests.models.test_quantize import KINDS, LM, cache, linears, logits, quantize, quantized_backbone, relative_error, wide  # noqa: F401  cache: a fixture
 from tests.quick import quick
 from tests.tiny import tiny_config
 
@@ -60,7 +60,7 @@ def test_the_error_is_the_tail_of_the_singular_values(tmp_path: Path, kind: str,
         check_start(wide(tmp_path / method, kind), precision, dataclasses.replace(PEFT, method=method, rank_pattern=pattern))
 
 
-def test_random_backbones(tmp_path: Path) -> None:
+def test_the_start_of_a_random_backbone(tmp_path: Path) -> None:
     check_start(wide(tmp_path / "m"), "nf4", init="random")
 
 
@@ -92,11 +92,11 @@ def test_directions_without_a_residual_keep_their_random_values(shape: tuple[int
 def test_the_initialization_is_closer_to_the_full_model(tmp_path: Path, precision: str) -> None:
     folder = wide(tmp_path / "m")
     exact, backbone = logits(load_backbone(hub(folder), LM)), quantized_backbone(folder, precision)
-    plain = off(logits(backbone), exact)
+    plain = relative_error(logits(backbone), exact)
     peft = PeftConfig(rank=24, init="loftq")
     live = LiveAdapter(backbone, peft, LM)
     live.load(start(folder, precision, peft))
-    assert off(logits(backbone), exact) < 0.8 * plain
+    assert relative_error(logits(backbone), exact) < 0.8 * plain
 
 
 def test_unquantized_layers_have_the_default_initialization(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_unquantized_layers_have_the_default_initialization(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_it_depends_only_on_the_config(tmp_path: Path) -> None:
+def test_the_start_depends_only_on_the_config(tmp_path: Path) -> None:
     folder = wide(tmp_path / "m")
     one, two = start(folder, "nf4", PEFT), start(folder, "nf4", PEFT)
     assert all(torch.equal(t, two[n]) for n, t in one.tensors.items())
@@ -141,7 +141,7 @@ def test_mixed_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["fedsa.FedSA", "hetlora.HetLoRA"])
-def test_strategies_that_assume_zero_init_refuse_it(name: str) -> None:
+def test_strategies_that_assume_zero_init_refuse_loftq(name: str) -> None:
     config = Config(
         peft=PeftConfig(init="loftq"),
         model=ModelConfig(precision="nf4", compute="fp32"),

@@ -230,7 +230,7 @@ def test_a_slot_with_nonzero_padding_is_detected(tmp_path: Path, monkeypatch: py
         test_a_smaller_rank_in_the_slot_is_exact(tmp_path, "lora", "llama")
 
 
-def test_ranks_by_module_and_the_scaling_of_each_method(tmp_path: Path) -> None:
+def test_each_module_has_its_rank_and_each_method_its_scaling(tmp_path: Path) -> None:
     pattern = {"q_proj": 4, "layers.1.self_attn.q_proj": 9, "mlp.up_proj": 2}
     checkpoint(tmp_path / "m")
     for name, scale in {"lora": lambda r: 6 / r, "dora": lambda r: 6 / r, "rslora": lambda r: 6 / r**0.5}.items():
@@ -321,7 +321,7 @@ def test_virtual_tokens_do_not_count_in_the_loss(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
-def test_virtual_tokens_need_room(tmp_path: Path, name: str) -> None:
+def test_virtual_tokens_need_space_in_the_context(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelError, match="peft.tokens=49 with task.max_length=16 is more than the model's context of 64 tokens"):
         make(tmp_path / "m", "gpt2", CAUSAL, name, tokens=49)
     with pytest.raises(ModelError, match="peft.tokens=43 with task.max_length=16 and task.max_new_tokens=6"):

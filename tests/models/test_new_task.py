@@ -75,7 +75,7 @@ class Tags(RowTask):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def register_regression() -> Iterator[None]:
     TASKS.register("regression", Regression)
     yield
     TASKS.remove("regression")

@@ -65,7 +65,7 @@ def test_houlsby_adapts_attention_too_and_shared_layers_once(kind: str, places: 
     assert len(t5) == 2 * 2 + 2 * 3  # the encoder's attention and feed-forward; the decoder's two attentions and feed-forward
 
 
-def test_initial_values_of_adapters() -> None:
+def test_initial_values_of_adapters_have_the_stated_range() -> None:
     draw = torch.Generator().manual_seed(0)
     initial = method("adapter").initial("x.adapter_down.weight", (3, 16), PFEIFFER, draw, 0.02)
     assert 0.5 / 4 < initial.abs().max() <= 1 / 4  # kaiming_uniform(a=√5): U(±1/√16)
@@ -148,7 +148,7 @@ def test_swapped_keys_and_values_and_a_lost_residual_are_detected(monkeypatch: p
         test_merged_weights_are_the_trained_ones("gpt2", FULL)
 
 
-def test_they_disagree_without_the_shift_of_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_shift_of_positions_the_outputs_differ_from_peft_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation: without the shift the same check fails."""
     monkeypatch.setattr(_Shift, "__call__", lambda self, module, args, kwargs: (args, kwargs))
     for kind in ("llama", "gpt2", "opt"):
@@ -251,10 +251,10 @@ def test_merged_weights_are_the_trained_ones(kind: str, peft: PeftConfig) -> Non
         merge(bare, delta.replace({"nowhere.bias": torch.zeros(2)}))
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------------------------
+# -- refused settings -------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_architecture_is_one_sentence() -> None:
+def test_an_unknown_architecture_gives_a_one_sentence_error() -> None:
     with quiet():
         model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2))
     for peft, words in (
@@ -266,7 +266,7 @@ def test_an_unknown_architecture_is_one_sentence() -> None:
         assert "\n" not in str(bad.value)
 
 
-def test_too_many_prompt_tokens_and_weights_other_than_float32() -> None:
+def test_too_many_prompt_tokens_and_non_float32_weights_are_refused() -> None:
     with pytest.raises(ModelError, match="peft.tokens=60 with task.max_length=16 is more than the model's context of 64 tokens"):
         attach(build("gpt2", CAUSAL), PeftConfig(method="ptuning_v2", tokens=60), CAUSAL)
     with pytest.raises(ModelError, match="loses small steps in bfloat16.* take model.precision=fp32"):

@@ -72,7 +72,7 @@ def linears(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
 
 
-def off(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
@@ -124,9 +124,9 @@ def test_every_architecture(tmp_path: Path, kind: str, precision: str) -> None:
     assert whole == heads | {n for n in own if n.endswith(also)}
     for name in result.keys() - whole:
         weight = own[name].weight.T if isinstance(own[name], Conv1D) else own[name].weight
-        assert off(quantize.weight_of(result[name]), weight) < (0.15 if precision == "nf4" else 0.02), name
+        assert relative_error(quantize.weight_of(result[name]), weight) < (0.15 if precision == "nf4" else 0.02), name
     assert not any(p.requires_grad or p.is_meta for p in backbone.model.parameters())
-    assert off(logits(backbone), logits(dequantized_backbone(backbone, folder, task))) < 1e-4
+    assert relative_error(logits(backbone), logits(dequantized_backbone(backbone, folder, task))) < 1e-4
     assert backbone.fingerprint == plain.fingerprint  # so adapters fit backbones of any precision
 
 
@@ -135,7 +135,7 @@ def test_rows_that_are_not_a_multiple_of_a_block_are_not_quantized(tmp_path: Pat
     with caplog.at_level(logging.WARNING):
         backbone = quantized_backbone(folder)
     assert "2 of 14 linear layers are not quantized, such as 'model.layers.0.mlp.down_proj': its row length of 172" in caplog.text
-    assert off(logits(backbone), logits(dequantized_backbone(backbone, folder))) < 1e-4
+    assert relative_error(logits(backbone), logits(dequantized_backbone(backbone, folder))) < 1e-4
     with pytest.raises(ModelError, match=r"no layer of this backbone has a row length that is a multiple of 64 .*: take int8 or bf16"):
         quantized_backbone(checkpoint(tmp_path / "small"))
 
@@ -252,7 +252,7 @@ def test_the_packing_changes_gradients_without_steady(tmp_path: Path, caplog: py
     assert worst(gradients(live), before) > 0.1
 
 
-def test_a_missing_kernel_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_kernel_gives_a_one_sentence_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "_why_not", lambda precision, *_: "no symbol" if precision == "nf4" else "")
     with pytest.raises(ModelError, match=r"^model.precision=nf4: .* this machine's cpu \(no symbol\); take model.precision=int8 or bf16$"):
         quantized_backbone(wide(tmp_path / "llama"))

@@ -24,9 +24,9 @@ from tests.models.test_quantize import (  # noqa: F401  cache: a fixture
     dequantized_backbone,
     gradients,
     logits,
-    off,
     quantized_backbone,
     random_state,
+    relative_error,
     wide,
     worst,
 )  # fmt: skip
@@ -61,8 +61,8 @@ def test_shifts_are_side_branches_of_quantized_layers(tmp_path: Path, precision:
     state = random_state(one)
     one.load(state)
     two.load(state)
-    assert off(logits(backbone), bare) > 0.1
-    assert off(logits(backbone), logits(plain)) < 1e-4
+    assert relative_error(logits(backbone), bare) > 0.1
+    assert relative_error(logits(backbone), logits(plain)) < 1e-4
     assert worst(gradients(one), gradients(two)) < 1e-4
     mine.reset(quantized_backbone(folder, precision).model)
     with one.disabled():
@@ -82,7 +82,7 @@ def test_no_shift_is_too_small_for_four_bits(tmp_path: Path) -> None:
         frozen.add(step.replace(version=version))
     want = 10 * 0.5 * (step[f"{module}.lora_B"] @ step[f"{module}.lora_A"])  # about 5e-4, while NF4's levels are 0.1 apart
     branch = frozen._branches[module]
-    assert off(branch(layer, (x,), zero).float(), x.float() @ want.T) < 0.01
+    assert relative_error(branch(layer, (x,), zero).float(), x.float() @ want.T) < 0.01
 
 
 def narrow(folder: Path, precision: str) -> LiveAdapter:
@@ -126,8 +126,8 @@ def test_a_narrow_product_has_the_gradient_of_the_float64_one(tmp_path: Path, pr
     s = live.spec.scaling[name]
     wide_x, wide_g, wide_a, wide_b = (t.detach().double() for t in (x, g, a, b))
     # rounding to bf16 changes a number by at most 0.2 % on average; there are four roundings
-    assert off(cast(Tensor, b.grad).double(), s * wide_g.T @ (wide_x @ wide_a.T)) < 0.01
-    assert off(cast(Tensor, a.grad).double(), s * (wide_g @ wide_b).T @ wide_x) < 0.01
+    assert relative_error(cast(Tensor, b.grad).double(), s * wide_g.T @ (wide_x @ wide_a.T)) < 0.01
+    assert relative_error(cast(Tensor, a.grad).double(), s * (wide_g @ wide_b).T @ wide_x) < 0.01
 
 
 def test_a_float32_backbone_multiplies_as_peft_does(tmp_path: Path) -> None:
@@ -141,15 +141,15 @@ def test_narrow_logits_are_counted_in_pieces(tmp_path: Path, monkeypatch: pytest
     live = LiveAdapter(load_backbone(hub(wide(tmp_path / "llama"), precision="bf16"), LM), PeftConfig(rank=2), LM)
     live.load(random_state(live))
 
-    def found() -> tuple[float, Tensor]:
+    def loss_and_gradient() -> tuple[float, Tensor]:
         loss, count = loss_sum(live.model, rows_of_text(), LM)
         assert count == 27  # 3 rows of 10 tokens; no token predicts the first
         grads = torch.autograd.grad(loss, list(live.parameters.values()))
         return loss.item(), torch.cat([g.flatten() for g in grads])
 
-    whole, expected = found()
+    whole, expected = loss_and_gradient()
     monkeypatch.setattr(losses, "_PIECE", 4 * live.backbone.model.config.vocab_size)  # 7 pieces, the last of 3 rows
-    pieces, actual = found()
+    pieces, actual = loss_and_gradient()
     assert pieces == pytest.approx(whole, rel=1e-6) and torch.equal(actual, expected)
 
 
@@ -178,8 +178,8 @@ def test_an_adapter_trained_on_nf4_is_merged_into_float32(tmp_path: Path) -> Non
     merged = load_backbone(hub(out), LM)
     plain = LiveAdapter(load_backbone(hub(folder), LM), PeftConfig(rank=3), LM)
     plain.load(state)
-    assert off(logits(merged), logits(plain.backbone)) < 1e-5
-    assert off(logits(merged), logits(live.backbone)) > 1e-3  # they differ by NF4's rounding
+    assert relative_error(logits(merged), logits(plain.backbone)) < 1e-5
+    assert relative_error(logits(merged), logits(live.backbone)) > 1e-3  # they differ by NF4's rounding
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Libraries are silent while something loads, and as loud as before afterwards."""
+"""Libraries log nothing while something loads, and log as before afterward."""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ LIBRARIES = [logging.getLogger(name) for name in ("transformers", "bitsandbytes"
 
 
 @pytest.fixture
-def loud() -> Iterator[None]:
+def verbose() -> Iterator[None]:
     levels = [logger.level for logger in LIBRARIES]
     for logger in LIBRARIES:
         logger.setLevel(logging.WARNING)
@@ -25,7 +25,7 @@ def warn() -> list[bool]:
     return [logger.getChild("module").isEnabledFor(logging.WARNING) for logger in LIBRARIES]
 
 
-@pytest.mark.usefixtures("loud")
+@pytest.mark.usefixtures("verbose")
 def test_the_loggers_of_libraries_are_silent_inside_only() -> None:
     assert warn() == [True, True, True]
     with quiet():

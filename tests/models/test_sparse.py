@@ -37,7 +37,7 @@ def strategy(**changes: Any) -> SLoRA:
     return SLoRA(**{"rounds": 1, "seed": 7, "density": 0.1, **changes})
 
 
-def first(folder: Path, task: TaskConfig, **changes: Any) -> AdapterState:
+def first_state(folder: Path, task: TaskConfig, **changes: Any) -> AdapterState:
     """The initial sparse state of a server, which has no backbone."""
     initial = initial_adapter(hub(folder), task, PEFT, num_labels=3, seed=5)
     return strategy(**changes).start(initial).adapter
@@ -91,7 +91,7 @@ def test_zeros_are_the_backbone_for_every_lora_state(tmp_path: Path, kind: str, 
     filled = perturb(start)
     live.load(filled)
     adapted = logits(live)
-    state = first(tmp_path / "m", task)
+    state = first_state(tmp_path / "m", task)
     slot = SparseSlot(live, state.spec)
     slot.load(state)
     torch.testing.assert_close(logits(slot), bare, atol=1e-5, rtol=1e-5)
@@ -107,7 +107,7 @@ def test_zeros_are_the_backbone_for_every_lora_state(tmp_path: Path, kind: str, 
 
 @pytest.mark.parametrize(("kind", "task"), CASES)
 def test_entries_outside_the_mask_do_not_change_even_with_weight_decay(tmp_path: Path, kind: str, task: TaskConfig) -> None:
-    live, state = make(tmp_path / "m", kind, task), first(tmp_path / "m", task)
+    live, state = make(tmp_path / "m", kind, task), first_state(tmp_path / "m", task)
     slot = SparseSlot(live, state.spec)
     slot.load(state)
     before = {n: p.clone() for n, p in slot.model.named_parameters() if n not in slot.names.values()}
@@ -133,7 +133,7 @@ def test_the_corrected_switch_changes_no_logit(tmp_path: Path, kind: str, task: 
     if mask == "random":
         assert_switch_changes_nothing(tmp_path / "m", kind, task)
         return
-    state = first(checkpoint(tmp_path / "m", kind), task, density=0.3)  # the same positions, but in the state
+    state = first_state(checkpoint(tmp_path / "m", kind), task, density=0.3)  # the same positions, but in the state
     shapes = {n: m.numel() for n, m in ((n, effective(x)) for n, x in linears(make(tmp_path / "m", kind, task)).items())}
     sent = {f"{n}.index": random_mask("x", n, size, len(state[f"{n}.sparse"])).int() for n, size in shapes.items()}
     assert_switch_changes_nothing(tmp_path / "m", kind, task, state.replace({**sent, **state.tensors}, mask=""))
@@ -174,7 +174,7 @@ def test_the_check_of_the_switch_detects_a_transposed_mask(tmp_path: Path, monke
 
 def test_every_entry_under_the_mask_is_federated_full_fine_tuning(tmp_path: Path) -> None:
     """Two clients of 9 and 5 rows, AdamW with decay, against a bare loop that trains all target weights of the bare model."""
-    live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL, density=1.0)
+    live, state = make(tmp_path / "m"), first_state(tmp_path / "m", CAUSAL, density=1.0)
     server, slot, updates, expected = strategy(density=1.0, rounds=20), SparseSlot(live, state.spec), [], []
     for client, count in (("a", 9), ("b", 5)):
         turn_plan = plan(weight_decay=0.1, seed=count)
@@ -201,7 +201,7 @@ def test_every_entry_under_the_mask_is_federated_full_fine_tuning(tmp_path: Path
 
 
 def test_gradients_are_those_of_the_dense_weights_with_a_shared_layer_counted_three_times(tmp_path: Path) -> None:
-    live, state = make(tmp_path / "m", "albert", CLASSES), first(tmp_path / "m", CLASSES)
+    live, state = make(tmp_path / "m", "albert", CLASSES), first_state(tmp_path / "m", CLASSES)
     assert len(sparse.lora_layers(live.model)) == 8  # six matrices of the layer that is used three times, and two around it
     slot = SparseSlot(live, state.spec)
     slot.load(state)
@@ -219,7 +219,7 @@ def test_gradients_are_those_of_the_dense_weights_with_a_shared_layer_counted_th
 
 def test_a_bf16_backbone_trains_float32_values(tmp_path: Path) -> None:
     live = make(tmp_path / "m", precision="bf16")
-    state = first(tmp_path / "m", CAUSAL)
+    state = first_state(tmp_path / "m", CAUSAL)
     slot = SparseSlot(live, state.spec)
     slot.load(state)
     name = next(iter(linears(live)))
@@ -233,7 +233,7 @@ def test_a_bf16_backbone_trains_float32_values(tmp_path: Path) -> None:
 
 
 def test_the_optimizer_gets_only_packed_values(tmp_path: Path) -> None:
-    live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL)
+    live, state = make(tmp_path / "m"), first_state(tmp_path / "m", CAUSAL)
     slot = SparseSlot(live, state.spec)
     slot.load(state)
     entries = sum(m.weight.numel() for m in linears(live).values())
@@ -242,7 +242,7 @@ def test_the_optimizer_gets_only_packed_values(tmp_path: Path) -> None:
 
 
 def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL)
+    live, state = make(tmp_path / "m"), first_state(tmp_path / "m", CAUSAL)
     slot, names = SparseSlot(live, state.spec), list(state.tensors)
     some = names[0].removesuffix(".sparse")
     for bad, words in [
@@ -268,7 +268,7 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_mask_replaces_the_first_slot(tmp_path: Path) -> None:
-    live, state = make(tmp_path / "m"), first(tmp_path / "m", CAUSAL)
+    live, state = make(tmp_path / "m"), first_state(tmp_path / "m", CAUSAL)
     one, two = SparseSlot(live, state.spec), SparseSlot(live, state.replace(mask="8").spec)
     one.load(perturb(state))
     expected = logits(one)

@@ -261,7 +261,7 @@ def test_the_mode_is_restored_and_training_works_after_an_evaluation(tmp_path: P
     assert any(p.grad is not None and p.grad.any() for p in live.parameters.values())
 
 
-def test_an_evaluation_without_rows(tmp_path: Path) -> None:
+def test_an_evaluation_without_rows_is_refused(tmp_path: Path) -> None:
     backbone = load(tmp_path / "m", "llama", CAUSAL)
     with pytest.raises(DataError, match="no examples"):
         evaluate(backbone.model, backbone.tokenizer, [], CAUSAL, batch_size=4)

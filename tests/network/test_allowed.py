@@ -15,7 +15,7 @@ from fedtune.network.keys import read_allowed
 from fedtune.network.public import PULL, PublicPort
 from tests.network.echo import Key, new_key, public_text
 from tests.network.test_linkstate import empty, make_registrar  # noqa: F401
-from tests.network.test_public_port import MAX, Inside, call, signed
+from tests.network.test_public_port import MAX, Inside, call, sign_headers
 from tests.network.waiting import wait_until
 
 A, B, C = new_key(), new_key(), new_key()
@@ -98,7 +98,7 @@ def test_keys_are_added_and_removed_while_the_port_is_open(tmp_path: Path, empty
     port = PublicPort(Inside(), max_body=MAX, keys=registrar._keys)
 
     def statuses() -> list[int]:
-        return [call(port, PULL, [b""], headers=signed(key))[0] for key in (A, B, C)]
+        return [call(port, PULL, [b""], headers=sign_headers(key))[0] for key in (A, B, C)]
 
     ids = {n["name"]: n["node_id"] for n in registrar.nodes()["nodes"]}
     assert statuses() == [200, 200, 401]

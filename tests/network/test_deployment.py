@@ -14,8 +14,8 @@ from fedtune.contracts.adapter_state import AdapterState
 from fedtune.data import load_federation
 from fedtune.experiment import simulate
 from fedtune.runs.report import read_metrics
-from tests.faults.deployment import STORIES, Deployment, deployed, settings, write_rows
-from tests.faults.forking import alone
+from tests.faults.deployment import STORIES, Deployment, deploy, settings, write_rows
+from tests.faults.forking import in_own_process
 
 CLIENTS = ("anna", "bert", "carla")
 pytestmark = [
@@ -27,7 +27,7 @@ devices: {classes: {small: {share: 0.5, rank: 2}, large: {share: 0.5}}}
 """
 
 
-def simulated(folder: Path, experiment: list[str]) -> AdapterState:
+def run_simulation(folder: Path, experiment: list[str]) -> AdapterState:
     (job,) = compose([*experiment, f"output_dir={folder / 'simulated'}", "engine.batched=none"])
     return AdapterState.load(simulate(job.config) / "adapter" / "fedtune.safetensors")
 
@@ -43,20 +43,20 @@ def test_three_clients_with_tls_and_keys_end_with_the_simulation_s_adapter(tmp_p
     rows = tmp_path / "rows"
     write_rows(rows, CLIENTS)
     experiment = settings(rows, CLIENTS)
-    with deployed(tmp_path, CLIENTS, experiment) as deployment:
+    with deploy(tmp_path, CLIENTS, experiment) as deployment:
         deployment.start()
         assert deployment.finish() == 0, deployment.output("server")
         records = deployment.rounds()
     assert [r["counted"] for r in records[1:]] == [3, 3, 3]
-    assert_same(deployment.adapter(), simulated(tmp_path, experiment))
+    assert_same(deployment.adapter(), run_simulation(tmp_path, experiment))
     assert (deployment.run / "report.html").is_file()
     for who in ("server", *CLIENTS):
         assert "Traceback" not in deployment.output(who)
-    secrets_stay_home(deployment)
+    check_secrets(deployment)
 
 
-def secrets_stay_home(deployment: Deployment) -> None:
-    """No private key in anything that was written, and none readable by others."""
+def check_secrets(deployment: Deployment) -> None:
+    """No written file contains a private key, and other users cannot read the keys."""
     keys = [deployment.keys / "server.key", *(deployment.keys / "clients" / name / "key" for name in CLIENTS)]
     bodies = [re.sub(r"-----[^-]+-----|\s", "", key.read_text())[40:100] for key in keys]
     for key in keys:
@@ -69,13 +69,13 @@ def secrets_stay_home(deployment: Deployment) -> None:
         assert not any(body.encode() in text for body in bodies), file
 
 
-@alone
+@in_own_process
 def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     write_rows(rows, CLIENTS)
     (scenario := tmp_path / "mixed.yaml").write_text(MIXED)
     experiment = [f"conf={scenario}", *(s for s in settings(rows, CLIENTS) if not s.startswith(("devices", "strategy")))]
-    with deployed(tmp_path, CLIENTS, experiment) as deployment:
+    with deploy(tmp_path, CLIENTS, experiment) as deployment:
         deployment.start_server()
         (job,) = compose(experiment)
         classes = {name: client.device_class for name, client in load_federation(job.config).clients.items()}
@@ -86,7 +86,7 @@ def test_mixed_ranks_end_with_the_simulation_s_adapter_too(tmp_path: Path) -> No
         for name in CLIENTS:
             assert f"this device: 1 core: fp32, rank {2 if classes[name] == 'small' else 4}, 4 rows" in deployment.output(name)
     assert {r["device_class"] for r in read_metrics(deployment.run) if r["client"] and r["round"] == 1} == {"small", "large"}
-    assert_same(deployment.adapter(), simulated(tmp_path, experiment))
+    assert_same(deployment.adapter(), run_simulation(tmp_path, experiment))
 
 
 def test_server_and_client_refuse_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-# -- a child that lives ------------------------------------------------------------------------------------------------------------------
+# -- a running child ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_a_child_that_waits_holds_neither_the_message_nor_its_reply(make: Make) 
     wait_until(lambda: resident() < before + 10e6)  # the arrays alone are 20 MB
 
 
-# -- a child that dies -------------------------------------------------------------------------------------------------------------------
+# -- a child that crashes ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_a_message_that_kills_two_children_is_an_error_with_the_cause_of_death(m
 
 
 @pytest.mark.slow
-def test_a_child_that_cannot_start_says_why(make: Make) -> None:
+def test_a_child_that_cannot_start_reports_why(make: Make) -> None:
     reply = make(broken=True).answer(order("a"), 7)
     assert "died 2 times on this message: ImportError: no module named 'torch'" in reason(reply)
 
@@ -168,7 +168,7 @@ def test_fedtunes_own_worker_starts_or_reports_why_not(make: Make) -> None:
     assert "FrameError" not in reason(reply)
 
 
-# -- an end ------------------------------------------------------------------------------------------------------------------------------
+# -- stopping ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

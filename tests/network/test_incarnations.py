@@ -6,7 +6,7 @@ from fedtune.network.incarnations import INCARNATION_HEADER, QUIET_S, Incarnatio
 from fedtune.network.public import ACTIVATE, DEACTIVATE, PublicPort
 from tests.network.echo import new_key, public_key_to_bytes
 from tests.network.running import Start
-from tests.network.test_public_port import Inside, call, signed
+from tests.network.test_public_port import Inside, call, sign_headers
 
 KEY, PULL = b"key", "/v1/fleet/pull-messages"
 
@@ -60,12 +60,12 @@ def test_the_public_port_refuses_the_second_before_it_reads_a_body() -> None:
     port = PublicPort(inside, max_body=1000, keys={public}, take_over=came.append)
 
     def ask(path: str, life: str) -> int:
-        return call(port, path, [b""], headers={**signed(key), INCARNATION_HEADER: life})[0]
+        return call(port, path, [b""], headers={**sign_headers(key), INCARNATION_HEADER: life})[0]
 
     assert [ask(ACTIVATE, "first"), ask(ACTIVATE, "second"), ask(PULL, "first")] == [200, 200, 200]
     assert [ask(PULL, "second"), ask(ACTIVATE, "second"), ask(DEACTIVATE, "second"), ask(PULL, "first")] == [409, 409, 409, 200]
     assert came == [public, public]
-    assert call(port, PULL, [b""], headers=signed(key))[0] == 200  # Flower's own SuperNode sends no process id
+    assert call(port, PULL, [b""], headers=sign_headers(key))[0] == 200  # Flower's own SuperNode sends no process id
 
 
 def test_the_error_of_the_second_machine_says_what_to_do(running: Start) -> None:

@@ -33,7 +33,7 @@ def keys_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def shake(folder: Path, ca: Path, name: str) -> str:
+def handshake(folder: Path, ca: Path, name: str) -> str:
     """Do a TLS handshake on a socket pair as a client of the host `name`; returns the TLS version."""
     there, here = socket.socketpair()
     side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -59,22 +59,22 @@ def shake(folder: Path, ca: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", ["fed.example.org", "192.0.2.7", "localhost", "127.0.0.1", "::1"])
 def test_the_certificate_is_valid_for_each_of_its_names(keys_folder: Path, name: str) -> None:
-    assert shake(keys_folder, keys_folder / "clients" / "a" / "ca.pem", name) == "TLSv1.3"
+    assert handshake(keys_folder, keys_folder / "clients" / "a" / "ca.pem", name) == "TLSv1.3"
 
 
 @pytest.mark.parametrize("name", ["example.org", "192.0.2.8"])
 def test_the_certificate_is_invalid_for_other_names(keys_folder: Path, name: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match="mismatch|not valid for"):
-        shake(keys_folder, keys_folder / "ca.pem", name)
+        handshake(keys_folder, keys_folder / "ca.pem", name)
 
 
 def test_another_ca_is_not_trusted(keys_folder: Path, tmp_path: Path) -> None:
     make_keys(tmp_path / "other", ["fed.example.org"], ["a"])
     with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer|signature"):
-        shake(keys_folder, tmp_path / "other" / "ca.pem", "fed.example.org")
+        handshake(keys_folder, tmp_path / "other" / "ca.pem", "fed.example.org")
 
 
-def test_modes_and_private_keys(keys_folder: Path) -> None:
+def test_file_modes_and_private_keys(keys_folder: Path) -> None:
     everything = sorted(p.relative_to(keys_folder).as_posix() for p in keys_folder.rglob("*"))
     files = [
         "allowed.json",
@@ -98,13 +98,13 @@ def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pyte
     opened: dict[str, int] = {}
     real = os.open
 
-    def opening(path: Path, flags: int, *mode: int, **how: Any) -> int:
+    def record_open(path: Path, flags: int, *mode: int, **how: Any) -> int:
         handle = real(path, flags, *mode, **how)
         if flags & os.O_CREAT:
             opened[str(path)] = os.fstat(handle).st_mode
         return handle
 
-    monkeypatch.setattr(files.os, "open", opening)
+    monkeypatch.setattr(files.os, "open", record_open)
     try:
         make_keys(tmp_path / "keys", ["h"], ["a"])
     finally:
@@ -113,7 +113,7 @@ def test_a_private_file_never_has_a_wider_mode(tmp_path: Path, monkeypatch: pyte
     assert len(opened) == 11 and set(modes.values()) == {0o600}, modes
 
 
-def test_flower_takes_the_node_keys(keys_folder: Path) -> None:
+def test_flower_accepts_the_node_keys(keys_folder: Path) -> None:
     allowed = read_allowed(keys_folder / "allowed.json")
     assert list(allowed) == ["a", "b"]
     # as flower-supernode loads it: load_ssh_private_key of an elliptic curve
@@ -293,16 +293,16 @@ def test_clients_trust_a_renewed_server_without_changes(tmp_path: Path, capsys: 
     assert main(["keys", "--out", str(out), "--renew-server"]) == 0
     assert "server.pem server.key" in capsys.readouterr().out
     assert before[0] != (out / "server.pem").read_bytes() and before[1] != (out / "server.key").read_bytes()
-    assert shake(out, trusted, "fed.example.org") == shake(out, trusted, "127.0.0.1") == "TLSv1.3"
+    assert handshake(out, trusted, "fed.example.org") == handshake(out, trusted, "127.0.0.1") == "TLSv1.3"
     (out / "ca.key").rename(tmp_path / "kept.key")  # stored on another machine
     with pytest.raises(ConfigError, match="there is no .*ca.key: give the CA's key with --ca-key FILE"):
         renew_server(out, [])
     assert (
         main(["keys", "--out", str(out), "--renew-server", "--server-name", "new.example.org", "--ca-key", str(tmp_path / "kept.key")]) == 0
     )
-    assert shake(out, trusted, "new.example.org") == "TLSv1.3"
+    assert handshake(out, trusted, "new.example.org") == "TLSv1.3"
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(out, trusted, "fed.example.org")
+        handshake(out, trusted, "fed.example.org")
 
 
 def test_only_the_ca_s_own_key_signs_and_not_beyond_its_expiry(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_a_folder_of_version_0_1_has_no_signing_key_until_it_is_made(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [Signer, Verifier])
-def test_other_files_are_no_signing_keys(tmp_path: Path, kind: type[Signer] | type[Verifier]) -> None:
+def test_other_files_are_not_signing_keys(tmp_path: Path, kind: type[Signer] | type[Verifier]) -> None:
     out = tmp_path / "keys"
     make_keys(out, ["h"], ["a"])
     wrong = out / ("signing.pub" if kind is Signer else "signing.key")

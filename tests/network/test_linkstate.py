@@ -283,7 +283,7 @@ def test_a_message_lost_on_delivery_is_delivered_again(
 ) -> None:
     seen, pull, losses = list[int](), Fleet.pull, iter(range(lost))
 
-    def lossy(self: Fleet) -> Any:
+    def lose_message(self: Fleet) -> Any:
         if (pulled := pull(self)) is not None and next(losses, None) is not None:
             raise Unreachable("the answer was lost")
         return pulled
@@ -292,7 +292,7 @@ def test_a_message_lost_on_delivery_is_delivered_again(
         seen.append(int(str(message.content.config_records["c"]["value"])))
         return Message(message.content, reply_to=message)
 
-    monkeypatch.setattr(Fleet, "pull", lossy)
+    monkeypatch.setattr(Fleet, "pull", lose_message)
     grid = LinkGrid(near, **near.ask(0, do="open_run", name="lossy"), patience_s=20)
     reply = round_trip(grid, small(7), running(near.private_address, answer).id, patience_s=15)
     assert seen == answered and reply.has_error() is not bool(answered)  # a second loss is reported at once, not at the end of the round

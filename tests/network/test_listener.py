@@ -16,7 +16,7 @@ from fedtune.network.listener import MAX_UNAUTHENTICATED, Connections
 from fedtune.network.public import PULL, PublicPort, StallTimeout
 from fedtune.network.superlink import CONNECTIONS, FILES, _listen, _raise_file_limit
 from tests.network.echo import new_key
-from tests.network.test_public_port import MAX, Inside, signed
+from tests.network.test_public_port import MAX, Inside, sign_headers
 from tests.network.waiting import wait_until
 
 MOST, FEW = 12, 4
@@ -44,7 +44,7 @@ def connections(address: tuple[str, int], count: int) -> Iterator[list[socket.so
         yield [stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(count)]
 
 
-def refused(guest: socket.socket) -> bool:
+def is_closed(guest: socket.socket) -> bool:
     """Whether the peer has closed the connection; an accepted connection stays silent."""
     guest.settimeout(0.3)
     try:
@@ -59,18 +59,18 @@ def await_place(address: tuple[str, int]) -> socket.socket:
     """Connect until the port accepts, which it does after it notices that another connection is closed."""
     tries: list[socket.socket] = []
 
-    def accepted() -> bool:
+    def is_accepted() -> bool:
         if tries:
             tries[-1].close()
         tries.append(socket.create_connection(address))
-        return not refused(tries[-1])
+        return not is_closed(tries[-1])
 
-    wait_until(accepted)
+    wait_until(is_accepted)
     return tries[-1]
 
 
 def ask(client: httpx.Client, address: tuple[str, int]) -> int:
-    return client.post(f"http://{address[0]}:{address[1]}{PULL}", headers=signed(KEY)).status_code
+    return client.post(f"http://{address[0]}:{address[1]}{PULL}", headers=sign_headers(KEY)).status_code
 
 
 @pytest.mark.slow
@@ -79,10 +79,10 @@ def test_connections_without_a_key_are_limited_per_address_and_clients_are_still
         clients = [stack.enter_context(httpx.Client()) for _ in range(FEW + 2)]  # more than may be open without a key
         assert [ask(client, address) for client in clients] == [200] * len(clients)
         with connections(address, FEW + 3) as flood:
-            assert [refused(guest) for guest in flood] == [True] * 3 + [False] * FEW  # the oldest are closed
+            assert [is_closed(guest) for guest in flood] == [True] * 3 + [False] * FEW  # the oldest are closed
             assert [ask(client, address) for client in clients] == [200] * len(clients)  # on their open connections
             assert ask(stack.enter_context(httpx.Client()), address) == 200  # and on a new connection that sends its key at once
-            assert [refused(guest) for guest in flood[3:]] == [True] + [False] * (FEW - 1)
+            assert [is_closed(guest) for guest in flood[3:]] == [True] + [False] * (FEW - 1)
 
 
 def test_all_connections_together_have_a_limit(address: tuple[str, int]) -> None:
@@ -90,11 +90,11 @@ def test_all_connections_together_have_a_limit(address: tuple[str, int]) -> None
         clients = [stack.enter_context(httpx.Client()) for _ in range(MOST)]
         assert [ask(client, address) for client in clients] == [200] * MOST
         with connections(address, 1) as (one,):
-            assert refused(one)
+            assert is_closed(one)
         clients.pop().close()
         one = await_place(address)
         assert ask(stack.enter_context(httpx.Client()), address) == 200  # connections with a key take precedence
-        assert refused(one)
+        assert is_closed(one)
         one.close()
 
 

@@ -73,11 +73,11 @@ def test_the_bundle_is_never_fetched(server: Server, run_id: int, running: Start
     paths: list[str] = []
     send = httpx.Client.send
 
-    def watched(self: httpx.Client, request: httpx.Request, **more: object) -> httpx.Response:
+    def watch(self: httpx.Client, request: httpx.Request, **more: object) -> httpx.Response:
         paths.append(request.url.path)
         return send(self, request, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(httpx.Client, "send", watched)
+    monkeypatch.setattr(httpx.Client, "send", watch)
     client = running(server.address)
     server.reply(run_id, server.send(run_id, client.id, content()))
     assert "/v1/fleet/get-run" in paths and not any("fab" in path for path in paths)
@@ -225,7 +225,7 @@ def test_a_key_that_is_not_allowed_is_reported_and_the_node_retries(
     assert not any(line.startswith("-----") or key.read_text()[40:60] in line for line in client.reports)  # the key is never printed
 
 
-def test_plain_http_to_a_tls_port_and_tls_to_a_plain_one(
+def test_plain_http_to_a_tls_port_and_tls_to_a_plain_port_are_reported(
     safe_server: Server, server: Server, tls_files: Certificates, running: Start, tmp_path: Path
 ) -> None:
     plain = running(safe_server.address)

@@ -69,7 +69,7 @@ def test_errors_and_unpacked_messages_pass_unchanged() -> None:
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x05ab"])
-def test_a_damaged_packed_record_is_one_sentence(data: bytes) -> None:
+def test_a_damaged_packed_record_gives_a_one_sentence_error(data: bytes) -> None:
     bad = ArrayRecord({NAME: Array(dtype="uint8", shape=(len(data),), stype=KIND, data=data)})
     with pytest.raises(ValueError, match="a packed record cannot be read"):
         unpack(message(RecordDict({"adapter": bad})))
@@ -86,6 +86,6 @@ def test_a_damaged_packed_record_is_one_sentence(data: bytes) -> None:
     ],
     ids=["no protobuf", "no record in it", "text", "nothing", "arrays"],
 )
-def test_a_damaged_packed_message_is_one_sentence(record: ConfigRecord | ArrayRecord) -> None:
+def test_a_damaged_packed_message_gives_a_one_sentence_error(record: ConfigRecord | ArrayRecord) -> None:
     with pytest.raises(ValueError, match="a packed message cannot be read"):
         unpack(message(RecordDict({WHOLE: record})))

@@ -81,7 +81,7 @@ def call(
     return (answered or [0])[0], read
 
 
-def signed(key: Key, claimed: Key | None = None) -> dict[str, str]:
+def sign_headers(key: Key, claimed: Key | None = None) -> dict[str, str]:
     stamp = "2026-01-01T00:00:00+00:00"
     return {
         FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes((claimed or key).public_key())).decode(),
@@ -178,13 +178,13 @@ def test_an_unknown_caller_is_refused_before_the_body_is_read() -> None:
     port = PublicPort(inside, max_body=MAX, keys={public_key_to_bytes(key.public_key())})
     for headers in (
         {},
-        signed(other),
-        signed(other, claimed=key),
-        {**signed(key), FLEET_HTTP_PUBLIC_KEY_HEADER: "no base64 é".replace("é", "!")},
+        sign_headers(other),
+        sign_headers(other, claimed=key),
+        {**sign_headers(key), FLEET_HTTP_PUBLIC_KEY_HEADER: "no base64 é".replace("é", "!")},
     ):
         assert call(port, "/v1/fleet/push-object", [b"x"], headers=headers) == (401, 0)
     assert inside.bodies == []
-    assert call(port, "/v1/fleet/push-object", [b"x"], headers=signed(key)) == (200, 1)
+    assert call(port, "/v1/fleet/push-object", [b"x"], headers=sign_headers(key)) == (200, 1)
     assert call(port, "/health", [b""], "GET")[0] == 200  # for any caller
 
 
@@ -205,10 +205,10 @@ def test_a_new_node_is_announced_only_by_its_own_signature() -> None:
     key, other = new_key(), new_key()
     for keys in (None, {public_key_to_bytes(key.public_key())}):
         port = PublicPort(Inside(), max_body=MAX, keys=keys, take_over=came.append)
-        for headers in ({}, signed(other, claimed=key), {**signed(key), FLEET_HTTP_PUBLIC_KEY_HEADER: "aGVsbG8="}):
+        for headers in ({}, sign_headers(other, claimed=key), {**sign_headers(key), FLEET_HTTP_PUBLIC_KEY_HEADER: "aGVsbG8="}):
             call(port, ACTIVATE, [b""], headers=headers)
         assert came == []
-        assert call(port, ACTIVATE, [b""], headers=signed(key))[0] == 200
+        assert call(port, ACTIVATE, [b""], headers=sign_headers(key))[0] == 200
         assert came == [public_key_to_bytes(key.public_key())]
         came.clear()
 
@@ -220,10 +220,10 @@ def test_only_a_fedtune_node_reports_by_a_poll_that_it_is_idle() -> None:
     for keys in (None, {public_key_to_bytes(key.public_key())}):
         port = PublicPort(Inside(), max_body=MAX, keys=keys, redeliver_lost=idle.append)
         life = {INCARNATION_HEADER: "one"}
-        for path, headers in ((PULL, signed(key)), (PULL, signed(other, claimed=key) | life), (PUSH, signed(key) | life)):
+        for path, headers in ((PULL, sign_headers(key)), (PULL, sign_headers(other, claimed=key) | life), (PUSH, sign_headers(key) | life)):
             call(port, path, [b""], headers=headers)
         assert idle == []
-        assert call(port, PULL, [b""], headers=signed(key) | life)[0] == 200
+        assert call(port, PULL, [b""], headers=sign_headers(key) | life)[0] == 200
         assert idle == [public_key_to_bytes(key.public_key())]
         idle.clear()
 
@@ -231,7 +231,7 @@ def test_only_a_fedtune_node_reports_by_a_poll_that_it_is_idle() -> None:
 def test_two_polls_of_one_node_keep_their_order() -> None:
     """The node gave up its first request: the message that it takes is lost, and only a later poll may detect this."""
     order: list[str] = []
-    headers = [(name.lower().encode(), value.encode()) for name, value in (signed(new_key()) | {INCARNATION_HEADER: "one"}).items()]
+    headers = [(name.lower().encode(), value.encode()) for name, value in (sign_headers(new_key()) | {INCARNATION_HEADER: "one"}).items()]
     scope = {"type": "http", "method": "POST", "path": PULL, "headers": headers, "client": ("192.0.2.1", 9)}
 
     async def flower(scope: Any, receive: Any, send: Any) -> None:
@@ -279,7 +279,7 @@ def noise(draw: random.Random) -> tuple[str, str, dict[str, str], bytes]:
         body = request.SerializeToString()[: draw.choice([5, 10_000])]
     headers = {"content-type": draw.choice(["application/x-protobuf", "application/protobuf", "application/json", "x"])}
     if draw.random() < 0.5:
-        headers |= signed(new_key())
+        headers |= sign_headers(new_key())
         headers[_flwr.TIMESTAMP_HEADER] = draw.choice(["", "0", "9999-12-31T23:59:59+00:00", headers[_flwr.TIMESTAMP_HEADER]])
     if draw.random() < 0.1:
         headers["host"] = draw.choice(["x/v1/runtime/push-object?", "a@b", "[::1", "é".encode().decode("latin-1")])
@@ -306,7 +306,7 @@ def test_random_requests_crash_nothing(app: Any) -> None:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def impatient_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A port that requires 16 KiB every 0.5 s, or the end of the request."""
     monkeypatch.setattr(public, "PACE_S", 0.5)
     server = uvicorn.Server(
@@ -323,12 +323,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         thread.join(5)
 
 
-def test_a_stalling_caller_is_disconnected_and_blocks_nobody(impatient: int) -> None:
+def test_a_stalling_caller_is_disconnected_and_blocks_nobody(impatient_port: int) -> None:
     starts = [b"", b"POST /v1/fl", b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 500000\r\n\r\nabc"]
-    dawdlers = [socket.create_connection(("127.0.0.1", impatient)) for _ in range(60)]
+    dawdlers = [socket.create_connection(("127.0.0.1", impatient_port)) for _ in range(60)]
     for number, dawdler in enumerate(dawdlers):
         dawdler.sendall(starts[number % 3])
-    assert httpx.post(f"http://127.0.0.1:{impatient}/v1/fleet/push-object", content=b"x" * 500_000).status_code == 200
+    assert httpx.post(f"http://127.0.0.1:{impatient_port}/v1/fleet/push-object", content=b"x" * 500_000).status_code == 200
     for dawdler in dawdlers:
         dawdler.settimeout(5)
         with contextlib.suppress(ConnectionResetError):
@@ -336,7 +336,7 @@ def test_a_stalling_caller_is_disconnected_and_blocks_nobody(impatient: int) -> 
         dawdler.close()
 
 
-def test_a_slow_but_steady_caller_is_served(impatient: int) -> None:
+def test_a_slow_but_steady_caller_is_served(impatient_port: int) -> None:
     def drip() -> Iterator[bytes]:
         for _ in range(6):  # 0.6 s in all, longer than the 0.5 s that a caller may pause
             time.sleep(0.1)
@@ -344,10 +344,10 @@ def test_a_slow_but_steady_caller_is_served(impatient: int) -> None:
 
     with httpx.Client() as client:
         for content in (drip(), b"and the next one on the same connection"):
-            assert client.post(f"http://127.0.0.1:{impatient}/v1/fleet/push-object", content=content).status_code == 200
+            assert client.post(f"http://127.0.0.1:{impatient_port}/v1/fleet/push-object", content=content).status_code == 200
 
 
-def _babble(port: int, draw: random.Random) -> None:
+def _send_garbage(port: int, draw: random.Random) -> None:
     """Bytes that are not HTTP, or an incomplete request."""
     head = b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n" if draw.random() < 0.5 else b""
     with socket.create_connection(("127.0.0.1", port)) as raw:
@@ -365,7 +365,7 @@ def test_5000_random_bodies_leave_a_real_link_working(tmp_path: Path) -> None:
         with Echo(link.port) as node:
             for number in range(5000):
                 if number % 5 == 4:
-                    _babble(link.port, draw)
+                    _send_garbage(link.port, draw)
                     continue
                 if number % 80 == 0:
                     http = httpx.Client()

@@ -153,7 +153,7 @@ def test_only_allowed_keys_are_admitted_and_no_secret_is_written(tmp_path: Path)
             assert [(n.name, n.online) for n in link.nodes()] == [("a", True), ("b", False)]
             with pytest.raises(httpx.HTTPStatusError, match="401"):  # its own key, another's node id
                 node.client.PullMessages(PullMessagesRequest(node=Node(node_id=other)))
-            with pytest.raises(httpx.HTTPStatusError, match="401"):  # a key that nobody allowed
+            with pytest.raises(httpx.HTTPStatusError, match="401"):  # a key that is not on the list
                 Echo(link.port, stranger, ca).activate()
             with pytest.raises(httpx.HTTPStatusError, match="401"):  # another's public key without the private one
                 client(link.port, stranger, ca).ActivateNode(
@@ -182,7 +182,7 @@ def test_only_allowed_keys_are_admitted_and_no_secret_is_written(tmp_path: Path)
     assert {"no node key", "a node key that is not allowed"} <= whys
 
 
-# -- deaths -----------------------------------------------------------------------------------------------------------------------------
+# -- crashes ----------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

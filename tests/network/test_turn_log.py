@@ -52,7 +52,7 @@ def test_a_turn_logs_its_round_steps_seconds_loss_and_bytes() -> None:
     assert fields == {"round": 3, "seconds": 4.123, "steps": 16, "loss": 0.41234, "bytes_down": 400_128, "bytes_up": 200_128}
 
 
-def test_the_line_of_a_private_turn_and_of_a_turn_without_steps() -> None:
+def test_turns_with_and_without_steps_log_their_line() -> None:
     assert turn({}, 16)[0] == "round 3: trained 16 steps in 4.1 s; 0.40 MB down, 0.20 MB up"
     assert turn({}, 0)[0].startswith("round 3: scored its rows without training in 4.1 s;")
 

@@ -1,4 +1,4 @@
-"""What a device's worker imports before it loads a model, and during a turn."""
+"""The imports of a device's worker before it loads a model and during a turn."""
 
 import json
 import subprocess
@@ -72,14 +72,14 @@ def worker(folder: Path, code: str) -> list[tuple[set[str], float]]:
     return [(set(modules), mb) for modules, mb in map(json.loads, run(READY + code, settings))]
 
 
-def imported(modules: set[str]) -> set[str]:
+def unused_modules(modules: set[str]) -> set[str]:
     return {name for name in UNUSED if name in modules}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_ready_worker_has_imported_the_models_and_little_else(tmp_path: Path) -> None:
     ((modules, mb),) = worker(tmp_path, "")
-    assert not imported(modules) and {"torch", "transformers.modeling_utils", "peft", "fedtune.clients.trainer"} <= modules
+    assert not unused_modules(modules) and {"torch", "transformers.modeling_utils", "peft", "fedtune.clients.trainer"} <= modules
     (bare,) = run("import torch\nprint(resident())")
     assert mb < float(bare) + MARGIN
 
@@ -88,7 +88,7 @@ def test_a_ready_worker_has_imported_the_models_and_little_else(tmp_path: Path) 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_turn_imports_nothing_more(tmp_path: Path) -> None:
     _, (modules, _) = worker(tmp_path, TURN)
-    assert not imported(modules) and "transformers.models.llama.modeling_llama" in modules
+    assert not unused_modules(modules) and "transformers.models.llama.modeling_llama" in modules
 
 
 # -- fedtune.models.light -----------------------------------------------------------------------------------------------------------------

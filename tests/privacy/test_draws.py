@@ -34,7 +34,7 @@ RECORD = PrivacyConfig(kind="record", epsilon=8.0, clip=0.5, accountant="rdp")
 LOCAL = PrivacyConfig(kind="user", where="client", epsilon=8.0, clip=0.5, accountant="rdp")
 
 
-def apart(drawn: list[Tensor]) -> float:
+def smallest_distance(drawn: list[Tensor]) -> float:
     """The smallest distance between two results, relative to the mean distance of independent ones of their size."""
     return min(float((a - b).norm() / (a.norm() ** 2 + b.norm() ** 2).sqrt()) for a, b in itertools.combinations(drawn, 2))
 
@@ -61,7 +61,7 @@ def test_every_client_round_and_step_has_its_own_noise(tmp_path: Path, monkeypat
         monkeypatch.setattr("fedtune.rounds.round.read_update", read)
     simulate(check(tiny_config(tmp_path, privacy=loud)))
     assert len(drawn) == (16 if kind == "record" else 8)  # four clients, two rounds, and two steps each
-    assert apart(drawn) > 0.8
+    assert smallest_distance(drawn) > 0.8
 
 
 def test_the_server_s_noise_differs_by_round_and_run(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_server_s_noise_differs_by_round_and_run(tmp_path: Path) -> None:
         begin = ServerState(adapter=lora_state(fill=0.0), exchange=exchange.start())
         after = exchange.run(round, begin, FedAvg(), FixedChannel(sent))
         drawn.append(torch.cat([t.flatten() for t in after.adapter.tensors.values()]))
-    assert apart(drawn) > 0.5  # few entries
+    assert smallest_distance(drawn) > 0.5  # few entries
 
 
 def test_every_turn_has_its_own_seed() -> None:

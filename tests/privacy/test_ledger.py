@@ -27,7 +27,7 @@ def test_turns_add_up_over_restarts(tmp_path: Path) -> None:
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ['{"round": 1', '{"round": 2', '{"round": 2', '{"round": 5']
 
 
-def test_costs_of_nothing_are_read(tmp_path: Path) -> None:
+def test_zero_costs_are_read(tmp_path: Path) -> None:
     nothing = Spend(noise=0.0, rate=0.0, steps=0)
     Ledger(tmp_path / "l").spend(1, nothing, "record")
     assert Ledger(tmp_path / "l").spent() == [nothing]

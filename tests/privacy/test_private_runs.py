@@ -122,13 +122,13 @@ def test_a_resumed_run_keeps_its_privacy_costs(tmp_path: Path, monkeypatch: pyte
     whole = adapter(simulate(tiny(tmp_path, privacy)))
     right, taken = dpsgd.PrivateGradient.step, []
 
-    def killed(self: dpsgd.PrivateGradient) -> dict[str, torch.Tensor]:
+    def kill(self: dpsgd.PrivateGradient) -> dict[str, torch.Tensor]:
         taken.append(1)
         if len(taken) == 13:  # in round 2, the third client's first step
             raise KeyboardInterrupt
         return right(self)
 
-    monkeypatch.setattr(dpsgd.PrivateGradient, "step", killed)
+    monkeypatch.setattr(dpsgd.PrivateGradient, "step", kill)
     with pytest.raises(KeyboardInterrupt):
         simulate(tiny(tmp_path, privacy))
     monkeypatch.setattr(dpsgd.PrivateGradient, "step", right)
@@ -166,7 +166,7 @@ def run_and_die(config: Config, point: str, begun: Path) -> None:
         """kill -9 at the count-th call, before it or after it."""
         right, calls = getattr(kind, name), []
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watch(*args: Any, **kwargs: Any) -> Any:
             calls.append(1)
             if len(calls) == count and when == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -178,7 +178,7 @@ def run_and_die(config: Config, point: str, begun: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return out
 
-        setattr(kind, name, watched)
+        setattr(kind, name, watch)
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     at(dpsgd.PrivateGradient, "step", "after" if point == "in a step" else "never", 13)  # round 2, third client
@@ -205,14 +205,14 @@ def test_kill_9_at_any_point_of_a_turn_loses_no_privacy_cost(tmp_path: Path, poi
     assert process.exitcode == -signal.SIGKILL
     (run,) = (tmp_path / "outputs" / "tiny").iterdir()
 
-    def paid() -> int:
+    def count_costs() -> int:
         return sum(len(Ledger(f).spent()) for f in (run / "privacy").iterdir())
 
-    before, steps = paid(), len(begun.read_text().splitlines())
+    before, steps = count_costs(), len(begun.read_text().splitlines())
     assert before >= -(-steps // 2)  # a turn has two steps; every step was paid for
     assert before == {"before the line": 6, "before the checkpoint": 8}.get(point, 7)
     simulate(dataclasses.replace(config, resume=str(run)))
-    assert paid() == before + 4  # round 2 is paid for again, by all four
+    assert count_costs() == before + 4  # round 2 is paid for again, by all four
     turns = {c: len(Ledger(ledger_file(run / "privacy", c)).spent()) for c in ("c0", "c1", "c2", "c3")}
     rate = next(r["dp_sample_rate"] for r in lines(run) if "dp_sample_rate" in r)
     most = epsilon([Spend(noise=1.0, rate=rate, steps=2)] * max(turns.values()), 1e-5, "rdp")
@@ -224,13 +224,13 @@ def test_kill_9_at_any_point_of_a_turn_loses_no_privacy_cost(tmp_path: Path, poi
 @pytest.mark.parametrize(
     "privacy", [RECORD, LOCAL, PrivacyConfig(kind="user", clip=0.1, accountant="rdp")], ids=["record", "client", "server"]
 )
-def test_every_codec_goes_with_privacy(tmp_path: Path, privacy: PrivacyConfig, choice: str) -> None:
+def test_every_codec_works_with_privacy(tmp_path: Path, privacy: PrivacyConfig, choice: str) -> None:
     run = simulate(tiny(tmp_path, privacy, traffic=compose([f"traffic={choice}"])[0].config.traffic))
     rounds = [r for r in lines(run) if r["client"] is None]
     assert [r["counted"] for r in rounds[1:]] == [4, 4] and rounds[1]["epsilon"] < rounds[2]["epsilon"] <= 8.0
 
 
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def record_norms(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """‖Δ_k‖ of each update as the server decodes it, in the order of arrival."""
     norms: list[float] = []
 
@@ -245,7 +245,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize("up", ["bf16", "int8"])
 def test_a_client_clips_and_adds_noise_before_it_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: str) -> None:
-    norms = seen(monkeypatch)
+    norms = record_norms(monkeypatch)
     quiet = dataclasses.replace(LOCAL, epsilon=None, noise=1e-6, clip=0.01)
     simulate(tiny(tmp_path, quiet, rounds=1, traffic=TrafficConfig(up=up)))
     # with negligible noise, each update has the clip norm, up to the codec's rounding; if it were encoded first, it would be longer
@@ -254,7 +254,7 @@ def test_a_client_clips_and_adds_noise_before_it_encodes(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 def test_error_feedback_is_clipped_with_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    norms = seen(monkeypatch)
+    norms = record_norms(monkeypatch)
     privacy = PrivacyConfig(kind="user", clip=0.01, noise=1e-6, epsilon=None, accountant="rdp")
     traffic = TrafficConfig(topk=0.2, error_feedback=True)
     rounds = [adapter(simulate(tiny(tmp_path, privacy, rounds=n, traffic=traffic))) for n in (0, 1, 2)]

@@ -1,4 +1,4 @@
-"""Checks of privacy terms: a client's of the plan, the server's of each update, and the settings'."""
+"""Checks of privacy terms: a client checks the plan, the server checks each update, and the config is checked."""
 
 import dataclasses
 import json

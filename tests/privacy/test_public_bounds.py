@@ -52,7 +52,7 @@ def widths(config: Config) -> list[int]:
 
 
 def turn(config: Config, own: DeviceClass | None, spent: float) -> dict[str, Any]:
-    """What a device reports about itself and three turns. A turn takes `spent` seconds and spent / 10 MB, with `spent` rows at a time."""
+    """The device's reports about itself and three turns. A turn takes `spent` seconds and spent / 10 MB, with `spent` rows at a time."""
     host = host_for(config, own)
     profile = host.devices.of("c0")
     assert profile is not None

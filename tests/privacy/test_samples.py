@@ -25,7 +25,7 @@ CLASSES = TaskConfig(kind="classification", max_length=12)
 
 
 def perturbed_adapter(folder: Path, kind: str, method: str, task: TaskConfig, **changes: Any) -> LiveAdapter:
-    """With every tensor perturbed: LoRA's B starts at zero, where half of the gradients would be zero too."""
+    """An adapter with every tensor perturbed: with LoRA's B at zero, half of the gradients would be zero too."""
     with quiet():
         backbone = load_backbone(hub(checkpoint(folder, kind)), task, num_labels=3 if task is CLASSES else 0)
         live = LiveAdapter(backbone, PeftConfig(**{"method": method, "rank": 3, "tokens": 3, "bottleneck": 5, **changes}), task)
@@ -73,7 +73,7 @@ def one_by_one(live: LiveAdapter, batch: dict[str, torch.Tensor], task: TaskConf
     return {n: torch.stack(g) for n, g in out.items()}
 
 
-def apart(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def largest_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Largest error of a row's joint gradient, relative to its norm."""
     errors = sum((actual[n] - g).double().flatten(1).square().sum(1) for n, g in expected.items())
     sizes = sum(g.double().flatten(1).square().sum(1) for g in expected.values())
@@ -109,7 +109,7 @@ QUICK = [case for case in CASES if (case[1] == "llama" and case[2] is LM) or cas
 
 
 @pytest.mark.parametrize(("method", "kind", "task", "way"), quick(CASES, *QUICK), ids=[f"{m}-{k}-{t.kind}" for m, k, t, _ in CASES])
-def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, way: str | None) -> None:
+def test_the_gradients_of_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, way: str | None) -> None:
     live = perturbed_adapter(tmp_path / "m", kind, method, task)
     names, batch, before = list(live.parameters), rows(task, live.backbone.seq2seq), hooks(live)
     chosen = samples.find_way(live, names, task)
@@ -120,7 +120,7 @@ def test_each_method(tmp_path: Path, method: str, kind: str, task: TaskConfig, w
         actual = grads(batch)
         again = grads(batch)
     assert {n: g.shape for n, g in actual.items()} == {n: (4, *p.shape) for n, p in live.parameters.items()}
-    assert apart(actual, expected) <= 1e-6 and apart(again, expected) <= 1e-6
+    assert largest_error(actual, expected) <= 1e-6 and largest_error(again, expected) <= 1e-6
     # no hook is left
     assert all(p.grad is None and getattr(p, "grad_sample", None) is None for p in live.parameters.values())
     assert hooks(live) == before and len(before) > 10
@@ -131,7 +131,7 @@ def test_a_row_with_a_single_target_counts_as_any_other(tmp_path: Path) -> None:
     batch["labels"][1, :3] = IGNORED  # three of four tokens
     assert (batch["labels"][:, 1:] != IGNORED).sum(1).tolist() == [8, 1, 5, 6]
     with samples.mapped(live, list(live.parameters), LM) as grads:
-        assert apart(grads(batch), one_by_one(live, batch, LM)) <= 1e-6
+        assert largest_error(grads(batch), one_by_one(live, batch, LM)) <= 1e-6
     probe = samples._probe(live, LM)
     assert probe["attention_mask"].sum(1).tolist() == [5, 3, 4] and len(probe["input_ids"].unique()) > 9
 
@@ -139,18 +139,18 @@ def test_a_row_with_a_single_target_counts_as_any_other(tmp_path: Path) -> None:
 def test_the_loop_matches_single_backward_passes(tmp_path: Path) -> None:
     live = perturbed_adapter(tmp_path / "m", "llama", "lora", LM)
     with samples.looped(live, list(live.parameters), LM) as grads:
-        assert apart(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
+        assert largest_error(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
 
 
 @pytest.mark.slow
-def test_a_part_of_the_tensors(tmp_path: Path) -> None:
+def test_gradients_of_a_part_of_the_tensors(tmp_path: Path) -> None:
     live = perturbed_adapter(tmp_path / "m", "llama", "dora", LM)
     names = [n for n in live.parameters if n.endswith(".lora_B")]
     for n, p in live.parameters.items():
         p.requires_grad_(n in names)
     with samples.find_way(live, names, LM)(live, names, LM) as grads:
         actual = grads(rows(LM))
-    assert list(actual) == names and apart(actual, {n: one_by_one(live, rows(LM), LM)[n] for n in names}) <= 1e-6
+    assert list(actual) == names and largest_error(actual, {n: one_by_one(live, rows(LM), LM)[n] for n in names}) <= 1e-6
 
 
 def test_a_summed_gradient_is_refused(tmp_path: Path) -> None:
@@ -167,13 +167,13 @@ def test_a_summed_gradient_is_refused(tmp_path: Path) -> None:
 def test_an_incorrect_method_is_not_selected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     live, right = perturbed_adapter(tmp_path / "m", "llama", "lora", LM), GradSampleModule.capture_backprops_hook
 
-    def damaged(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+    def damage(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
         right(self, module, *args, **kwargs)
         for p in module.parameters():
             mean = p.grad_sample.mean(0, keepdim=True).expand_as(p.grad_sample)
             p.grad_sample = p.grad_sample * 1.01 if wrong == "scaled" else mean
 
-    monkeypatch.setattr(GradSampleModule, "capture_backprops_hook", damaged)
+    monkeypatch.setattr(GradSampleModule, "capture_backprops_hook", damage)
     assert samples.find_way(live, list(live.parameters), LM) is samples.mapped
 
 
@@ -206,7 +206,7 @@ def test_a_prompt_on_a_quantized_backbone_uses_the_loop(tmp_path: Path) -> None:
     names = list(live.parameters)
     assert samples.find_way(live, names, LM) is samples.looped
     with samples.looped(live, names, LM) as grads:
-        assert apart(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
+        assert largest_error(grads(rows(LM)), one_by_one(live, rows(LM), LM)) <= 1e-6
 
 
 def test_products_in_bf16_are_hooked_too(tmp_path: Path) -> None:
@@ -220,11 +220,11 @@ def test_products_in_bf16_are_hooked_too(tmp_path: Path) -> None:
     with samples.looped(live, names, LM) as grads:
         expected = grads(batch)
     with samples.hooked(live, names, LM) as grads:
-        assert apart(grads(batch), expected) < 0.03
+        assert largest_error(grads(batch), expected) < 0.03
 
 
 def quantized_adapter(folder: Path, method: str, task: TaskConfig, precision: str) -> LiveAdapter:
-    """Like `built`, with biases and a backbone whose weight rows are multiples of 64."""
+    """Like `perturbed_adapter`, with biases and a backbone whose weight rows are multiples of 64."""
     config = llama_config(Qwen2Config, tie_word_embeddings=False, hidden_size=64, intermediate_size=128)
     settings = hub(checkpoint(folder, "qwen2", config=config), precision=precision, compute="fp32")
     with quiet():
@@ -256,7 +256,7 @@ def test_each_method_over_a_quantized_backbone(
     expected = one_by_one(live, batch, task)
     with samples.find_way(live, names, task)(live, names, task) as grads:
         actual = grads(batch)
-    assert apart(actual, expected) <= 1e-5
+    assert largest_error(actual, expected) <= 1e-5
 
 
 def test_the_loop_is_used_if_int8_depends_on_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

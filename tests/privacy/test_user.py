@@ -93,7 +93,7 @@ def test_the_tracker_reaches_the_median(start: float, noise: float) -> None:
     assert sum(seen[-50:]) / 50 == pytest.approx(1.06, rel=0.1)
 
 
-def test_counting_clipped_updates_instead_diverges() -> None:
+def test_counting_clipped_instead_of_unclipped_updates_diverges() -> None:
     # Flower's sign: C falls where it should rise
     sizes, clip, tracker = [1.0] * 10, 0.1, Tracker(noise=0.0)
     for _ in range(60):
@@ -141,11 +141,11 @@ def test_too_little_noise_on_the_bits_is_refused() -> None:
 def test_the_tests_detect_weights_by_rows_or_a_wrong_divisor(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = [plus(tensors(k, 9.0)) for k in (1, 2, 3, 4)]
 
-    def apart(cohort_of: Any) -> float:
+    def difference(cohort_of: Any) -> float:
         with_, _ = mean(sent, clip=1.0, cohort=cohort_of(4)).close()
         without, _ = mean(sent[:3], clip=1.0, cohort=cohort_of(3)).close()
         return 4 * norm(moved(with_, without))
 
-    assert apart(lambda came: 4) <= 1.001
+    assert difference(lambda came: 4) <= 1.001
     monkeypatch.setattr(user, "clipped", lambda delta, clip: {n: 3 * t for n, t in clipped(delta, clip).items()})  # n_k / mean n = 3
-    assert apart(lambda came: 4) > 2.9
+    assert difference(lambda came: 4) > 2.9

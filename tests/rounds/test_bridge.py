@@ -1,4 +1,4 @@
-"""The bridge over clients without models: which updates count, who is dropped and why, what a restart keeps."""
+"""The bridge over clients without models: which updates count, which are dropped and why, and the state after a restart."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def lying_shape(arrays: ArrayRecord) -> ArrayRecord:
     return ArrayRecord({**arrays, "head.weight": Array(dtype=head.dtype, shape=tuple(head.shape), stype=head.stype, data=head.data[:-8])})
 
 
-def pickled(arrays: ArrayRecord) -> ArrayRecord:
+def pickle_array(arrays: ArrayRecord) -> ArrayRecord:
     head = arrays["head.weight"]
     data = b"\x80\x04cos\nsystem\n" + b"x" * (len(head.data) - 13)
     return ArrayRecord({**arrays, "head.weight": Array(dtype=head.dtype, shape=tuple(head.shape), stype=head.stype, data=data)})
@@ -87,7 +87,7 @@ FAULTS = [
     ("surplus", put("extra", Array(torch.zeros(1))), "refused", "tensor 'extra' is not one of the expected tensors"),
     ("missing", swap(lambda a: ArrayRecord({k: v for k, v in a.items() if k != "up.lora_B"})), "refused", "tensor 'up.lora_B' is missing"),
     ("truncated", swap(lying_shape), "refused", "tensor 'head.weight' is damaged"),
-    ("pickled", swap(pickled), "refused", "tensor 'head.weight' is damaged"),
+    ("pickled", swap(pickle_array), "refused", "tensor 'head.weight' is damaged"),
     ("stale", misreport(base_version=-1), "refused", "the update is for base_version -1, wanted 0"),
     ("other client", misreport(client="good"), "refused", "the update is for client good, wanted bad"),
     ("other round", misreport(round=9), "refused", "the update is for round 9, wanted 1"),
@@ -119,7 +119,7 @@ def test_a_bad_reply_is_dropped_and_recorded(tmp_path: Path, fault: Any, kind: s
     assert sentence in bad["dropped"] and "\n" not in bad["dropped"]
 
 
-def raising(error: BaseException) -> Any:
+def raises(error: BaseException) -> Any:
     def act(round: int, arrays: ArrayRecord, text: str) -> Any:
         raise error
 
@@ -137,7 +137,7 @@ def raising(error: BaseException) -> Any:
     ids=["exception", "memory", "cuda memory", "cpu allocator"],
 )
 def test_a_client_that_fails_loses_only_that_round(tmp_path: Path, error: Exception, sentence: str) -> None:
-    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"bad": 50, "good": 2}, {"bad": raising(error)}), 2, config(rounds=2))
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"bad": 50, "good": 2}, {"bad": raises(error)}), 2, config(rounds=2))
     state = bridge.loop()
     assert state.adapter.spec.version == 2 and [r["counted"] for r in observer.records[1:]] == [1, 1]
     assert all(sentence in r["dropped"] for r in observer.clients if r["client"] == "bad" and r["round"] > 0)
@@ -249,7 +249,7 @@ def test_a_round_without_replies_leaves_the_state(tmp_path: Path) -> None:
     assert "no client sent a good update" in observer.notes[0]
 
 
-def test_too_few_clients_is_one_sentence(tmp_path: Path) -> None:
+def test_too_few_clients_give_a_one_sentence_error(tmp_path: Path) -> None:
     bridge, _ = fake_bridge(tmp_path / "r", fake_client_app({"a": 1}), 1, config(min_clients=2), patience_s=0.2)
     with pytest.raises(RunError, match="1 clients can take part, min_clients=2"):
         bridge.loop()
@@ -342,7 +342,7 @@ def test_the_server_holds_one_model_for_any_number_of_clients(tmp_path: Path) ->
 
     class Counting(FedAvg):
         def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-            def watched() -> Iterator[Update]:
+            def watch() -> Iterator[Update]:
                 seen: list[weakref.ref[AdapterState]] = []
                 for update in updates:
                     seen.append(weakref.ref(update.adapter))
@@ -350,7 +350,7 @@ def test_the_server_holds_one_model_for_any_number_of_clients(tmp_path: Path) ->
                     yield update
                     del update
 
-            return super().aggregate(round, state, watched())
+            return super().aggregate(round, state, watch())
 
     clients = {f"c{i:02d}": 1 for i in range(12)}
     bridge, _ = fake_bridge(tmp_path / "r", fake_client_app(clients), 12, config(clients_per_round=12), strategy=Counting())

@@ -31,9 +31,9 @@ class Deaf(InProcessGrid):
         return super().push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return super().pull_messages([i for i in message_ids if not (i in self._waiting and self._silent(self._waiting[i]))])
+        return super().pull_messages([i for i in message_ids if not (i in self._waiting and self._is_silent(self._waiting[i]))])
 
-    def _silent(self, message: Message) -> bool:
+    def _is_silent(self, message: Message) -> bool:
         about = message.metadata
         return about.dst_node_id == 2 and about.message_type == "train" and self.newest < self.when(int(about.group_id))
 
@@ -48,13 +48,13 @@ def run(path: Path, rounds: int, when: Callable[[int], float] | None = None) -> 
     return grid, observer
 
 
-def trained(grid: Deaf) -> list[int]:
+def training_rounds(grid: Deaf) -> list[int]:
     return [round for kind, round in grid.asked if kind == "train"]
 
 
 def test_a_client_that_hangs_costs_one_deadline_and_is_reported(tmp_path: Path) -> None:
     grid, observer = run(tmp_path / "r", 8)
-    assert trained(grid) == [1]
+    assert training_rounds(grid) == [1]
     # it is not asked for evaluations while its turn is unanswered
     assert [round for kind, round in grid.asked if kind == "evaluate"] == [0]
     assert [r["cohort"] for r in observer.records[1:]] == [2, 1, 1, 1, 1, 1, 1, 1]
@@ -68,12 +68,12 @@ def test_a_client_that_hangs_costs_one_deadline_and_is_reported(tmp_path: Path) 
 
 def test_a_client_that_is_always_late_has_growing_pauses(tmp_path: Path) -> None:
     grid, _ = run(tmp_path / "r", 12, when=lambda round: round + 1)
-    assert trained(grid) == [1, 3, 6, 11]  # with pauses of 1, 2 and 4 rounds
+    assert training_rounds(grid) == [1, 3, 6, 11]  # with pauses of 1, 2 and 4 rounds
 
 
 def test_a_client_that_was_late_once_is_asked_again_every_round(tmp_path: Path) -> None:
     grid, _ = run(tmp_path / "r", 6, when=lambda round: 2 if round == 1 else 0)
-    assert trained(grid) == [1, 3, 4, 5, 6]
+    assert training_rounds(grid) == [1, 3, 4, 5, 6]
 
 
 def test_pauses_have_an_upper_limit(tmp_path: Path) -> None:

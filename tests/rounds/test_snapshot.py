@@ -176,7 +176,7 @@ def test_a_client_that_declines_an_offer_gets_no_tensors(tmp_path: Path, monkeyp
     app = fake_client_app({"c0": 1, "c1": 1, "c2": 1})
     answer = app.__call__
 
-    def weighed(message: Message, context: Any) -> Message:
+    def decline_offer(message: Message, context: Any) -> Message:
         if message.metadata.message_type == OFFER and context.node_config["partition-id"] == 1:
             declined = ConfigRecord({"kind": "deadline", "why": "too large"})
             return Message(RecordDict({"declined": declined}), reply_to=message)
@@ -185,7 +185,7 @@ def test_a_client_that_declines_an_offer_gets_no_tensors(tmp_path: Path, monkeyp
     monkeypatch.setattr(InProcessGrid, "push_messages", listen)
     quiet = config(rounds=3, clients_per_round=3, min_clients=2, eval=EvalConfig(clients=0))
     bridge, observer = fake_bridge(tmp_path / "r", app, 3, quiet, strategy=FLoRA())
-    monkeypatch.setattr(bridge.grid, "_app", weighed)
+    monkeypatch.setattr(bridge.grid, "_app", decline_offer)
     state = bridge.loop()
     assert [s.spec.version for s in state.shifts] == [1, 2, 3]
     turns = [(node, names) for kind, node, names in sent if kind == "train"]

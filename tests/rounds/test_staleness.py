@@ -150,12 +150,12 @@ def test_an_older_update_beside_a_newer_one_is_unused(tmp_path: Path) -> None:
 def test_late_updates_count_towards_min_clients(tmp_path: Path) -> None:
     """By hand: round 1 does not count with min_clients=2; b fails in round 2, where its late update is the second one."""
 
-    def lost(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
+    def lose_update(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
         if round == 2:
             raise ValueError("broken")
         return arrays, text
 
-    bridge, observer = on_slow_node(tmp_path / "r", faults={"b": lost}, min_clients=2)
+    bridge, observer = on_slow_node(tmp_path / "r", faults={"b": lose_update}, min_clients=2)
     assert value(bridge.loop()) == pytest.approx((1 + 9 / math.sqrt(2)) / 4)
     row = next(r for r in observer.clients if (r["round"], r["client"]) == (2, "b"))
     assert row["dropped"].startswith("failed") and row["staleness"] == 1
@@ -176,7 +176,7 @@ def reshape(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, st
     return ArrayRecord({**arrays, "q.lora_A": Array(torch.zeros(5, 2))}), text
 
 
-def far(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
+def move_far(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
     return ArrayRecord({**arrays, "head.weight": Array(torch.full((4, 7), 1e6))}), text
 
 
@@ -189,7 +189,7 @@ def misreport(**changes: Any) -> Any:
     [
         (put_nan, "not finite"),
         (reshape, "is float32 (5, 2), wanted float32 (2, 5)"),
-        (far, "it was not trained with this plan"),
+        (move_far, "it was not trained with this plan"),
         (misreport(base_version=1), "the update is for base_version 1, wanted 0"),
         (misreport(round=2), "the update is for round 2, wanted 1"),
         (misreport(client="a"), "the update is for client a, wanted b"),
@@ -240,7 +240,7 @@ def update(client: str, adapter: AdapterState, examples: int = 1) -> Update:
     return Update(client=client, round=1, base_version=0, adapter=adapter, examples=examples)
 
 
-def test_by_hand() -> None:
+def test_the_scaled_difference_by_hand() -> None:
     start, now, sent = lora_state(fill=1.0), lora_state(fill=10.0, version=3), lora_state(fill=5.0)
     late = LateUpdate(update=difference(update("a", sent), start), due=4)
     out = apply_staleness(late, now, 3).adapter
@@ -334,7 +334,7 @@ def test_other_strategies_refuse_late_updates_by_name(name: str) -> None:
         (["late=use", "round_timeout_s=60", "max_staleness=0"], "max_staleness=0 is out of range"),
     ],
 )
-def test_invalid_settings_for_late_updates_are_one_sentence(given: list[str], sentence: str) -> None:
+def test_invalid_settings_for_late_updates_give_a_one_sentence_error(given: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         compose(given)
 

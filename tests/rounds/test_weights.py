@@ -52,12 +52,12 @@ class Remembering(FedAvg):
     seen: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        def kept() -> Iterable[Update]:
+        def record_weights() -> Iterable[Update]:
             for update in updates:
                 self.seen[update.client] = update.examples
                 yield update
 
-        return super().aggregate(round, state, kept())
+        return super().aggregate(round, state, record_weights())
 
 
 def run(path: Path, faults: dict[str, Any] | None = None, **changes: Any) -> tuple[Remembering, torch.Tensor, Any]:

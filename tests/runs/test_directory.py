@@ -109,7 +109,7 @@ def test_a_checkpoint_of_another_format_is_refused(run: RunDirectory) -> None:
         ("[]", "config must be a mapping"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_one_sentence(tmp_path: Path, text: str | None, sentence: str) -> None:
+def test_an_unusable_config_gives_a_one_sentence_error(tmp_path: Path, text: str | None, sentence: str) -> None:
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=sentence):
@@ -121,7 +121,7 @@ def test_a_missing_run_is_reported(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path / "nothing")
 
 
-def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_output_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot create the run directory"):
         RunDirectory.create(Config(output_dir=str(tmp_path / "file")))

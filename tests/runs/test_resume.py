@@ -28,12 +28,12 @@ def run_and_die(config: Config, after_s: float | None) -> None:
     os.dup2(nowhere, 1)
     real = module.Workspace.__init__
 
-    def loaded(self: object, config: Config) -> None:
+    def load_then_kill(self: object, config: Config) -> None:
         real(self, config)  # type: ignore[arg-type]
         if after_s is not None:
             threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    module.Workspace.__init__ = loaded  # type: ignore[method-assign]
+    module.Workspace.__init__ = load_then_kill  # type: ignore[method-assign]
     simulate(config)
 
 

@@ -46,7 +46,7 @@ SERVER = {
 }
 
 
-def a_run(folder: Path, *, server: dict[str, Any] | None = None, done: int = 2) -> Path:
+def run_folder(folder: Path, *, server: dict[str, Any] | None = None, done: int = 2) -> Path:
     run = folder / "run"
     for round in range(done + 1):
         checkpoint = run / "checkpoints" / f"round-{round:04d}"
@@ -60,7 +60,7 @@ def a_run(folder: Path, *, server: dict[str, Any] | None = None, done: int = 2) 
 
 
 def test_a_running_server(tmp_path: Path) -> None:
-    status = read_status(a_run(tmp_path, server={**SERVER, "pid": os.getpid()}))
+    status = read_status(run_folder(tmp_path, server={**SERVER, "pid": os.getpid()}))
     assert (status["state"], status["round"], status["kept"], status["rounds"]) == ("running", 3, 2, 5)
     a, b, c = sorted(status["nodes"], key=lambda n: n["client"].strip("[]"))
     assert (a["online"], a["counted"], a["dropped"], a["epsilon"], a["last"]) == (True, 2, {}, 1.25, "counted in round 2")
@@ -89,14 +89,14 @@ def test_a_running_server(tmp_path: Path) -> None:
 def test_the_status_of_a_dead_server_says_how_to_continue(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    run = a_run(tmp_path, server={**SERVER, "pid": process.pid})
+    run = run_folder(tmp_path, server={**SERVER, "pid": process.pid})
     status = read_status(run)
     assert status["state"] == "stopped"
     assert f"is stopped after 2 of 5 rounds: continue with fedtune-server --run {run}" in show(status, now=NOW)
 
 
 def test_a_reused_process_id_is_not_the_server(tmp_path: Path) -> None:
-    run = a_run(tmp_path, server={**SERVER, "pid": os.getpid()})
+    run = run_folder(tmp_path, server={**SERVER, "pid": os.getpid()})
     old = (run / "server.json").stat().st_mtime - FRESH_S - 5
     os.utime(run / "server.json", (old, old))
     status = read_status(run)
@@ -104,7 +104,7 @@ def test_a_reused_process_id_is_not_the_server(tmp_path: Path) -> None:
 
 
 def test_a_simulated_run(tmp_path: Path) -> None:
-    run = a_run(tmp_path)
+    run = run_folder(tmp_path)
     assert f"python -m fedtune.sim resume={run}" in show(read_status(run))
     with open(run / ".lock", "w") as lock:  # as RunDirectory locks it
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -114,8 +114,8 @@ def test_a_simulated_run(tmp_path: Path) -> None:
     assert "has finished: round 2 of 2" in show(read_status(run))
 
 
-def test_before_the_first_round_and_after_a_damaged_checkpoint(tmp_path: Path) -> None:
-    run = a_run(tmp_path)
+def test_status_before_the_first_round_and_after_a_damaged_checkpoint(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
     (run / "metrics.jsonl").unlink()
     (run / "checkpoints" / "round-0002" / "checkpoint.json").write_text("{")
     status = read_status(run)
@@ -126,8 +126,8 @@ def test_before_the_first_round_and_after_a_damaged_checkpoint(tmp_path: Path) -
     assert "no client has connected yet" in show(read_status(empty))
 
 
-def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = a_run(tmp_path, server=SERVER)
+def test_each_error_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder(tmp_path, server=SERVER)
     (run / "server.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"server.json cannot be read"):
         read_status(run)
@@ -164,7 +164,7 @@ def control() -> Iterator[str]:
         thread.join()
 
 
-def test_status_from_a_server_s_private_port(tmp_path: Path, control: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_is_read_from_a_server_s_private_port(tmp_path: Path, control: str, capsys: pytest.CaptureFixture[str]) -> None:
     Answers.body = b""
     assert main(["status", "--control", control]) == 2
     assert "answers 404" in capsys.readouterr().err
@@ -177,7 +177,7 @@ def test_status_from_a_server_s_private_port(tmp_path: Path, control: str, capsy
     assert [n["client"] for n in status["nodes"]] == ["a", "b", "[c]"] and status["round"] == 3
     assert main(["status", "--control", control]) == 0
     assert "round 3 of 5, waiting for b" in capsys.readouterr().out
-    run = a_run(tmp_path)
+    run = run_folder(tmp_path)
     # the run directory is on this machine, so everything is shown
     Answers.body = json.dumps({**SERVER, "pid": os.getpid(), "run": str(run)}).encode()
     assert main(["status", "--control", control]) == 0

@@ -73,7 +73,7 @@ def test_any_other_id_works_in_a_run_with_files_per_client(tmp_path: Path, capsy
         assert {client_of(store.folder_of(c)) for c in ids} == {(run.resolve(), c) for c in ids}
 
 
-def test_a_run_name_that_is_no_folder_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_name_that_is_not_a_folder_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert is_run_name("run-20260101") and not is_run_name("my run") and not is_run_name("")
     assert fedtune.cli.server.main(["--insecure", "--run", str(tmp_path / "my run")]) == 2
     assert "use the run's name 'my run' as a folder name: use only letters" in capsys.readouterr().err

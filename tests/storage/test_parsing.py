@@ -107,7 +107,7 @@ def commands(args: list[str]) -> Callable[[], object]:
     return lambda: main(args)
 
 
-def composing(args: list[str]) -> Callable[[], object]:
+def compose_call(args: list[str]) -> Callable[[], object]:
     from fedtune.config.compose import compose
 
     return lambda: compose(args)
@@ -116,12 +116,12 @@ def composing(args: list[str]) -> Callable[[], object]:
 READERS: dict[str, tuple[dict[str, str], Callable[[Path, str], Callable[[], object]]]] = {
     "status, config": (YAML | {PIPE: PIPE}, lambda p, t: commands(["status", str(run_folder(p / "r", "config.yaml", t))])),
     "compare, config": (YAML | {PIPE: PIPE}, lambda p, t: commands(["compare", str(run_folder(p / "r", "config.yaml", t))])),
-    "resume": (YAML | {PIPE: PIPE}, lambda p, t: composing([f"resume={run_folder(p / 'r', 'config.yaml', t)}"])),
+    "resume": (YAML | {PIPE: PIPE}, lambda p, t: compose_call([f"resume={run_folder(p / 'r', 'config.yaml', t)}"])),
     "status, metrics": (JSON | {PIPE: PIPE}, lambda p, t: commands(["status", str(run_folder(p / "r", "metrics.jsonl", t + "\n{}\n"))])),
-    "scenario": ({k: YAML[k] for k in ("deep", "broken", "digits")}, lambda p, t: composing([f"conf={scenario(p, t)}"])),
+    "scenario": ({k: YAML[k] for k in ("deep", "broken", "digits")}, lambda p, t: compose_call([f"conf={scenario(p, t)}"])),
     "override": (
         {"deep": "[" * 3000 + "]" * 3000, "digits": "9" * DIGITS},
-        lambda p, t: composing([f"peft.targets={t}", f"rounds={t}"]),
+        lambda p, t: compose_call([f"peft.targets={t}", f"rounds={t}"]),
     ),
     "generate, config": (JSON | {PIPE: PIPE}, lambda p, t: commands(["generate", str(model_folder(p / "m", "config.json", t)), "x"])),
     "generate, tokenizer": (
@@ -131,7 +131,7 @@ READERS: dict[str, tuple[dict[str, str], Callable[[Path, str], Callable[[], obje
     "rows": (JSON | {PIPE: PIPE}, lambda p, t: rows(p, "jsonl", t)),
     "rows, one array": (JSON, lambda p, t: rows(p, "json", t)),
     "device profile": (YAML | {PIPE: PIPE}, lambda p, t: profile(p, t)),
-    "keys": (JSON | {PIPE: PIPE}, lambda p, t: allowed(p, t)),
+    "keys": (JSON | {PIPE: PIPE}, lambda p, t: allowed_file(p, t)),
 }
 
 
@@ -157,7 +157,7 @@ def profile(folder: Path, text: str) -> Callable[[], object]:
     return lambda: profile_of(str(folder / "mine.yaml"), Config())
 
 
-def allowed(folder: Path, text: str) -> Callable[[], object]:
+def allowed_file(folder: Path, text: str) -> Callable[[], object]:
     from fedtune.network.keys import read_allowed
 
     write(folder / "allowed.json", text)
@@ -165,7 +165,7 @@ def allowed(folder: Path, text: str) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize(("reader", "case"), [(d, c) for d, (cases, _) in READERS.items() for c in cases])
-def test_hostile_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str, case: str) -> None:
+def test_hostile_input_gives_a_one_sentence_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str, case: str) -> None:
     cases, make = READERS[reader]
     call = make(tmp_path, cases[case])
     try:

@@ -67,7 +67,7 @@ DAMAGED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_header_is_one_sentence(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_header_gives_a_one_sentence_error(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors", DAMAGED[damage])
     with pytest.raises(ModelError, match=r"x\.safetensors") as caught:
         read_all(path)

@@ -31,7 +31,7 @@ def adapter(seed: int = 0, *, rank: int = 2, alpha: float = 3.0, method: str = "
     return AdapterState(tensors, spec)
 
 
-def still(rank: int, method: str = "lora") -> AdapterState:
+def zero_adapter(rank: int, method: str = "lora") -> AdapterState:
     """A global adapter that adds nothing to the weights: B = 0."""
     state = adapter(rank=rank, method=method)
     return state.replace({n: t * (not n.endswith("_B")) for n, t in state.tensors.items()})
@@ -118,7 +118,7 @@ def assert_exact_on_conv1d(strategy: Strategy) -> None:
     assert_equal(layers.outputs(after.adapter, after.shifts), expected, tolerance=2e-6)
 
 
-def swapped_when_square(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def swap_if_square(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """A mutation: A and B swapped if the shapes allow it, which transposes the matrix."""
     a, b = pair
     return (b.T, a.T) if a.shape[1] == len(b) else pair

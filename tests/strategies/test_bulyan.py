@@ -17,7 +17,7 @@ from tests.strategies.updates import close, flower_result, plain, random_adapter
 LINE = (0.0, 1.0, 2.5, 4.5, 7.0, 10.0, 1000.0)
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     updates = [update(f"c{i}", plain(x), examples=i + 1) for i, x in enumerate(LINE)]
     # f = 1, n = 7: scores over the 4 closest, by hand 0: 1 + 6.25 + 20.25 + 49 = 76.5; 1: 1 + 2.25 + 12.25 + 36 = 51.5;
     # 2.5: 2.25 + 4 + 6.25 + 20.25 = 32.75; 4.5: 4 + 6.25 + 12.25 + 20.25 = 42.75; 7: 6.25 + 9 + 20.25 + 36 = 71.5; 10: far
@@ -35,7 +35,7 @@ def test_plain_tensors_are_aggregated_as_flower_does() -> None:
         assert torch.allclose(out.adapter["w"], theirs["w"], atol=1e-6)
 
 
-def test_too_few_leave_the_state() -> None:
+def test_too_few_updates_leave_the_state() -> None:
     state = ServerState(adapter=random_adapter(0), shifts=(random_adapter(5),))
     out = Bulyan().aggregate(1, state, [update(f"c{i}", random_adapter(i + 1)) for i in range(6)])
     assert close(out.adapter, state.adapter, atol=0) and out.shifts == state.shifts

@@ -48,7 +48,7 @@ def test_a_wrong_formula_is_caught(where: Any, name: str, wrong: Any, monkeypatc
         check_by_hand()
 
 
-def test_three_rounds_are_flowers_own() -> None:
+def test_three_rounds_equal_flower_s() -> None:
     state, theirs = ServerState(adapter=random_adapter(0)), flower.FedAdagrad(eta=0.1, tau=1e-3)
     for round in (1, 2, 3):
         updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]

@@ -27,7 +27,7 @@ def test_two_rounds_by_hand() -> None:
     assert (two.adapter["w"] - one.adapter["w"]).item() == pytest.approx(step, rel=1e-5)
 
 
-def test_three_rounds_are_flowers_own_with_the_number_of_earlier_steps() -> None:
+def test_three_rounds_equal_flower_s_with_the_number_of_earlier_steps() -> None:
     state, theirs = ServerState(adapter=random_adapter(0)), flower.FedAdam(eta=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
     for round in (1, 2, 3):
         updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]

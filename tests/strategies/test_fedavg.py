@@ -58,7 +58,7 @@ def test_unsent_tensors_shifts_and_memory_stay() -> None:
     assert list(after.adapter.tensors) == ["q.lora_A", "q.lora_B"] and after.shifts == state.shifts and after.memory == state.memory
 
 
-def test_one_client_comes_back_bit_for_bit() -> None:
+def test_one_client_s_update_is_returned_bit_for_bit() -> None:
     gen = torch.Generator().manual_seed(0)
     state = AdapterState({"q.lora_A": torch.randn(3, 1009, generator=gen), "q.lora_B": torch.randn(7, 3, generator=gen) * 1e-30}, SPEC)
     update = Update(client="c", round=1, base_version=0, adapter=state, examples=7919)

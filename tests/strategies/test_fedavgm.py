@@ -53,7 +53,7 @@ RIGHT, ADD = _flower.remembered, _mean.Mean.add
 
 
 @pytest.mark.parametrize(("lr", "momentum"), [(1.0, 0.9), (0.3, 0.5), (0.7, 0.0)])
-def test_three_rounds_are_flowers_own(lr: float, momentum: float) -> None:
+def test_three_rounds_equal_flower_s(lr: float, momentum: float) -> None:
     method, state = FedAvgM(lr=lr, momentum=momentum), ServerState(adapter=random_adapter(0))
     theirs = flower.FedAvgM(server_learning_rate=lr, server_momentum=momentum)
     theirs.current_arrays = _flower.arrays(state.adapter.tensors)
@@ -64,7 +64,7 @@ def test_three_rounds_are_flowers_own(lr: float, momentum: float) -> None:
         assert all(torch.allclose(state.adapter[n], expected[n], atol=1e-5) for n in state.adapter.tensors)
 
 
-def test_without_momentum_at_rate_one_it_is_fedavg() -> None:
+def test_without_momentum_at_rate_one_the_result_is_fedavg() -> None:
     updates, state = [update("a", random_adapter(1), 2), update("b", random_adapter(2), 5)], ServerState(adapter=random_adapter(0))
     out = FedAvgM(lr=1.0, momentum=0.0).aggregate(1, state, iter(updates))
     assert close(out.adapter, FedAvg().aggregate(1, state, iter(updates)).adapter, atol=0) and not out.memory

@@ -25,7 +25,7 @@ from tests.strategies.lowrank import (
     delta,
     in_bf16,
     mean,
-    swapped_when_square,
+    swap_if_square,
 )
 
 
@@ -55,7 +55,7 @@ def test_unequal_counts_are_exact(counts: list[int], rank: int, seed: int) -> No
     assert all(torch.equal(after.adapter[n], averaged[n]) for n in averaged.tensors)
 
 
-def test_exact_on_gpt2_layers() -> None:
+def test_the_result_is_exact_on_gpt2_layers() -> None:
     assert_exact_on_conv1d(FedEx())
 
 
@@ -115,7 +115,7 @@ def test_only_plain_lora_is_accepted(method: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda terms: swapped_when_square(_lowrank.compact(terms)), id="residual transposed"),
+        pytest.param(lambda terms: swap_if_square(_lowrank.compact(terms)), id="residual transposed"),
         pytest.param(lambda terms: _lowrank.compact([(terms[-1][0] / -3, a, b) for _, a, b in terms[:-1]] + terms[-1:]), id="p_k dropped"),
         pytest.param(lambda terms: _lowrank.compact([*terms[:-1], (-1.0, *terms[-1][1:])]), id="s dropped"),
     ],

@@ -60,7 +60,7 @@ def test_any_malicious_minority_keeps_the_result_within_the_honest_values() -> N
         assert (t >= seen.min(0).values).all() and (t <= seen.max(0).values).all()
 
 
-def test_it_depends_on_the_gauge_as_documented() -> None:
+def test_the_median_depends_on_the_choice_of_factors() -> None:
     state, came = ServerState(adapter=random_adapter(0)), [random_adapter(i + 1) for i in range(3)]
 
     def product(adapters) -> torch.Tensor:

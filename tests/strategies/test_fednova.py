@@ -15,7 +15,7 @@ from fedtune.strategies.fednova import FedNova
 from tests.strategies.updates import close, plain, random_adapter, update
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     updates = [update("a", plain(-1.0), 1, lr_sum=0.1), update("b", plain(4.0), 3, lr_sum=0.4)]
     # d_a = (0 + 1) / .1 = 10, d_b = −4 / .4 = −10; Σ p d = (10 − 30) / 4 = −5; Σ p‖a‖ = (.1 + 3·.4) / 4 = .325; w = 0 + 1.625
     out = FedNova().aggregate(1, ServerState(adapter=plain(0.0)), iter(updates))
@@ -55,12 +55,12 @@ def walk(method: Strategy) -> float:
     return state.adapter["w"].item()
 
 
-def test_it_is_fair_to_slow_clients_where_fedavg_is_not() -> None:
+def test_fednova_is_fair_to_slow_clients_unlike_fedavg() -> None:
     assert walk(FedNova()) == pytest.approx(5.0, abs=0.3)  # the minimum of the mean loss
     assert walk(FedAvg()) > 8.0  # about 10·10 / 12: dropping the normalization fails the check above
 
 
-def test_a_turn_at_rate_zero_is_no_division_by_zero() -> None:
+def test_a_turn_at_rate_zero_does_not_divide_by_zero() -> None:
     updates = [update("a", plain(0.0), lr_sum=0.0), update("b", plain(1.0), lr_sum=0.5)]
     assert torch.isfinite(FedNova().aggregate(1, ServerState(adapter=plain(0.0)), iter(updates)).adapter["w"]).all()
 

@@ -104,7 +104,7 @@ def test_score_turns_declare_their_reply_and_change_no_weight() -> None:
     assert ask.expect is not None and list(ask.expect.tensors) == ["layers"] and "ratio" not in after.memory
 
 
-def seen(client: str, examples: int, **values: list[float]) -> Update:
+def scores_of(client: str, examples: int, **values: list[float]) -> Update:
     tensors = {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()}
     state = AdapterState(tensors, AdapterSpec(method="scores", base="b" * 64))
     return Update(client=client, round=1, base_version=0, adapter=state, examples=examples)
@@ -112,7 +112,7 @@ def seen(client: str, examples: int, **values: list[float]) -> Update:
 
 def test_scores_are_weighted_by_examples_and_shares_are_not() -> None:
     strategy, state = FedPepTAO(warmup_rounds=0), ServerState(adapter=adapter(layers=2))
-    updates = [seen("a", 1, layers=[1.0, 2.0], ratio=[0.2]), seen("b", 3, layers=[5.0, 6.0], ratio=[7.0])]
+    updates = [scores_of("a", 1, layers=[1.0, 2.0], ratio=[0.2]), scores_of("b", 3, layers=[5.0, 6.0], ratio=[7.0])]
     state = strategy.aggregate(1, state, iter(updates))
     assert state.memory["layers"].tolist() == [4.0, 5.0]  # (1 + 3·5) / 4, (2 + 3·6) / 4
     assert state.memory["ratio"].tolist() == pytest.approx([0.6])  # (.2 + 1) / 2: a share is at most 1
@@ -329,7 +329,7 @@ def test_the_check_by_hand_catches_a_wrong_formula(
 def test_c_moves_by_the_share_of_the_clients_that_have_answered() -> None:
     strategy = FedPepTAO(ratio=0.5, warmup_rounds=0, variant="paper")
     start = ServerState(adapter=AdapterState({"l.prompt": torch.zeros(1), "m.prompt": torch.zeros(1)}, SPEC))
-    state = strategy.aggregate(1, start, iter([seen(c, 1, layers=[1.0, 2.0]) for c in "abcd"]))  # the lowest score first
+    state = strategy.aggregate(1, start, iter([scores_of(c, 1, layers=[1.0, 2.0]) for c in "abcd"]))  # the lowest score first
     state = strategy.aggregate(2, state, iter([scalar("a", 1, 1.0, 1, 0.5)]))
     # N = 4 have answered, 1 of them now: c = 1/4 · (0 − 1)/.5
     assert state.memory["drift/l.prompt"].item() == pytest.approx(-0.5) and state.memory["c/a/l.prompt"].item() == pytest.approx(-2.0)

@@ -29,7 +29,7 @@ from tests.fakes import RecordingObserver, fake_bridge
 from tests.strategies.test_fedpeptao import one_round, reply, run
 from tests.tiny import tiny_config
 
-# -- what every strategy owes -------------------------------------------------------------------------------------------------------------
+# -- properties of every strategy ---------------------------------------------------------------------------------------------------------
 
 COHORTS = [{"a": 1, "b": 7, "c": 40}, {"a": 1, "c": 40}, {"b": 7, "c": 40}, {"a": 1, "b": 7}, *[{"a": 1, "b": 7, "c": 40}] * 3]
 
@@ -83,7 +83,7 @@ def test_order_does_not_matter_and_inputs_are_untouched(variant: str, round: int
         ({"warmup_rounds": -1}, 30, "ptuning_v2", "strategy.warmup_rounds=-1 is out of range"),
     ],
 )
-def test_invalid_settings_are_one_sentence(settings: dict[str, Any], rounds: int, method: str, sentence: str) -> None:
+def test_invalid_settings_give_a_one_sentence_error(settings: dict[str, Any], rounds: int, method: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         FedPepTAO(**settings).check(Config(rounds=rounds, peft=PeftConfig(method=method)))
 

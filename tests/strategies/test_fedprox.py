@@ -62,7 +62,7 @@ def test_a_missing_half_is_detected(where: type, name: str, wrong: Any, monkeypa
 ADD = _mean.Mean.add
 
 
-def off_by(space: Workspace, mu: float, sent_mu: float) -> float:
+def error_of_step(space: Workspace, mu: float, sent_mu: float) -> float:
     """Distance of two real SGD steps with `sent_mu` as μ from w_2(μ) = w_2(0) − η·μ·(w_1 − w_0): the term is 0 in the first step."""
     begin = space.initial
     gen = torch.Generator().manual_seed(1)  # B away from zero, so that both factors have gradients
@@ -81,9 +81,9 @@ def off_by(space: Workspace, mu: float, sent_mu: float) -> float:
 
 def test_the_clients_half_by_hand(tmp_path: Path) -> None:
     space = Workspace(tiny_config(tmp_path))
-    assert off_by(space, mu=3.0, sent_mu=3.0) < 1e-7
-    assert off_by(space, mu=3.0, sent_mu=6.0) > 1e-5  # μ·‖w − w_t‖², without the half
-    assert off_by(space, mu=3.0, sent_mu=0.0) > 1e-5
+    assert error_of_step(space, mu=3.0, sent_mu=3.0) < 1e-7
+    assert error_of_step(space, mu=3.0, sent_mu=6.0) > 1e-5  # μ·‖w − w_t‖², without the half
+    assert error_of_step(space, mu=3.0, sent_mu=0.0) > 1e-5
 
 
 def test_mu_is_set_in_one_place() -> None:

@@ -20,7 +20,7 @@ from tests.fakes import fake_bridge, fake_client_app, lora_state
 SHARED, OWN = ["q.lora_A", "up.lora_A"], ["q.lora_B", "up.lora_B", "head.weight"]
 
 
-def sent(client: str, n: int, seed: int) -> Update:
+def update_of(client: str, n: int, seed: int) -> Update:
     return Update(client=client, round=1, base_version=0, adapter=lora_state(seed=seed).subset(SHARED), examples=n)
 
 
@@ -32,7 +32,7 @@ def error_of_a(updates: list[Update]) -> float:
     return max(float((out[n] - expected[n]).abs().max()) for n in SHARED)
 
 
-def test_a_is_averaged_and_b_keeps_its_initial_value() -> None:
+def test_factor_a_is_averaged_and_b_keeps_its_initial_value() -> None:
     spec = AdapterSpec(method="lora", ranks={"q": 1}, scaling={"q": 1.0})
     state = FedSA().start(AdapterState({"q.lora_A": torch.tensor([[9.0]]), "q.lora_B": torch.tensor([[0.0]])}, spec))
     updates = [
@@ -46,21 +46,21 @@ def test_a_is_averaged_and_b_keeps_its_initial_value() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 10_000), st.integers(0, 500)), min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None)
-def test_a_is_the_weighted_mean(clients: list[tuple[int, int]]) -> None:
-    assert error_of_a([sent(f"c{i}", n, seed) for i, (n, seed) in enumerate(clients)]) < 1e-6
+def test_factor_a_is_the_weighted_mean(clients: list[tuple[int, int]]) -> None:
+    assert error_of_a([update_of(f"c{i}", n, seed) for i, (n, seed) in enumerate(clients)]) < 1e-6
 
 
 def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = _mean.Mean.add
 
-    def unweighted(self: _mean.Mean, tensors: Mapping[str, Tensor], weight: float) -> None:
+    def add_unweighted(self: _mean.Mean, tensors: Mapping[str, Tensor], weight: float) -> None:
         honest(self, tensors, 1.0)
 
-    monkeypatch.setattr(_mean.Mean, "add", unweighted)
-    assert error_of_a([sent("a", 1, 1), sent("b", 9, 2)]) > 0.1
+    monkeypatch.setattr(_mean.Mean, "add", add_unweighted)
+    assert error_of_a([update_of("a", 1, 1), update_of("b", 9, 2)]) > 0.1
 
 
-def test_only_a_is_sent_and_the_rest_is_kept() -> None:
+def test_only_factor_a_is_sent_and_the_rest_is_kept() -> None:
     state = FedSA().start(lora_state())
     assignments = FedSA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
     names = list(state.adapter.tensors)
@@ -72,7 +72,7 @@ def test_only_a_is_sent_and_the_rest_is_kept() -> None:
     assert assignments["a"].adapter is assignments["b"].adapter  # encoded once
 
 
-def test_rounds_over_the_wire(tmp_path: Path) -> None:
+def test_two_rounds_over_the_wire_by_hand(tmp_path: Path) -> None:
     config = Config(rounds=2, clients_per_round=2)
     bridge, observer = fake_bridge(
         tmp_path / "run", fake_client_app({"a": 1, "b": 3}), 2, config, strategy=FedSA(), initial=lora_state(fill=0.0)

@@ -14,7 +14,7 @@ from fedtune.contracts.strategy import ServerState
 from fedtune.errors import ConfigError
 from fedtune.strategies import _lowrank, fedsvd
 from fedtune.strategies.fedsvd import FedSVD
-from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, mean, swapped_when_square
+from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, mean, swap_if_square
 
 
 def clients(state: ServerState, *, seed: int = 1) -> tuple[list[Update], list[Update]]:
@@ -51,7 +51,7 @@ def test_only_b_and_heads_are_trained_and_sent_and_the_server_sends_a() -> None:
     assert assignment.adapter is state.adapter
 
 
-def test_a_stays_while_b_is_zero() -> None:
+def test_factor_a_stays_while_b_is_zero() -> None:
     start = FedSVD().start(adapter())
     _, sent = clients(start)
     still = [
@@ -90,12 +90,12 @@ def test_doras_magnitudes_are_averaged() -> None:
     plain = adapter(method="dora")
     start = FedSVD().start(plain.replace({**plain.tensors, "q.lora_magnitude": torch.zeros(3)}))
 
-    def sent(n: int, magnitude: float) -> Update:
+    def update_of(n: int, magnitude: float) -> Update:
         tensors = {k: t for k, t in start.adapter.tensors.items() if not k.endswith("_A")}
         state = AdapterState({**tensors, "q.lora_magnitude": torch.full((3,), magnitude)}, start.adapter.spec)
         return Update(client=str(n), round=1, base_version=0, adapter=state, examples=n)
 
-    after = FedSVD().aggregate(1, start, iter([sent(1, 2.0), sent(3, 6.0)]))
+    after = FedSVD().aggregate(1, start, iter([update_of(1, 2.0), update_of(3, 6.0)]))
     assert after.adapter["q.lora_magnitude"].tolist() == [5.0] * 3  # (1·2 + 3·6) / 4
     assert_equal(change(after), change(start))
 
@@ -103,7 +103,7 @@ def test_doras_magnitudes_are_averaged() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda pair, rank: swapped_when_square(_lowrank.truncate(pair, rank)), id="U and V swapped"),
+        pytest.param(lambda pair, rank: swap_if_square(_lowrank.truncate(pair, rank)), id="U and V swapped"),
         pytest.param(lambda pair, rank: _lowrank.truncate(pair, rank - 1), id="a direction dropped"),
     ],
 )

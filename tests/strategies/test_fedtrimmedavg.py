@@ -19,16 +19,16 @@ from tests.strategies.updates import plain, random_adapter, update
 START = ServerState(adapter=plain(0.0))
 
 
-def trimmed(beta: float, *values: float) -> float:
+def trimmed_mean(beta: float, *values: float) -> float:
     updates = [update(f"c{i}", plain(v), examples=i + 1) for i, v in enumerate(values)]
     return FedTrimmedAvg(beta=beta).aggregate(1, START, iter(updates)).adapter["w"].item()
 
 
 def check_by_hand() -> None:
-    assert trimmed(0.2, 1.0, -500.0, 6.0, 2.0, 900.0) == 3.0  # (1 + 6 + 2) / 3
-    assert trimmed(0.4, 1.0, -500.0, 6.0, 2.0, 900.0) == 2.0  # the median
-    assert trimmed(0.0, 1.0, 2.0, 6.0) == 3.0
-    assert trimmed(0.2, 1.0, 2.0, 6.0, 3.0) == 3.0  # ⌊.2·4⌋ = 0: nothing is cut
+    assert trimmed_mean(0.2, 1.0, -500.0, 6.0, 2.0, 900.0) == 3.0  # (1 + 6 + 2) / 3
+    assert trimmed_mean(0.4, 1.0, -500.0, 6.0, 2.0, 900.0) == 2.0  # the median
+    assert trimmed_mean(0.0, 1.0, 2.0, 6.0) == 3.0
+    assert trimmed_mean(0.2, 1.0, 2.0, 6.0, 3.0) == 3.0  # ⌊.2·4⌋ = 0: nothing is cut
 
 
 def test_by_hand_for_any_number_of_examples() -> None:
@@ -55,7 +55,7 @@ THEIRS = flower.FedTrimmedAvg
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=9), st.randoms(use_true_random=False))
 def test_order_does_not_matter(values: list[float], random: Random) -> None:
-    assert trimmed(0.2, *values) == pytest.approx(trimmed(0.2, *random.sample(values, len(values))), abs=1e-4)
+    assert trimmed_mean(0.2, *values) == pytest.approx(trimmed_mean(0.2, *random.sample(values, len(values))), abs=1e-4)
 
 
 def test_any_malicious_minority_keeps_the_result_within_the_honest_values() -> None:

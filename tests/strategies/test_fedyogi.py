@@ -38,7 +38,7 @@ def test_adams_second_moment_would_be_caught() -> None:
     assert two_rounds(FedAdam(lr=0.1)).memory["v/w"].item() == pytest.approx(0.1585, rel=1e-4)
 
 
-def test_three_rounds_are_flowers_own() -> None:
+def test_three_rounds_equal_flower_s() -> None:
     state, theirs = ServerState(adapter=random_adapter(0)), flower.FedYogi(eta=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3)
     for round in (1, 2, 3):
         updates = [update(f"c{i}", random_adapter(10 * round + i), n) for i, n in enumerate((1, 7, 40))]

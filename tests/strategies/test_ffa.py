@@ -71,10 +71,10 @@ def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) ->
     state = FFA().start(lora_state())
     honest = _mean.Mean.add
 
-    def unweighted(self: _mean.Mean, tensors: Mapping[str, Tensor], weight: float) -> None:
+    def add_unweighted(self: _mean.Mean, tensors: Mapping[str, Tensor], weight: float) -> None:
         honest(self, tensors, 1.0)
 
-    monkeypatch.setattr(_mean.Mean, "add", unweighted)
+    monkeypatch.setattr(_mean.Mean, "add", add_unweighted)
     assert product_error(state, clients(state, [1, 9])) > 0.1
 
 
@@ -86,7 +86,7 @@ def test_the_check_notices_an_a_that_moved() -> None:
     assert product_error(state, drifted) > 0.1
 
 
-def test_a_is_never_sent_and_never_changes() -> None:
+def test_factor_a_is_never_sent_and_never_changes() -> None:
     state = FFA().start(lora_state())
     assignments = FFA().plan(1, [Plan(round=1, client=c, base_version=0) for c in "ab"], state)
     for assignment in assignments.values():
@@ -106,7 +106,7 @@ def test_a_square_module_costs_half_the_bytes() -> None:
     assert assignments["a"].adapter.nbytes * 2 == state.adapter.nbytes
 
 
-def test_rounds_over_the_wire(tmp_path: Path) -> None:
+def test_two_rounds_over_the_wire_by_hand(tmp_path: Path) -> None:
     start = lora_state(fill=0.0).replace({n: t + n.endswith("lora_A") for n, t in lora_state(fill=0.0).tensors.items()})
     bridge, observer = fake_bridge(
         tmp_path / "run",

@@ -17,7 +17,7 @@ from fedtune.contracts.plan import Plan, Update
 from fedtune.errors import ConfigError
 from fedtune.strategies import _lowrank, flexlora
 from fedtune.strategies.flexlora import FlexLoRA
-from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, delta, mean, still, swapped_when_square
+from tests.strategies.lowrank import SHAPES, adapter, assert_equal, change, cohort, delta, mean, swap_if_square, zero_adapter
 
 
 def changes(before: AdapterState, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ def test_each_client_is_off_by_the_tail_of_the_sum_of_changes(clients: list[tupl
 
 def test_the_result_is_exact_if_the_rank_suffices() -> None:
     updates = cohort([1, 2, 1])
-    after = FlexLoRA().aggregate(1, FlexLoRA().start(still(4)), iter(updates))
+    after = FlexLoRA().aggregate(1, FlexLoRA().start(zero_adapter(4)), iter(updates))
     assert_equal(change(after), mean(updates))
     for module in ("up", "square"):  # A has orthonormal rows, and B columns of falling norm
         a, b = after.adapter[f"{module}.lora_A"], after.adapter[f"{module}.lora_B"]
@@ -85,7 +85,7 @@ def test_the_order_of_clients_changes_nothing() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 def test_a_round_of_small_devices_leaves_every_direction_trainable(method: str) -> None:
-    start = FlexLoRA().start(still(4, method))
+    start = FlexLoRA().start(zero_adapter(4, method))
     after = FlexLoRA().aggregate(1, start, iter(cohort([1], [3]))).adapter
     for module in ("up", "square"):
         a, b = after[f"{module}.lora_A"], after[f"{module}.lora_B"]
@@ -95,8 +95,8 @@ def test_a_round_of_small_devices_leaves_every_direction_trainable(method: str) 
 
 def test_a_cohort_without_change_is_accepted() -> None:
     updates = cohort()
-    still = [u.adapter.replace({n: t * (not n.endswith("_B")) for n, t in u.adapter.tensors.items()}) for u in updates]
-    same = [dataclasses.replace(u, adapter=a) for u, a in zip(updates, still, strict=True)]
+    zero_adapter = [u.adapter.replace({n: t * (not n.endswith("_B")) for n, t in u.adapter.tensors.items()}) for u in updates]
+    same = [dataclasses.replace(u, adapter=a) for u, a in zip(updates, zero_adapter, strict=True)]
     after = FlexLoRA().aggregate(1, FlexLoRA().start(adapter()), iter(same)).adapter
     assert all(torch.isfinite(t).all() for t in after.tensors.values()) and not any(after[f"{m}.lora_B"].any() for m in SHAPES)
 
@@ -116,12 +116,12 @@ def test_only_methods_with_factors_are_accepted(method: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda terms: swapped_when_square(_lowrank.stack(terms)), id="A and B swapped"),
+        pytest.param(lambda terms: swap_if_square(_lowrank.stack(terms)), id="A and B swapped"),
         pytest.param(lambda terms: _lowrank.stack([(1 / len(terms), a, b) for _, a, b in terms]), id="weights dropped"),
     ],
 )
 def test_a_wrong_sum_is_caught(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flexlora, "stack", wrong)
-    after = FlexLoRA().aggregate(1, FlexLoRA().start(still(4)), iter(cohort([1, 2, 1])))
+    after = FlexLoRA().aggregate(1, FlexLoRA().start(zero_adapter(4)), iter(cohort([1, 2, 1])))
     with pytest.raises(AssertionError, match="is off by"):
         assert_equal(change(after), mean(cohort([1, 2, 1])))

@@ -25,8 +25,8 @@ from tests.strategies.lowrank import (
     delta,
     in_bf16,
     mean,
-    still,
-    swapped_when_square,
+    swap_if_square,
+    zero_adapter,
 )
 
 
@@ -39,7 +39,7 @@ def test_the_product_is_the_weighted_mean_by_hand() -> None:
 
     updates = [rank_one(1, a=1, b=1), rank_one(3, a=5, b=5)]
     after = FLoRA().aggregate(1, FLoRA().start(updates[0].adapter), iter(updates))
-    # by hand: (1*1*1 + 3*5*5) / 4 = 19; averaging a and b apart gives 4 * 4 = 16
+    # by hand: (1*1*1 + 3*5*5) / 4 = 19; averaging a and b separately gives 4 * 4 = 16
     (shift,) = after.shifts
     assert (shift["q.lora_B"] @ shift["q.lora_A"]).item() == 19.0 and shift.spec.scaling == {"q": 1.0} and shift.spec.version == 1
     assert after.adapter["q.lora_B"].item() == 0.0
@@ -49,7 +49,7 @@ def test_the_product_is_the_weighted_mean_by_hand() -> None:
 @given(clients=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 1000)), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_mixed_ranks_counts_and_scalings_are_exact(clients: list[tuple[int, int]], seed: int) -> None:
     updates = cohort([r for r, _ in clients], [n for _, n in clients], seed=seed)
-    after = FLoRA().aggregate(1, FLoRA().start(still(4)), iter(updates))
+    after = FLoRA().aggregate(1, FLoRA().start(zero_adapter(4)), iter(updates))
     assert_equal(change(after), mean(updates))
     # the stack itself if it is no larger than the layer; else its singular vectors above float32's resolution
     total = sum(r for r, _ in clients)
@@ -57,7 +57,7 @@ def test_mixed_ranks_counts_and_scalings_are_exact(clients: list[tuple[int, int]
         assert rank == total if total <= min(SHAPES[module]) else rank <= min(SHAPES[module])
 
 
-def test_exact_on_gpt2_layers() -> None:
+def test_the_result_is_exact_on_gpt2_layers() -> None:
     assert_exact_on_conv1d(FLoRA())
 
 
@@ -137,7 +137,7 @@ def test_a_new_a_is_kaiming_and_depends_on_round_module_and_initial_adapter() ->
         assert 0.97 / math.sqrt(columns) < torch.stack(a).abs().max() <= 1 / math.sqrt(columns)  # kaiming_uniform(a=√5) is U(±1/√in)
 
 
-def test_what_a_cohort_may_stack_is_checked_before_the_run() -> None:
+def test_the_largest_stack_of_a_cohort_is_checked_before_the_run() -> None:
     phones = DevicesConfig(classes={"phone": DeviceClass(rank=4)})
     FLoRA(max_rank=80).check(Config(clients_per_round=10, peft=PeftConfig(rank=8)))
     FLoRA(max_rank=40).check(Config(clients_per_round=10, peft=PeftConfig(rank=8), devices=phones))
@@ -160,7 +160,7 @@ def test_only_plain_lora_is_accepted(method: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda terms: swapped_when_square(_lowrank.stack(terms)), id="A and B swapped"),
+        pytest.param(lambda terms: swap_if_square(_lowrank.stack(terms)), id="A and B swapped"),
         pytest.param(lambda terms: _lowrank.stack([(1 / len(terms), a, b) for _, a, b in terms]), id="weights dropped"),
         pytest.param(lambda terms: _lowrank.stack([(w / 3 * len(a), a, b) for w, a, b in terms]), id="scalings dropped"),  # s = 3/r
     ],

@@ -20,7 +20,7 @@ def dense(adapter: AdapterState) -> Tensor:
     return torch.cat([*parts, adapter["head.weight"].double().flatten()])
 
 
-def test_by_hand() -> None:
+def test_distances_by_hand() -> None:
     # ΔW_1 = 1·2 = 2, ΔW_2 = 3·1 = 3
     a, b = [torch.tensor([[2.0]]), torch.tensor([[1.0]])], [torch.tensor([[1.0]]), torch.tensor([[3.0]])]
     assert products(a, b).tolist() == [[4.0, 6.0], [6.0, 9.0]]

@@ -163,7 +163,7 @@ def test_without_pruning_no_ranks_are_stored() -> None:
     assert not state.memory and dict(ranks_of(plans(a=None)[0], state)) == {"q": 2, "up": 1}
 
 
-def test_rounds_over_the_wire(tmp_path: Path) -> None:
+def test_two_rounds_over_the_wire_by_hand(tmp_path: Path) -> None:
     config = Config(rounds=2, clients_per_round=2)
     pruning = HetLoRA(tail_penalty=1e-3)
     bridge, observer = fake_bridge(

@@ -12,14 +12,14 @@ from fedtune.strategies.krum import Krum
 from tests.strategies.updates import close, plain, random_adapter, update, with_other_factors
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     updates = [update(c, plain(x)) for c, x in (("a", 0.0), ("b", 1.0), ("c", 2.5), ("d", 4.5), ("e", 100.0))]
     # f = 1, n = 5: the 2 closest. a: 1 + 6.25; b: 1 + 2.25; c: 2.25 + 4; d: 4 + 12.25; e: far
     out = Krum(malicious=1).aggregate(1, ServerState(adapter=plain(0.0)), iter(updates))
     assert out.adapter["w"].item() == 1.0
 
 
-def test_it_returns_one_clients_tensors_bit_for_bit_in_any_order() -> None:
+def test_krum_returns_one_client_s_tensors_bit_for_bit_in_any_order() -> None:
     state, updates = ServerState(adapter=random_adapter(0)), [update(f"c{i}", random_adapter(i + 1, 0.1), i + 1) for i in range(4)]
     outs = [Krum().aggregate(1, state, iter(p)).adapter for p in itertools.permutations(updates)]
     assert any(close(outs[0], u.adapter, atol=0) for u in updates)

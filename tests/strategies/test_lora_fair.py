@@ -17,20 +17,20 @@ from fedtune.errors import ConfigError
 from fedtune.strategies import lora_fair
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.lora_fair import LoRAFair
-from tests.strategies.lowrank import adapter, assert_equal, change, cohort, delta, mean, swapped_when_square
+from tests.strategies.lowrank import adapter, assert_equal, change, cohort, delta, mean, swap_if_square
 
 
-def dense(averaged: AdapterState, updates: list[Update], ridge: float) -> dict[str, Tensor]:
+def dense(average: AdapterState, updates: list[Update], ridge: float) -> dict[str, Tensor]:
     """Module → s·(B̄ + ΔB)·Ā with the dense E: the formula itself, slow."""
     out = {}
     for module, d in mean(updates).items():
-        s, a, b = averaged.spec.scaling[module], averaged[f"{module}.lora_A"].double(), averaged[f"{module}.lora_B"].double()
+        s, a, b = average.spec.scaling[module], average[f"{module}.lora_A"].double(), average[f"{module}.lora_B"].double()
         e = d / s - b @ a
         out[module] = s * (b + e @ a.T @ torch.linalg.inv(a @ a.T + ridge * torch.eye(len(a)))) @ a
     return out
 
 
-def averaged(start: ServerState, updates: list[Update]) -> AdapterState:
+def average(start: ServerState, updates: list[Update]) -> AdapterState:
     return FedAvg().aggregate(1, start, iter(updates)).adapter
 
 
@@ -51,7 +51,7 @@ def test_the_correction_by_hand() -> None:
 @given(counts=st.lists(st.integers(1, 1000), min_size=1, max_size=6), ridge=st.floats(1e-3, 10), seed=st.integers(0, 99))
 def test_the_factored_form_is_the_dense_one_and_never_worse_than_averaging(counts: list[int], ridge: float, seed: int) -> None:
     updates, start = cohort([2] * len(counts), counts, seed=seed), LoRAFair().start(adapter())
-    after, plain, expected = LoRAFair(ridge=ridge).aggregate(1, start, iter(updates)), averaged(start, updates), mean(updates)
+    after, plain, expected = LoRAFair(ridge=ridge).aggregate(1, start, iter(updates)), average(start, updates), mean(updates)
     assert_equal(change(after), dense(plain, updates, ridge), tolerance=5e-6)
     for module, matrix in expected.items():
         assert (change(after)[module] - matrix).norm() <= (delta(plain)[module] - matrix).norm() + 1e-5
@@ -61,7 +61,7 @@ def test_the_factored_form_is_the_dense_one_and_never_worse_than_averaging(count
 
 def test_a_small_ridge_projects_and_a_large_one_averages() -> None:
     start, updates = LoRAFair().start(adapter()), cohort()
-    plain = averaged(start, updates)
+    plain = average(start, updates)
     projected = {}
     for module, matrix in mean(updates).items():
         a = plain[f"{module}.lora_A"].double()
@@ -116,7 +116,7 @@ def test_invalid_settings_are_refused() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(lambda e, a, ridge: RIGHT(swapped_when_square(e), a, ridge), id="residual transposed"),
+        pytest.param(lambda e, a, ridge: RIGHT(swap_if_square(e), a, ridge), id="residual transposed"),
         pytest.param(lambda e, a, ridge: -RIGHT(e, a, ridge), id="sign turned"),
         pytest.param(lambda e, a, ridge: 0 * RIGHT(e, a, ridge), id="no correction"),
     ],
@@ -126,7 +126,7 @@ def test_a_wrong_correction_is_caught(wrong: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(lora_fair, "correction", wrong)
     after = LoRAFair().aggregate(1, start, iter(updates))
     with pytest.raises(AssertionError, match="is off by"):
-        assert_equal(change(after), dense(averaged(start, updates), updates, 0.01))
+        assert_equal(change(after), dense(average(start, updates), updates, 0.01))
 
 
 RIGHT = lora_fair.correction

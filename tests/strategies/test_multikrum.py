@@ -21,7 +21,7 @@ def line() -> list:
     return [update(c, plain(x), n) for c, x, n in (("a", 0.0, 1), ("b", 1.0, 1), ("c", 2.5, 3), ("d", 4.5, 1), ("e", 100.0, 90))]
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     # f = 1, n = 5: the 2 closest. a: 7.25; b: 3.25; c: 6.25; d: 16.25; e: far. The best two are b and c: (1·1 + 3·2.5) / 4
     out = MultiKrum(malicious=1, select=2).aggregate(1, ServerState(adapter=plain(0.0)), iter(line()))
     assert out.adapter["w"].item() == 2.125
@@ -48,7 +48,7 @@ def test_the_factors_of_the_selected_are_averaged_in_any_order_of_the_clients() 
     assert sum(close(outs[0], p, atol=0) for p in pairs) == 1
 
 
-def chosen(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def selected_clients(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The selected clients: the positions that the strategy gets from `krum`."""
     seen, own = [], module.krum
     monkeypatch.setattr(module, "krum", lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1])
@@ -59,9 +59,9 @@ def chosen(adapters: list[AdapterState], monkeypatch: pytest.MonkeyPatch) -> lis
 
 def test_the_selection_depends_only_on_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = [random_adapter(i + 1, 0.3) for i in range(7)]
-    expected = chosen(adapters, monkeypatch)
+    expected = selected_clients(adapters, monkeypatch)
     for seed in range(5):
-        assert chosen([with_other_factors(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == expected
+        assert selected_clients([with_other_factors(a, seed=10 * seed + i) for i, a in enumerate(adapters)], monkeypatch) == expected
 
 
 def test_a_config_without_the_guarantee_is_refused() -> None:

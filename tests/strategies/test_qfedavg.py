@@ -30,7 +30,7 @@ def check_by_hand() -> None:
     assert QFedAvg(q=1.0, lr=0.5).aggregate(1, START, iter(updates)).adapter["w"].item() == pytest.approx(2 / 3)
 
 
-def test_by_hand() -> None:
+def test_the_result_by_hand() -> None:
     check_by_hand()
 
 
@@ -68,7 +68,7 @@ def test_a_larger_q_gives_more_weight_to_a_higher_loss() -> None:
     assert ends[0] == pytest.approx(0.0, abs=1e-7) and 0 > ends[1] > ends[2]
 
 
-def test_it_is_flowers_own() -> None:
+def test_the_result_equals_flower_s() -> None:
     state, theirs = ServerState(adapter=random_adapter(0)), flower.QFedAvg(client_learning_rate=0.3, q=0.7, train_loss_key="F")
     updates = [update(f"c{i}", random_adapter(i + 1), i + 1, metrics={"start_loss": 0.5 + i}) for i in range(4)]
     theirs.current_arrays = _flower.arrays(state.adapter.tensors)

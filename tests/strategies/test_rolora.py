@@ -62,13 +62,13 @@ def test_two_rounds_by_hand() -> None:
     spec = AdapterSpec(method="lora", ranks={"q": 1}, scaling={"q": 1.0})
     state = RoLoRA().start(AdapterState({"q.lora_A": torch.tensor([[2.0]]), "q.lora_B": torch.tensor([[0.0]])}, spec))
 
-    def sent(name: str, n: int, value: float, round: int) -> Update:
+    def update_of(name: str, n: int, value: float, round: int) -> Update:
         return Update(client=f"c{n}", round=round, base_version=0, adapter=AdapterState({name: torch.tensor([[value]])}, spec), examples=n)
 
-    state = RoLoRA().aggregate(1, state, iter([sent("q.lora_B", 1, 1.0, 1), sent("q.lora_B", 3, 5.0, 1)]))
+    state = RoLoRA().aggregate(1, state, iter([update_of("q.lora_B", 1, 1.0, 1), update_of("q.lora_B", 3, 5.0, 1)]))
     # round 1: B = (1*1 + 3*5) / 4 = 4 under A = 2
     assert (state.adapter["q.lora_B"].item(), state.adapter["q.lora_A"].item()) == (4.0, 2.0)
-    state = RoLoRA().aggregate(2, state, iter([sent("q.lora_A", 1, -2.0, 2), sent("q.lora_A", 3, 6.0, 2)]))
+    state = RoLoRA().aggregate(2, state, iter([update_of("q.lora_A", 1, -2.0, 2), update_of("q.lora_A", 3, 6.0, 2)]))
     # round 2: A = (-2 + 3*6) / 4 = 4 under B = 4: B A = 16 = (1 * 4*-2 + 3 * 4*6) / 4
     assert (state.adapter["q.lora_B"].item(), state.adapter["q.lora_A"].item()) == (4.0, 4.0)
 
@@ -85,10 +85,10 @@ def test_every_round_is_exact(counts: list[int], seed: int) -> None:
 def test_the_check_notices_forgotten_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = _mean.Mean.add
 
-    def unweighted(self: _mean.Mean, tensors: Mapping[str, Tensor], weight: float) -> None:
+    def add_unweighted(self: _mean.Mean, tensors: Mapping[str, Tensor], weight: float) -> None:
         honest(self, tensors, 1.0)
 
-    monkeypatch.setattr(_mean.Mean, "add", unweighted)
+    monkeypatch.setattr(_mean.Mean, "add", add_unweighted)
     for round in (1, 2):
         assert product_error(round, before(round), [1, 9])[0] > 0.1
 

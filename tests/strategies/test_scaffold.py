@@ -35,7 +35,7 @@ def test_two_rounds_by_hand() -> None:
     assert two.adapter["w"].item() == 6.5
 
 
-def test_c_of_a_single_client_is_its_own() -> None:
+def test_the_variate_c_of_a_single_client_is_its_own() -> None:
     out = SCAFFOLD().aggregate(1, ServerState(adapter=plain(0.0)), [update("a", plain(1.0), lr_sum=0.5)])
     assert {n: t.item() for n, t in out.memory.items()} == {"c_k/a/w": -2.0, "c/w": -2.0}  # (0 − 1) / .5
 
@@ -54,7 +54,7 @@ def test_c_is_the_mean_of_the_clients_seen_for_any_participation() -> None:
     assert len(own["head.weight"]) == 4
 
 
-def test_the_servers_rate() -> None:
+def test_the_server_s_rate_scales_the_step() -> None:
     out = SCAFFOLD(lr=0.5).aggregate(
         1, ServerState(adapter=plain(2.0)), [update("a", plain(4.0), lr_sum=1.0), update("b", plain(8.0), lr_sum=1.0)]
     )
@@ -93,7 +93,7 @@ def walk(rounds: int = 200) -> float:
     return state.adapter["w"].item()
 
 
-def test_it_reaches_the_minimum_of_the_mean_loss_unlike_fedavg(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaffold_reaches_the_minimum_of_the_mean_loss_unlike_fedavg(monkeypatch: pytest.MonkeyPatch) -> None:
     assert walk() == pytest.approx(BEST, abs=1e-3)
     monkeypatch.setattr(SCAFFOLD, "plan", Strategy.plan)  # no correction: uniform FedAvg, which drifts
     assert abs(walk() - BEST) > 0.3
@@ -102,12 +102,12 @@ def test_it_reaches_the_minimum_of_the_mean_loss_unlike_fedavg(monkeypatch: pyte
 def test_a_correction_of_the_wrong_sign_or_size_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     own = SCAFFOLD.plan
 
-    def flipped(self: SCAFFOLD, round: int, plans: list[Plan], state: ServerState) -> dict[str, Assignment]:
+    def flip(self: SCAFFOLD, round: int, plans: list[Plan], state: ServerState) -> dict[str, Assignment]:
         given = own(self, round, plans, state)
         return {c: Assignment(plan=a.plan, adapter=a.adapter, extra={n: -t for n, t in a.extra.items()}) for c, a in given.items()}
 
     with monkeypatch.context() as patch:
-        patch.setattr(SCAFFOLD, "plan", flipped)
+        patch.setattr(SCAFFOLD, "plan", flip)
         assert not abs(walk() - BEST) < 0.1
     with monkeypatch.context() as patch:  # the mean rate in place of the sum of the rates
         patch.setattr(module, "measured", lambda update, values, name: values[name] / 8)

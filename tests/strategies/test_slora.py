@@ -39,13 +39,13 @@ def lora(shapes: Mapping[str, tuple[int, int]], *, rank: int = 1, scaling: float
 
 def reply(strategy: SLoRA, state: ServerState, client: str, n: int, values: Mapping[str, Any], round: int = 1) -> Update:
     """A client's update: the requested tensors with these values."""
-    plan, given = sent(strategy, state, round)
+    plan, given = assign(strategy, state, round)
     requested = given.expect or given.adapter.subset(matching(given.adapter.tensors, plan.send))
     tensors = {k: torch.as_tensor(values.get(k, t), dtype=t.dtype).expand(t.shape) for k, t in requested.tensors.items()}
     return Update(client=client, round=round, base_version=0, adapter=requested.replace(tensors), examples=n)
 
 
-def sent(strategy: SLoRA, state: ServerState, round: int = 1) -> tuple[Plan, Any]:
+def assign(strategy: SLoRA, state: ServerState, round: int = 1) -> tuple[Plan, Any]:
     assignments = strategy.plan(round, [Plan(round=round, client="c", base_version=0)], state)["c"]
     return assignments.plan, assignments
 
@@ -121,7 +121,7 @@ def test_the_check_of_the_switch_detects_a_wrong_formula(monkeypatch: pytest.Mon
     def without_scaling(d: Tensor, start: Tensor, scaling: float) -> Any:
         return right(d, start, 1.0)
 
-    def transposed(d: Tensor, start: Tensor, scaling: float) -> Any:
+    def transpose(d: Tensor, start: Tensor, scaling: float) -> Any:
         return right(d.reshape(d.shape[::-1]).T.contiguous(), start, scaling)
 
     def without_tail(d: Tensor, start: Tensor, scaling: float) -> Any:
@@ -129,7 +129,7 @@ def test_the_check_of_the_switch_detects_a_wrong_formula(monkeypatch: pytest.Mon
         return factors, (a[1:], b[:, 1:]), energy
 
     assert keeps_everything(dense, 2)
-    for wrong in (without_scaling, transposed, without_tail):
+    for wrong in (without_scaling, transpose, without_tail):
         monkeypatch.setattr(slora, "_split", wrong)
         assert not keeps_everything(dense, 2), wrong.__name__
 
@@ -145,7 +145,7 @@ def test_directions_unused_in_the_sparse_stage_can_still_be_learned() -> None:
     assert nothing.shifts == () and nothing.memory["energy/q"] == 1
 
 
-def test_rounding_errors_are_no_directions_of_the_sparse_stage() -> None:
+def test_rounding_errors_are_not_directions_of_the_sparse_stage() -> None:
     generator = torch.Generator().manual_seed(0)
     b, a = (torch.randint(-3, 4, size, generator=generator).float() for size in ((120, 2), (2, 150)))
     after = switched_state(b @ a, rank=5)  # exactly of rank 2, but the other singular values are computed as about σ₁ · 1e-16
@@ -171,7 +171,7 @@ def test_masked_entries_are_written_at_the_masks_positions() -> None:
 def test_payloads_hold_the_masked_entries_and_the_head() -> None:
     shapes = {"q": (30, 50), "up": (70, 30)}
     state = SLoRA(rounds=9, seed=0).start(lora(shapes, rank=2))
-    plan, given = sent(SLoRA(rounds=9, seed=0), state)
+    plan, given = assign(SLoRA(rounds=9, seed=0), state)
     assert (plan.turn, plan.params) == ("slora", {"stage": "sparse"})
     assert list(given.adapter.tensors) == ["q.sparse", "up.sparse", "score.weight"]
     # 1 % of 1500 and of 2100 entries, and 2 of the head, in float32
@@ -185,7 +185,7 @@ def test_a_mask_by_gradient_takes_the_largest_of_the_mean() -> None:
     strategy = SLoRA(rounds=10, seed=0, density=0.34, mask="gradient")
     state = strategy.start(lora({"q": (2, 3)}))
     assert state.adapter.spec.method == "lora" and strategy.last_sparse_round == 2  # one round for the gradients, and 10 % of 10 rounds
-    plan, assignment = sent(strategy, state)
+    plan, assignment = assign(strategy, state)
     assert (plan.turn, plan.params) == ("slora", {"stage": "gradient"}) and not assignment.adapter.tensors
     assert {n: t.shape for n, t in assignment.expect.tensors.items()} == {
         "q.gradient": (2, 3)
@@ -195,7 +195,7 @@ def test_a_mask_by_gradient_takes_the_largest_of_the_mean() -> None:
     after = strategy.aggregate(1, state, iter([one, two]))
     # by hand, times 4: [[9, 9, 0], [6, 0, 7]]; round(.34 * 6) = 2 entries
     assert after.adapter["q.index"].tolist() == [0, 1] and after.adapter["q.index"].dtype == torch.int32
-    plan, given = sent(strategy, after, 2)
+    plan, given = assign(strategy, after, 2)
     assert (plan.turn, given.adapter.spec.mask) == ("slora", "")
     assert list(given.adapter.tensors) == ["q.index", "q.sparse", "score.weight"]
     assert matching(given.adapter.tensors, plan.send) == ["q.sparse", "score.weight"]
@@ -210,7 +210,7 @@ def test_a_lost_sparse_round_is_repeated_and_then_rounds_are_fedavg() -> None:
     after = strategy.aggregate(4, state, iter([reply(strategy, state, "c", 1, {"q.sparse": torch.ones(6)}, 4)]))
     assert after.adapter.spec.method == "rslora" and after.adapter.spec.mask == "" and set(after.memory) == {"energy/q"}
     assert "keeps 100% of the energy" in strategy.notes(4, state, after)[0] and "q 100%" in strategy.notes(4, state, after)[0]
-    plan, given = sent(strategy, after, 5)
+    plan, given = assign(strategy, after, 5)
     assert plan.turn == "plain" and given.adapter is after.adapter
     ones, fives = ({n: torch.full(t.shape, v) for n, t in after.adapter.tensors.items()} for v in (1.0, 5.0))
     last = strategy.aggregate(5, after, iter([reply(strategy, after, "a", 1, ones, 5), reply(strategy, after, "b", 3, fives, 5)]))

@@ -70,7 +70,7 @@ def test_every_feature_of_a_template_renders_as_in_transformers(folder: Path, so
 
 
 @pytest.mark.parametrize("source", NOT_WRITTEN)
-def test_what_transformers_does_not_render_is_one_sentence(folder: Path, source: str) -> None:
+def test_templates_that_transformers_refuses_give_a_one_sentence_error(folder: Path, source: str) -> None:
     theirs, ours = AutoTokenizer.from_pretrained(folder), read_text(folder)
     ours.template = source
     with pytest.raises((jinja2.TemplateError, TypeError)):
@@ -127,7 +127,7 @@ def test_a_process_that_was_killed_is_started_again() -> None:
     assert text("{{ messages | length }}", CHATS[2]) == "3"
 
 
-def test_the_check_tells_a_template_that_cannot_run_and_takes_one_that_refuses(folder: Path) -> None:
+def test_the_check_rejects_a_template_that_cannot_run_and_accepts_one_that_refuses(folder: Path) -> None:
     text = read_text(folder)
     for source in (None, "{{ messages[0].content }}", "{{ raise_exception('a system message comes first') }}"):
         text.template = source
@@ -146,7 +146,7 @@ MARKED = [
 
 
 @pytest.mark.parametrize("source", MARKED)
-def test_the_marks_are_those_of_transformers(source: str) -> None:
+def test_the_marks_equal_those_of_transformers(source: str) -> None:
     chats = [*CHATS, [{**USER, "reasoning_content": "hm"}]]
     found = render.render(source, [render.Chat(messages=chat) for chat in chats], {})
     texts, marks = render_jinja_template(
@@ -156,7 +156,7 @@ def test_the_marks_are_those_of_transformers(source: str) -> None:
     assert [[tuple(mark) for mark in one.marks] for one in found] == marks
 
 
-def test_a_reasoning_has_the_names_of_transformers_and_tools_are_given() -> None:
+def test_templates_get_reasoning_and_tools_under_transformers_names() -> None:
     source = "{{ messages[0].reasoning_content }} {{ messages[0].thinking }} {{ messages[0].reasoning is defined }} {{ tools[0].name }}"
     chat, tools = [{**USER, "reasoning_content": "hm"}], [{"name": "capital"}]
     (found,) = render.render(source, [render.Chat(messages=chat, tools=tools)], {})

@@ -39,12 +39,12 @@ def test_rounding_does_not_add_up_over_rounds() -> None:
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"codec": "int8", "tensors": [["a", "nothing", [2], false]]}', '{"codec": 3, "tensors": []}',
                                   '{"codec": "int8", "tensors": [["a", "float32", [-2], false]]}'])  # fmt: skip
-def test_a_broadcast_that_cannot_be_read(text: str) -> None:
+def test_an_unreadable_broadcast_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="^the server's broadcast cannot be read"):
         decode_broadcast(text, adapter(), FIRST)
 
 
-def test_a_broadcast_that_does_not_match_its_description() -> None:
+def test_a_broadcast_that_does_not_match_its_description_is_refused() -> None:
     sent, header = encode_broadcast(Codec(values="int8"), adapter(), FIRST, 0)
     with pytest.raises(UpdateMismatch, match="array '#q' of the encoded tensors is"):
         decode_broadcast(header.replace("97", "98"), sent, FIRST)

@@ -163,7 +163,7 @@ def test_an_unknown_name_is_refused(name: str) -> None:
         Codec.from_name(name)
 
 
-def damaged(arrays: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
+def damage(arrays: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
     return {**arrays, **{f"#{k}": v for k, v in changes.items()}}
 
 
@@ -171,15 +171,15 @@ def damaged(arrays: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
     ("change", "sentence"),
     [
         (lambda a: {n: t for n, t in a.items() if n != "#scale"}, "array '#scale' of the encoded tensors is missing: the plan's codec"),
-        (lambda a: damaged(a, more=torch.zeros(1)), "array '#more' is not one of the codec's arrays"),
-        (lambda a: damaged(a, q=a["#q"][:-1]), r"array '#q' of the encoded tensors is torch.int8 \(5,\), wanted torch.int8 \(6,\)"),
-        (lambda a: damaged(a, q=a["#q"].float()), r"array '#q' of the encoded tensors is torch.float32 \(6,\)"),
-        (lambda a: damaged(a, index=a["#index"][:-1]), "array '#index' of the encoded tensors is torch.uint8"),
-        (lambda a: damaged(a, index=~a["#index"]), "the positions are damaged"),
-        (lambda a: damaged(a, scale=-a["#scale"]), "the update's scales are damaged: each must be finite and not negative"),
-        (lambda a: damaged(a, scale=a["#scale"] * math.nan), "the update's scales are damaged"),
-        (lambda a: damaged(a, scale=a["#scale"] * 0 + 3.4e38), "the update has values that are not finite"),
-        (lambda a: damaged(a, q=torch.full_like(a["#q"], -128)), "the update's int8 codes are damaged: valid codes are -127 to 127"),
+        (lambda a: damage(a, more=torch.zeros(1)), "array '#more' is not one of the codec's arrays"),
+        (lambda a: damage(a, q=a["#q"][:-1]), r"array '#q' of the encoded tensors is torch.int8 \(5,\), wanted torch.int8 \(6,\)"),
+        (lambda a: damage(a, q=a["#q"].float()), r"array '#q' of the encoded tensors is torch.float32 \(6,\)"),
+        (lambda a: damage(a, index=a["#index"][:-1]), "array '#index' of the encoded tensors is torch.uint8"),
+        (lambda a: damage(a, index=~a["#index"]), "the positions are damaged"),
+        (lambda a: damage(a, scale=-a["#scale"]), "the update's scales are damaged: each must be finite and not negative"),
+        (lambda a: damage(a, scale=a["#scale"] * math.nan), "the update's scales are damaged"),
+        (lambda a: damage(a, scale=a["#scale"] * 0 + 3.4e38), "the update has values that are not finite"),
+        (lambda a: damage(a, q=torch.full_like(a["#q"], -128)), "the update's int8 codes are damaged: valid codes are -127 to 127"),
     ],
 )  # fmt: skip
 def test_a_damaged_payload_is_refused_with_a_sentence(change: Any, sentence: str) -> None:

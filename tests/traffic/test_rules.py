@@ -74,7 +74,7 @@ def test_a_broadcast_is_encoded_once_and_read_back() -> None:
     assert broadcaster(TrafficConfig(up="int8"), first, 0, 4) is None
 
 
-def replied(assignment: Assignment, adapter: AdapterState) -> RecordDict:
+def reply_of(assignment: Assignment, adapter: AdapterState) -> RecordDict:
     plan = assignment.plan
     update = Update(
         client=plan.client,
@@ -87,16 +87,16 @@ def replied(assignment: Assignment, adapter: AdapterState) -> RecordDict:
     return RecordDict({"adapter": adapter.to_arrays(), "update": ConfigRecord({"json": update.to_json(), "spec": adapter.spec.to_json()})})
 
 
-def assigned(codec: str) -> Assignment:
+def assignment_of(codec: str) -> Assignment:
     return Assignment(plan=Plan(round=1, client="a", base_version=0, codec=codec, lr=1.0, lr_last=1.0, steps=2), adapter=lora_state())
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int8+stochastic", "nf4", "topk=0.2+int8"])
 def test_a_reply_is_decoded_before_it_counts(name: str) -> None:
-    start, given = lora_state(), assigned(name)
+    start, given = lora_state(), assignment_of(name)
     trained = start.replace({n: t + 0.25 for n, t in start.tensors.items()})
     sent, _ = encode_update(Codec.from_name(name), trained, start.tensors, {}, 0)
-    content = replied(given, sent)
+    content = reply_of(given, sent)
     update = read_update(content, given)
     assert {n: t.shape for n, t in update.adapter.tensors.items()} == {n: t.shape for n, t in start.tensors.items()}
     moved = torch.cat([(update.adapter[n] - start[n]).flatten() for n in start.tensors])
@@ -110,7 +110,7 @@ def test_a_reply_is_decoded_before_it_counts(name: str) -> None:
 @pytest.mark.parametrize("down", ["fp16", "bf16", "int8", "nf4"])
 def test_the_broadcasts_rounding_stays_out_of_the_servers_state(down: str) -> None:
     config, server, first = TrafficConfig(down=down), lora_state(seed=1), lora_state(seed=2)
-    given = with_codec(config, {"a": assigned("")})["a"]
+    given = with_codec(config, {"a": assignment_of("")})["a"]
     given = dataclasses.replace(given, adapter=server)
     encode = broadcaster(config, first, 0, 1)
     assert encode is not None
@@ -118,22 +118,22 @@ def test_the_broadcasts_rounding_stays_out_of_the_servers_state(down: str) -> No
     client = decode_broadcast(header, sent, first.tensors)  # it starts at the rounded state; here it trains nothing
     assert not any(torch.equal(client[n], t) for n, t in server.tensors.items())
     reply, _ = encode_update(Codec.from_name(given.plan.codec), client, client.tensors, {}, 0)
-    kept = read_update(replied(given, reply), given).adapter
+    kept = read_update(reply_of(given, reply), given).adapter
     assert all(torch.equal(kept[n], t) for n, t in server.tensors.items())
     # if the client sent its tensors instead of a difference, the rounding would return
-    plain = read_update(replied(assigned(""), client), assigned("")).adapter
+    plain = read_update(reply_of(assignment_of(""), client), assignment_of("")).adapter
     assert not any(torch.equal(plain[n], t) for n, t in server.tensors.items())
 
 
 def test_a_reply_in_another_codec_is_refused() -> None:
-    given = assigned("int8")
+    given = assignment_of("int8")
     with pytest.raises(UpdateMismatch, match="array '#q' of the encoded tensors is missing"):
-        read_update(replied(given, lora_state()), given)
+        read_update(reply_of(given, lora_state()), given)
     other, _ = encode_update(Codec(values="nf4"), lora_state(seed=1), lora_state().tensors, {}, 0)
     with pytest.raises(UpdateMismatch, match=r"array '#q' of the encoded tensors is torch.uint8 \(\d+,\), wanted torch.int8"):
-        read_update(replied(given, other), given)
+        read_update(reply_of(given, other), given)
     with pytest.raises(UpdateError, match="tensor 'q.lora_A' is missing"):
-        read_update(replied(assigned(""), other), assigned(""))
+        read_update(reply_of(assignment_of(""), other), assignment_of(""))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,35 +145,35 @@ class Frugal(FedAvg):
         return {**whole, "a": Assignment(plan=dataclasses.replace(whole["a"].plan, send=("head.weight",)), adapter=head)}
 
 
-def limited(limit: float | None) -> Config:
+def limit_config(limit: float | None) -> Config:
     return Config(rounds=1, clients_per_round=2, traffic=TrafficConfig(max_mb_per_round=limit))
 
 
-def spent(tmp_path: Path) -> dict[str, float]:
-    bridge, observer = fake_bridge(tmp_path / "free", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
+def megabytes_of(tmp_path: Path) -> dict[str, float]:
+    bridge, observer = fake_bridge(tmp_path / "free", fake_client_app({"a": 1, "b": 3}), 2, limit_config(None), strategy=Frugal())
     bridge.loop()
     return {c["client"]: (c["bytes_up"] + c["bytes_down"]) / 1e6 for c in observer.clients if c["round"] == 1}
 
 
 def test_the_metrics_report_the_bytes_on_the_wire(tmp_path: Path) -> None:
-    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(None), strategy=Frugal())
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limit_config(None), strategy=Frugal())
     grid: Any = bridge.grid
     push, pull, down, up = grid.push_messages, grid.pull_messages, dict[int, int](), dict[int, int]()
 
     def length(message: Any) -> int:
         return len(recorddict_to_proto(message.content).SerializeToString())
 
-    def pushed(messages: Any) -> Any:
+    def record_push(messages: Any) -> Any:
         sent = list(messages)
         down.update({m.metadata.dst_node_id: length(m) for m in sent if m.metadata.message_type == "train"})
         return push(sent)
 
-    def pulled(ids: Any) -> Any:
+    def record_pull(ids: Any) -> Any:
         came = list(pull(ids))
         up.update({m.metadata.src_node_id: length(m) for m in came if m.metadata.message_type == "train"})
         return came
 
-    grid.push_messages, grid.pull_messages = pushed, pulled
+    grid.push_messages, grid.pull_messages = record_push, record_pull
     bridge.loop()
     lines = [c for c in observer.clients if c["round"] == 1]
     assert sorted(c["bytes_down"] for c in lines) == sorted(down.values()) and sorted(c["bytes_up"] for c in lines) == sorted(up.values())
@@ -182,9 +182,9 @@ def test_the_metrics_report_the_bytes_on_the_wire(tmp_path: Path) -> None:
 
 
 def test_a_client_over_the_limit_is_dropped(tmp_path: Path) -> None:
-    cost = spent(tmp_path)
+    cost = megabytes_of(tmp_path)
     between = (cost["a"] + cost["b"]) / 2 + 0.0007  # the estimate of a reply allows for some text
-    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(between), strategy=Frugal())
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limit_config(between), strategy=Frugal())
     state = bridge.loop()
     a, b = (c for c in observer.clients if c["round"] == 1)
     assert observer.records[1]["dropped"] == {"traffic": 1} and "dropped" not in a and b["bytes_down"] == 0
@@ -193,17 +193,17 @@ def test_a_client_over_the_limit_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_limit_below_all_clients_stops_the_run_at_its_start(tmp_path: Path) -> None:
-    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limited(0.001), strategy=Frugal())
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}), 2, limit_config(0.001), strategy=Frugal())
     with pytest.raises(ConfigError, match="^no client could take part: .* MB down and .* MB up exceed traffic.max_mb_per_round=0.001"):
         bridge.loop()
     assert all(c["round"] == 0 for c in observer.clients)
 
 
 def test_a_reply_over_the_limit_is_refused(tmp_path: Path) -> None:
-    def swollen(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
+    def enlarge_reply(round: int, arrays: ArrayRecord, text: str) -> tuple[ArrayRecord, str]:
         return ArrayRecord({**arrays, "more": Array(torch.zeros(9000))}), text
 
-    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": swollen}), 2, limited(0.03))
+    bridge, observer = fake_bridge(tmp_path / "r", fake_client_app({"a": 1, "b": 3}, {"b": enlarge_reply}), 2, limit_config(0.03))
     bridge.loop()
     (b,) = (c for c in observer.clients if c["round"] == 1 and c["client"] == "b")
     assert b["dropped"].startswith("refused: 0.00") and "0.039" not in b["dropped"].split(" MB down")[0]

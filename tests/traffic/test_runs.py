@@ -28,7 +28,7 @@ def adapter(path: Path) -> AdapterState:
     return AdapterState.load(path / "adapter" / "fedtune.safetensors")
 
 
-def spent(path: Path) -> tuple[int, int]:
+def bytes_of(path: Path) -> tuple[int, int]:
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     mine = [x for x in lines if x["round"] == 1 and x["client"] == "c0"]
     assert not any("dropped" in x for x in lines if x["client"])
@@ -45,7 +45,7 @@ def test_a_run_with_each_codec_resumes_exactly(tmp_path: Path, choice: str) -> N
     ended = adapter(path)
     assert all(torch.equal(t, adapter(whole)[n]) for n, t in ended.tensors.items())
     parameters = sum(t.numel() for t in ended.tensors.values())
-    down, up = spent(path)
+    down, up = bytes_of(path)
     # plus the modules' ranks and scalings, and in fp32 the names and headers of 28 arrays
     assert UP[choice] * 4 * parameters * 0.95 < up < UP[choice] * 4 * parameters + (8000 if choice == "fp32" else 2000)
     if choice == "int8":

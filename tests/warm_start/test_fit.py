@@ -103,7 +103,7 @@ def test_the_head_of_a_peft_folder_is_used_too() -> None:
     assert torch.equal(start.adapter["head.weight"], whole["head.weight"]) and start.adapter.spec.base == drawn.spec.base
 
 
-def renamed(state: AdapterState, old: str, new: str) -> AdapterState:
+def rename(state: AdapterState, old: str, new: str) -> AdapterState:
     put = {m.replace(old, new): m for m in state.spec.ranks}
     return AdapterState(
         {n.replace(old, new): t for n, t in state.tensors.items()},
@@ -123,8 +123,8 @@ BEFORE = Config(peft=PeftConfig(targets=["q", "up"]), model=ModelConfig(source="
         (source(EARLIER.replace(method="dora")), r"has peft\.method=dora, but this run has lora: set peft=dora"),
         (source(EARLIER.replace(base="c" * 64)), "belongs to the backbone cccccccccccc, but this run has bbbbbbbbbbbb: use the checkpoint"),
         (source(EARLIER.replace(base="c" * 64), BEFORE), "trained on, model.source=hub model.name=some/model"),
-        (source(renamed(EARLIER, "up", "down")), r"'down\.lora_A' \(2 such\), which this run's lacks: set peft\.targets=\[down,q\]"),
-        (source(renamed(EARLIER, "up", "down"), BEFORE), r'set peft\.targets=\["q","up"\], as its run did'),
+        (source(rename(EARLIER, "up", "down")), r"'down\.lora_A' \(2 such\), which this run's lacks: set peft\.targets=\[down,q\]"),
+        (source(rename(EARLIER, "up", "down"), BEFORE), r'set peft\.targets=\["q","up"\], as its run did'),
         (source(EARLIER.subset(["q.lora_A", "q.lora_B", "up.lora_A", "up.lora_B"])), r"'head\.weight' \(1 such\), which it lacks"),
         (source(lora(3, 4.0, 1)), r"has rank 3 at 'q', but this run's rank is 2, and a smaller .*: set peft\.rank=3"),
         (source(EARLIER.replace({**EARLIER.tensors, "up.lora_A": torch.ones(2, 9)})), r"'up\.lora_A' of the shape \(2, 9\), .* \(2, 3\)"),

@@ -41,7 +41,7 @@ from fedtune.models.adapter_folder import read_adapter
 from fedtune.runs.report import read_metrics
 from fedtune.warm_start import read_source
 from fedtune.warm_start.folder import read_start
-from tests.faults.deployment import STORIES, deployed, settings, write_rows
+from tests.faults.deployment import STORIES, deploy, settings, write_rows
 from tests.quick import quick
 from tests.tiny import tiny_config
 
@@ -114,7 +114,7 @@ def test_the_start_is_evaluated_to_the_bit(earlier: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_merged_model_of_no_round_is_the_earlier_one(earlier: Path, tmp_path: Path) -> None:
+def test_a_run_of_no_rounds_merges_to_the_earlier_model(earlier: Path, tmp_path: Path) -> None:
     one = export_hf(earlier, tmp_path / "one") / "model.safetensors"
     two = export_hf(simulate(warm(earlier, rounds=0)), tmp_path / "two") / "model.safetensors"
     assert one.read_bytes() == two.read_bytes()
@@ -122,7 +122,7 @@ def test_the_merged_model_of_no_round_is_the_earlier_one(earlier: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "sent"), [("ffa", True), ("fedsa", False), ("fedavg", False)])
-def test_only_what_a_client_lacks_is_sent_and_metered(earlier: Path, strategy: str, sent: bool) -> None:
+def test_only_tensors_that_a_client_lacks_are_sent_and_metered(earlier: Path, strategy: str, sent: bool) -> None:
     """ffa sends no A, so each client gets the start with its first message. fedsa's start is a shift, and its factors are drawn."""
     records, met = read_metrics(simulate(warm(earlier, strategy, rounds=3, clients_per_round=2))), set[str]()
     whole = read_adapter(earlier / "adapter").state.nbytes
@@ -138,7 +138,7 @@ def test_only_what_a_client_lacks_is_sent_and_metered(earlier: Path, strategy: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ffa", "fedsa", "flora", "slora"])
-def test_a_stopped_run_goes_on_without_the_earlier_one(earlier: Path, strategy: str, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_without_the_earlier_one(earlier: Path, strategy: str, tmp_path: Path) -> None:
     """The checkpoint and the folder start/ have everything: the earlier run may be gone."""
     home = Path(shutil.copytree(earlier, tmp_path / earlier.name))
     config = warm(home, strategy, client=MOVING, clients_per_round=2, output_dir=str(tmp_path / "out"), name=strategy)
@@ -189,14 +189,14 @@ def test_the_engines_agree(earlier: Path, strategy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["flexlora", "flora", "hetlora"])
-def test_devices_of_smaller_ranks_leave_the_model(earlier: Path, strategy: str) -> None:
+def test_devices_of_smaller_ranks_do_not_change_the_model(earlier: Path, strategy: str) -> None:
     small = DevicesConfig(classes={"small": DeviceClass(share=0.5, rank=1), "large": DeviceClass(share=0.5)})
     assert_same_model(simulate(warm(earlier, strategy, devices=small, name=f"mixed-{strategy}")), earlier)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("down", ["int8", "nf4"])
-def test_encoded_broadcasts_start_there_too(earlier: Path, down: str) -> None:
+def test_encoded_broadcasts_start_from_the_earlier_adapter(earlier: Path, down: str) -> None:
     """The first adapter of the encoding stays the drawn one, which clients know."""
     run = simulate(warm(earlier, "fedavg", traffic=TrafficConfig(down=down, up=down), name=f"codec-{down}"))
     assert_same_model(run, earlier)
@@ -264,7 +264,7 @@ def test_earlier_rows_on_another_machine_are_not_measured(earlier: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_report_and_the_cards_say_where_it_began(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_and_the_cards_name_the_earlier_run(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = simulate(warm(earlier, client=MOVING, name="reported"))
     last = lines(run)[-1]
     card, report, output = (run / "adapter" / "README.md").read_text(), (run / "report.html").read_text(), capsys.readouterr().out
@@ -277,25 +277,25 @@ def test_the_report_and_the_cards_say_where_it_began(earlier: Path, capsys: pyte
     assert about["start"] == {"from": earlier.name, "round": 2, "sha256": sha256}
 
 
-def test_a_source_that_cannot_be_one_is_refused_before_a_run_begins(earlier: Path, tmp_path: Path) -> None:
-    def refused(path: Path, error: type[Exception], sentence: str) -> None:
+def test_an_unusable_source_is_refused_before_a_run_begins(earlier: Path, tmp_path: Path) -> None:
+    def expect_error(path: Path, error: type[Exception], sentence: str) -> None:
         with pytest.raises(error, match=sentence):
             simulate(warm(earlier, peft={"from_": str(path)}, output_dir=str(tmp_path / "none"), name="refused"))
         assert not (tmp_path / "none").exists()
 
-    refused(tmp_path / "gone", ConfigError, "^peft.from=.*/gone: there is no such folder")
-    refused(earlier.parents[2] / "model", ConfigError, "model is a whole model, not an adapter: leave peft.from out")
+    expect_error(tmp_path / "gone", ConfigError, "^peft.from=.*/gone: there is no such folder")
+    expect_error(earlier.parents[2] / "model", ConfigError, "model is a whole model, not an adapter: leave peft.from out")
     pickled = Path(shutil.copytree(earlier / "adapter", tmp_path / "pickled"))
     for name in ("fedtune.safetensors", "adapter_model.safetensors"):
         (pickled / name).rename(pickled / "adapter_model.bin")
-    refused(pickled, ModelError, "has only a pickled adapter_model.bin, which can run code")
+    expect_error(pickled, ModelError, "has only a pickled adapter_model.bin, which can run code")
     going = Path(shutil.copytree(earlier, tmp_path / "going", ignore=shutil.ignore_patterns("adapter")))
-    refused(going, CheckpointError, "the run has no adapter yet, because it has not ended; continue it with resume=")
+    expect_error(going, CheckpointError, "the run has no adapter yet, because it has not ended; continue it with resume=")
     assert read_source(str(earlier / "adapter")).config == read_config(earlier)  # the folder adapter/ of a run identifies the run
 
 
 @pytest.mark.slow
-def test_the_stored_start_says_what_it_began_with(earlier: Path) -> None:
+def test_the_stored_start_names_its_source(earlier: Path) -> None:
     stored = copy.deepcopy(read_config(earlier))
     run = simulate(warm(earlier, rounds=0, name="stored"))
     start, before = read_start(run)
@@ -334,27 +334,27 @@ def test_devices_over_tls_begin_with_the_earlier_adapter(tmp_path: Path) -> None
     clients, rows = ("anna", "bert", "carla"), tmp_path / "rows"
     write_rows(rows, clients)
     experiment = settings(rows, clients)
-    before = simulated(tmp_path, "before", experiment)
+    before = run_simulation(tmp_path, "before", experiment)
     begin = [*experiment, "strategy=ffa", f"peft.from={before}"]
-    with deployed(tmp_path, clients, begin) as made:
+    with deploy(tmp_path, clients, begin) as made:
         made.start()
         assert made.finish() == 0, made.output("server")
         records = made.rounds()
     assert ["bytes_start" in r for r in records] == [False, True, *[False] * (len(records) - 2)]
-    assert_same_model(made.run, simulated(tmp_path, "again", begin), rtol=1e-3, atol=1e-5)
+    assert_same_model(made.run, run_simulation(tmp_path, "again", begin), rtol=1e-3, atol=1e-5)
     for client in clients:
         assert str(before) not in made.output(client)
     hellos = list(tmp_path.rglob("hello.json"))
     assert len(hellos) == 3 and not any(str(before) in file.read_text() for file in hellos)
 
 
-def simulated(folder: Path, name: str, experiment: list[str]) -> Path:
+def run_simulation(folder: Path, name: str, experiment: list[str]) -> Path:
     (job,) = compose([*experiment, f"output_dir={folder / name}", "engine.batched=none"])
     return simulate(job.config)
 
 
 @pytest.mark.slow
-def test_the_command_in_the_docs_measures_what_other_homes_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_in_the_docs_measures_forgetting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["rounds=1", "data.homes=3", "data.test_limit=6", "client.steps=2", "clients_per_round=2", "eval.clients=0", "devices=none"]
     assert sim.main(["conf=heterogeneous", *small, f"output_dir={tmp_path}"]) == 0
     (before,) = (tmp_path / "heterogeneous").iterdir()

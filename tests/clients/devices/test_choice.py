@@ -40,7 +40,7 @@ def pick(device: DeviceClass, work: Workload = WORK, **changes: Any) -> Choice:
     return choose(device, SHAPES, work, **{"rank": 8, "precisions": LADDER, **changes})
 
 
-def test_the_weights_by_hand() -> None:
+def test_the_bytes_of_the_weights_by_hand() -> None:
     assert weights_bytes(SHAPES, "fp32") == 4_000_000 and weights_bytes(SHAPES, "bf16") == 2_000_000
     # a byte an entry, 4 bytes a row
     assert weights_bytes(SHAPES, "int8") == 1_000_000 + 100 * 100 * 4
@@ -51,7 +51,7 @@ def test_the_weights_by_hand() -> None:
     assert weights_bytes(some, "nf4") == 99 * 6249 + 20_000 + 2000 + 40
 
 
-def test_the_activations_of_a_layer_by_hand() -> None:
+def test_the_bytes_of_a_layer_s_activations_by_hand() -> None:
     one = dataclasses.replace(
         SHAPES, layers=1, hidden=8, inner=24, attention_heads=2, query=8, logits=100, inputs=8, modules=1, rank=3, linear={"q": (8, 8)}
     )
@@ -66,7 +66,7 @@ def test_the_activations_of_a_layer_by_hand() -> None:
     assert memory_bytes(dataclasses.replace(one, checkpointing=True), "fp32", 0, 2, 5, 3)[1] == 10 * (32 + 524) + 320 + 2 * logits
 
 
-def test_a_lean_step_by_hand() -> None:
+def test_the_bytes_of_a_lean_step_by_hand() -> None:
     one = dataclasses.replace(
         SHAPES,
         layers=2,
@@ -116,7 +116,7 @@ LEAN = dataclasses.replace(SHAPES, layers=4, hidden=50, inner=200, query=50, key
         (5.2, 1, 1),  # 4.59 ≤ 4.68 < 4.85
     ],
 )
-def test_fewer_kept_layers_or_smaller_micro_batches(memory_mb: float, micro: int, kept: int | None) -> None:
+def test_little_memory_gives_fewer_kept_layers_or_smaller_micro_batches(memory_mb: float, micro: int, kept: int | None) -> None:
     choice = choose(DeviceClass(memory_mb=memory_mb), LEAN, WORK, rank=8, precisions=["fp32"])
     assert (choice.micro, choice.kept_layers) == (micro, kept)
     # with checkpointing no layer keeps anything, so a smaller micro-batch is the only way
@@ -124,7 +124,7 @@ def test_fewer_kept_layers_or_smaller_micro_batches(memory_mb: float, micro: int
     assert choose(DeviceClass(memory_mb=memory_mb), shapes, WORK, rank=8, precisions=["fp32"]).kept_layers is None
 
 
-def test_a_step_and_its_bytes_by_hand() -> None:
+def test_the_operations_and_bytes_of_a_step_by_hand() -> None:
     # 4 operations an entry and token; with checkpointing 2 more, for the second forward pass
     assert flops(SHAPES, 100) == 4e8 and flops(dataclasses.replace(SHAPES, checkpointing=True), 100) == 6e8
     assert seconds(DeviceClass(gflops_per_core=0.2, mbit_per_second=4.0), 4e8, 1e6) == pytest.approx(2.0 + 2.0)
@@ -144,12 +144,12 @@ def test_a_step_and_its_bytes_by_hand() -> None:
         (1.0, "nf4", 25, 1),  # 0.9449 > 0.9; a quarter: 0.8949
     ],
 )
-def test_reductions_for_memory(memory_mb: float | None, precision: str, length: int, micro: int) -> None:
+def test_a_memory_limit_reduces_precision_length_or_micro_batch(memory_mb: float | None, precision: str, length: int, micro: int) -> None:
     choice = pick(DeviceClass(memory_mb=memory_mb))
     assert (choice.precision, choice.length, choice.micro, choice.batch, choice.steps) == (precision, length, micro, 16, 12)
 
 
-def test_the_shortest_length_is_taken_and_none_below_it() -> None:
+def test_no_length_below_the_shortest_is_chosen() -> None:
     work = dataclasses.replace(WORK, length=2 * MIN_LENGTH, longest=2 * MIN_LENGTH)
     # nf4 without a row takes 0.8449 MB; a row of 32 tokens 0.064, of 16 0.032, of 8 0.016
     assert pick(DeviceClass(memory_mb=0.99), work).length == MIN_LENGTH  # 0.9089 > 0.891 ≥ 0.8769
@@ -175,7 +175,7 @@ def test_a_row_that_does_not_fit_is_declined_with_a_reason() -> None:
         (1.0, 1, 1),  # 0.4 ≤ 0.75 < 0.8
     ],
 )
-def test_reductions_for_time(deadline_s: float | None, batch: int, steps: int) -> None:
+def test_a_deadline_reduces_batch_or_steps(deadline_s: float | None, batch: int, steps: int) -> None:
     choice = pick(DeviceClass(gflops_per_core=1.0), deadline_s=deadline_s)
     assert (choice.batch, choice.steps, choice.micro, choice.precision, choice.length) == (batch, steps, batch, "fp32", 100)
     assert choice.seconds == pytest.approx(0.4 * batch * steps)
@@ -203,7 +203,7 @@ def test_the_clients_own_rows_decide_not_the_longest_allowed_row() -> None:
 
 
 def test_a_correction_changes_the_choice() -> None:
-    # all but the weights doubled: 4 + 0.4 + 8·0.4 = 7.6 > 7.2; 4 rows: 6
+    # everything but the weights is doubled: 4 + 0.4 + 8·0.4 = 7.6 > 7.2; 4 rows: 6
     assert pick(DeviceClass(memory_mb=8.0), correction=Correction(memory=2.0)).micro == 4
     assert pick(DeviceClass(gflops_per_core=1.0), deadline_s=40.0, correction=Correction(time=2.0)).steps == 2  # ⌊30 / 12.8⌋
 
@@ -219,7 +219,7 @@ def test_a_correction_changes_the_choice() -> None:
         (DeviceClass(rank=3), None, 2),
     ],
 )
-def test_the_rank(device: DeviceClass, deadline_s: float | None, rank: int) -> None:
+def test_the_choice_of_the_rank(device: DeviceClass, deadline_s: float | None, rank: int) -> None:
     assert choose_rank(device, SHAPES, deadline_s) == rank
 
 

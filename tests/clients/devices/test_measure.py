@@ -57,7 +57,7 @@ def test_a_machine_with_a_gpu_reports_its_memory_and_speed(monkeypatch: pytest.M
     assert (profile.memory_mb, profile.accelerator, profile.accelerator_gflops, profile.gflops_per_core) == (3.0, "cuda", 7.0, 0.0)
 
 
-def test_cores_on_a_system_without_cpu_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_cores_on_a_system_without_cpu_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(measure, "_gflops", lambda device: 6.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# A tiny model takes a step first: what libraries load at the first product is not the model's.
+# A tiny model takes a step first, so that what libraries load at the first product does not count as the model's.
 SCRIPT = """
 import json, sys
 from pathlib import Path

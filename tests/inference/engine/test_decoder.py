@@ -39,7 +39,7 @@ def theirs(model: Any, ids: Tensor, **more: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_full_pass(name: str, tmp_path: Path) -> None:
+def test_a_full_pass_equals_transformers(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     ids = some_ids(41)
     cache = engine.cache(limit=41)
@@ -49,7 +49,7 @@ def test_a_full_pass(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_single_tokens_and_chunks(name: str, tmp_path: Path) -> None:
+def test_single_tokens_and_chunks_equal_transformers(name: str, tmp_path: Path) -> None:
     model, engine = both(name, tmp_path)
     ids = some_ids(30, 1)
     for sizes in ([1] * 30, [11, 1, 7, 2, 9]):
@@ -141,7 +141,7 @@ def test_an_early_exit_and_its_continuation(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(actual, theirs(model, torch.cat([ids, ids[:3]]))[-1:], **CLOSE)
 
 
-def test_embeddings_in_place_of_ids(tmp_path: Path) -> None:
+def test_embeddings_give_the_result_of_their_ids(tmp_path: Path) -> None:
     _, engine = both("llama", tmp_path)
     ids = some_ids(6)
     one, other = (engine.cache(limit=6) for _ in range(2))
@@ -153,13 +153,13 @@ def test_only_the_kept_rows_are_returned(tmp_path: Path) -> None:
     _, engine = both("llama", tmp_path)
     ids = some_ids(9)
 
-    def kept(*keep: int | None) -> Tensor:
+    def keep_rows(*keep: int | None) -> Tensor:
         return forward(engine, ids, [Span(engine.cache(limit=9), n, keep=k) for n, k in zip((4, 5), keep, strict=True)])
 
-    whole = kept(None, None)
+    whole = keep_rows(None, None)
     assert whole.shape == (9, VOCAB)
     for keep, rows in (((1, 1), [3, 8]), ((0, 2), [7, 8]), ((None, 0), [0, 1, 2, 3]), ((9, 1), [0, 1, 2, 3, 8]), ((0, 0), [])):
-        torch.testing.assert_close(kept(*keep), whole[rows])
+        torch.testing.assert_close(keep_rows(*keep), whole[rows])
 
 
 FACTORS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -179,7 +179,7 @@ def factors(model: Any, seed: int, modules: tuple[str, ...] = FACTORS) -> Factor
     return out
 
 
-def merged(name: str, folder: Path, changes: Factors) -> Any:
+def merge_factors(name: str, folder: Path, changes: Factors) -> Any:
     model = tiny_model(name, folder)
     with torch.no_grad():
         for module, (a, b) in changes.items():
@@ -193,7 +193,7 @@ def test_each_span_has_its_own_adapter(name: str, tmp_path: Path) -> None:
     changes = {"tall": factors(model, 1), "short": factors(model, 2, FACTORS[1:2])}
     for adapter, change in changes.items():
         engine.add_adapter(adapter, change)
-    wanted = {None: model} | {adapter: merged(name, tmp_path / adapter, change) for adapter, change in changes.items()}
+    wanted = {None: model} | {adapter: merge_factors(name, tmp_path / adapter, change) for adapter, change in changes.items()}
     order = ["short", None, "tall", "tall", None]
     texts = [some_ids(3 + i, i) for i in range(5)]
     caches = [engine.cache(limit=40) for _ in texts]
@@ -238,7 +238,7 @@ def test_rows_that_belong_to_no_span_and_unknown_tokens_are_refused(tmp_path: Pa
     assert cache.length == 0
 
 
-def test_masks() -> None:
+def test_the_causal_mask_by_hand() -> None:
     # two queries, at positions 2 and 3 of four keys; a window of two sees itself and the one before
     assert causal_mask(2, 4, None).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert causal_mask(2, 4, 2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]

@@ -21,8 +21,8 @@ from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
 from fedtune.inference.engine.speculate.lookup_or_recycle import LookupOrRecycle
-from tests.inference.engine.built import build
 from tests.inference.engine.drafters import Oracle, Scribble, Silent, ThirdIsWrong
+from tests.inference.engine.engines import build
 from tests.inference.engine.tiny import VOCAB
 
 
@@ -79,7 +79,7 @@ def test_greedy_text_equals_that_of_transformers(tmp_path: Path, name: str, opti
         assert tokens(Generation(engine, ids, Sampling(**options), 20)) == theirs[0, len(ids) :].tolist()
 
 
-def test_a_text_prompt_and_its_pieces(engine: Engine) -> None:
+def test_a_text_prompt_gives_pieces_that_join_to_the_answer(engine: Engine) -> None:
     run = Generation(engine, "w5 w6 w7", max_new_tokens=6)
     pieces = list(run)
     assert [p.end for p in pieces] == [None] * 5 + ["length"]
@@ -167,7 +167,7 @@ def test_an_interrupted_answer_leaves_a_valid_context(engine: Engine, small: Eng
         assert got == tokens(Generation(engine, turn, max_new_tokens=6))
 
 
-def test_common_beginnings() -> None:
+def test_common_prefixes() -> None:
     rng = random.Random(0)
     for _ in range(200):
         a, b = ([rng.randint(0, 1) for _ in range(rng.randint(0, 9))] for _ in range(2))
@@ -183,26 +183,26 @@ def test_a_long_prompt_runs_in_chunks(engine: Engine, monkeypatch: pytest.Monkey
 # -- speculation --------------------------------------------------------------------------------------------------------------------------
 
 
-Alone = dict[tuple[tuple[int, ...], Sampling, int], list[int]]
+Answers = dict[tuple[tuple[int, ...], Sampling, int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def alone() -> Alone:
+def plain_answers() -> Answers:
     """The answers of `engine` without speculation."""
     return {}
 
 
 def compare(
-    engine: Engine, small: Engine, alone: Alone, kind: str, count: int, sampling: Sampling, adapt: Adapt, length: int = 16
+    engine: Engine, small: Engine, plain_answers: Answers, kind: str, count: int, sampling: Sampling, adapt: Adapt, length: int = 16
 ) -> tuple[int, int]:
     """Compare every prompt's answer with and without speculation. Returns the numbers of drafted and accepted tokens."""
     speculation, drafted, accepted = Speculation(drafter(kind, engine, small), adapt), 0, 0
     for ids in prompts(count):
         run = Generation(engine, ids, sampling, length, speculation=speculation)
         key = (tuple(ids), sampling, length)
-        if key not in alone:
-            alone[key] = tokens(Generation(engine, ids, sampling, length))
-        assert tokens(run) == alone[key]
+        if key not in plain_answers:
+            plain_answers[key] = tokens(Generation(engine, ids, sampling, length))
+        assert tokens(run) == plain_answers[key]
         assert run.report.close == []
         drafted, accepted = drafted + run.report.drafted, accepted + run.report.accepted
     return drafted, accepted
@@ -211,30 +211,32 @@ def compare(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
 def test_greedy_answers_are_the_same_token_for_token(
-    engine: Engine, small: Engine, alone: Alone, kind: str, options: dict[str, Any]
+    engine: Engine, small: Engine, plain_answers: Answers, kind: str, options: dict[str, Any]
 ) -> None:
-    drafted, _ = compare(engine, small, alone, kind, 12, Sampling(**options), Adapt(fixed=4))
+    drafted, _ = compare(engine, small, plain_answers, kind, 12, Sampling(**options), Adapt(fixed=4))
     assert drafted > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guesses", [1, 4, 10, None])
-def test_greedy_answers_of_two_hundred_prompts(engine: Engine, small: Engine, alone: Alone, kind: str, guesses: int | None) -> None:
-    drafted, accepted = compare(engine, small, alone, kind, 200, Sampling(), Adapt(fixed=guesses))
+def test_greedy_answers_of_two_hundred_prompts(
+    engine: Engine, small: Engine, plain_answers: Answers, kind: str, guesses: int | None
+) -> None:
+    drafted, accepted = compare(engine, small, plain_answers, kind, 200, Sampling(), Adapt(fixed=guesses))
     assert drafted > (200 if guesses else 0) and (accepted > 0 or kind == "random" or not guesses)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drafts_keep_the_text_of_the_seed(engine: Engine, small: Engine, alone: Alone, kind: str) -> None:
+def test_drafts_keep_the_text_of_the_seed(engine: Engine, small: Engine, plain_answers: Answers, kind: str) -> None:
     for seed in range(4):
         sampling = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.2, seed=seed)
-        compare(engine, small, alone, kind, 4, sampling, Adapt(fixed=1 + seed))
+        compare(engine, small, plain_answers, kind, 4, sampling, Adapt(fixed=1 + seed))
 
 
 @pytest.mark.parametrize("fixed", [None, 3])
-def test_a_drafter_without_a_draft_changes_nothing(engine: Engine, small: Engine, alone: Alone, fixed: int | None) -> None:
-    assert compare(engine, small, alone, "silent", 3, Sampling(), Adapt(fixed=fixed), 30) == (0, 0)
+def test_a_drafter_without_a_draft_changes_nothing(engine: Engine, small: Engine, plain_answers: Answers, fixed: int | None) -> None:
+    assert compare(engine, small, plain_answers, "silent", 3, Sampling(), Adapt(fixed=fixed), 30) == (0, 0)
 
 
 def test_the_repetition_penalty_counts_drafted_tokens_for_later_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +252,7 @@ def test_the_repetition_penalty_counts_drafted_tokens_for_later_rows(engine: Eng
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, repetition_penalty=1.3)], ids=["greedy", "sampled"])
-def test_another_token_for_a_place_saves_a_pass_if_it_is_right(engine: Engine, sampling: Sampling) -> None:
+def test_a_correct_alternative_token_saves_a_pass(engine: Engine, sampling: Sampling) -> None:
     answer = tokens(Generation(engine, [5, 6], sampling, 41))
     drafter, passes = ThirdIsWrong(answer, 2), list[int]()
     for drafter.others in (False, True):
@@ -284,12 +286,12 @@ def test_passes_grow_with_what_was_measured(engine: Engine, monkeypatch: pytest.
     drafter.others = True
     verified = adapt.verified
 
-    def watched(seen: Verified, *more: Any) -> None:
+    def watch(seen: Verified, *more: Any) -> None:
         rows.append(seen.rows)
         assert seen.rows <= adapt.most_rows
         verified(seen, *more)
 
-    monkeypatch.setattr(adapt, "verified", watched)
+    monkeypatch.setattr(adapt, "verified", watch)
     assert tokens(Generation(engine, [5, 6], max_new_tokens=30, speculation=Speculation(drafter, adapt))) == answer
     assert rows and rows[0] <= 3
 

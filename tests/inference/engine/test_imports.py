@@ -11,7 +11,7 @@ import pytest
 
 import fedtune.inference.engine as engine
 from fedtune.inference.engine.native.library import kernels
-from tests.inference.engine.built import build
+from tests.inference.engine.engines import build
 from tests.inference.engine.test_load import write_package_of
 
 ROOT = Path(str(engine.__file__)).parent

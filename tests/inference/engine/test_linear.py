@@ -33,7 +33,7 @@ def portable(kind: str, weight: Tensor, *, group: int = 32) -> dict[str, Array]:
     return engine_linear.portable(kind, as_array(weight), group=group)
 
 
-def dequantized(kind: str, tensors: dict[str, Array], *, n_in: int, group: int = 32) -> Tensor:
+def dequantized_weight(kind: str, tensors: dict[str, Array], *, n_in: int, group: int = 32) -> Tensor:
     return torch.from_numpy(engine_linear.dequantized(kind, tensors, n_in=n_in, group=group))
 
 
@@ -57,7 +57,7 @@ def test_the_product_equals_that_of_the_dequantized_weights(
         tensors = portable(kind, torch.randn(n_out, n_in) + 0.1, group=group)
         packed_linear, weight = (
             linear_from_tensors(kind, tensors, n_in=n_in, group=group),
-            dequantized(kind, tensors, n_in=n_in, group=group),
+            dequantized_weight(kind, tensors, n_in=n_in, group=group),
         )
         assert (packed_linear.n_in, packed_linear.n_out) == (n_in, n_out)
         for rows in (1, 3, 5, linears.DENSE, linears.DENSE + 7):
@@ -83,8 +83,8 @@ def test_a_bias_is_added_unrounded_and_rows_are_independent(kind: str) -> None:
 
 def test_groups_of_equal_weights_are_exact() -> None:
     weight = torch.tensor([0.0, 0.25, -3.0]).repeat_interleave(32)[None]
-    assert torch.equal(dequantized("int4", portable("int4", weight), n_in=96), weight)
-    assert torch.equal(dequantized("int8", portable("int8", weight * 0), n_in=96), weight * 0)
+    assert torch.equal(dequantized_weight("int4", portable("int4", weight), n_in=96), weight)
+    assert torch.equal(dequantized_weight("int8", portable("int8", weight * 0), n_in=96), weight * 0)
 
 
 def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
@@ -119,7 +119,7 @@ def test_int4_by_hand() -> None:
     # w = (q - 8) / 4 + zero and q = 0 is -1: zero = 1; the even column lies in the low half: 0 | 1 << 4, 2 | 3 << 4 ..
     assert as_float32(tensors["scale"]).tolist() == [[0.25]] and as_float32(tensors["zero"]).tolist() == [[1.0]]
     assert tensors["packed"][0, :3].tolist() == [0x10, 0x32, 0x54]
-    assert torch.equal(dequantized("int4", tensors, n_in=32), weight)
+    assert torch.equal(dequantized_weight("int4", tensors, n_in=32), weight)
     x = torch.zeros(2, 32)
     x[0, 1], x[1, 15] = 1, 2
     assert apply(linear_from_tensors("int4", tensors, n_in=32), x).tolist() == [[-0.75], [5.5]]
@@ -129,12 +129,12 @@ def test_int4_by_hand() -> None:
 def test_rounding_to_the_nearest_is_within_half_a_step(n_out: int, n_in: int, group: int, shift: float) -> None:
     weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(n_out * 1000 + n_in)) + shift
     int8 = portable("int8", weight)
-    assert bool(((dequantized("int8", int8, n_in=n_in) - weight).abs() <= as_tensor(int8["scale"])[:, None] * 0.5001).all())
+    assert bool(((dequantized_weight("int8", int8, n_in=n_in) - weight).abs() <= as_tensor(int8["scale"])[:, None] * 0.5001).all())
     int4 = portable("int4", weight, group=group)
     step, zero = (as_tensor(int4[part]).float().repeat_interleave(group, 1)[:, :n_in] for part in ("scale", "zero"))
     # scale and zero are themselves rounded to 8 bits, which may push the ends out by 15/2 · 2⁻⁸ steps and |zero| · 2⁻⁹
     slack = step * (0.5 + 15 / 512) + zero.abs() / 256 + 1e-6
-    assert bool(((dequantized("int4", int4, n_in=n_in, group=group) - weight).abs() <= slack).all())
+    assert bool(((dequantized_weight("int4", int4, n_in=n_in, group=group) - weight).abs() <= slack).all())
 
 
 def test_many_and_few_rows_use_two_kernels_with_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_many_and_few_rows_use_two_kernels_with_the_same_product(monkeypatch: py
 
 def test_a_machine_without_vnni_takes_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, x = portable("int8", torch.randn(30, 64)), torch.randn(3, 64)
-    want = x @ dequantized("int8", tensors, n_in=64).T
+    want = x @ dequantized_weight("int8", tensors, n_in=64).T
     monkeypatch.setattr(linears, "_has_vnni", lambda: False)
     packed_linear = linear_from_tensors("int8", tensors, n_in=64)
     assert isinstance(packed_linear, linears.Int8)
@@ -171,7 +171,7 @@ def test_a_machine_without_packed_bf16_uses_the_plain_product(monkeypatch: pytes
 @pytest.mark.parametrize("change", ["swapped halves", "no zero", "other offset"])
 def test_the_bounds_detect_a_wrong_formula(change: str) -> None:
     tensors = portable("int4", torch.randn(64, 64) + 0.5)
-    weight = dequantized("int4", tensors, n_in=64)
+    weight = dequantized_weight("int4", tensors, n_in=64)
     wrong = dict(tensors)
     if change == "swapped halves":
         wrong["packed"] = tensors["packed"] << 4 | tensors["packed"] >> 4

@@ -47,7 +47,7 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight") or name == "lm_head.weight"
 
 
-def rounded(kind: str, weight: Tensor) -> Tensor:
+def round_weight(kind: str, weight: Tensor) -> Tensor:
     """A weight of the kind, dequantized."""
     return torch.from_numpy(dequantized(kind, portable(kind, as_array(weight)), n_in=weight.shape[1]).copy())
 
@@ -58,7 +58,7 @@ def rounded_model(model: Any, kind: str) -> Any:
         for name, weight in model.named_parameters():
             if is_linear(name):
                 own = "int8" if kind == "int4" and name == "lm_head.weight" else kind
-                weight.copy_(rounded(own, weight))
+                weight.copy_(round_weight(own, weight))
     return model
 
 
@@ -104,7 +104,7 @@ def test_each_kind_equals_the_model_with_rounded_weights(name: str, kind: str, t
     wanted = rounded_model(model, kind)
     if tied and kind != "fp32":  # the table stays as it is stored, the head is a rounded copy
         own = "int8" if kind == "int4" else kind
-        model.lm_head.weight = torch.nn.Parameter(rounded(own, model.get_input_embeddings().weight))
+        model.lm_head.weight = torch.nn.Parameter(round_weight(own, model.get_input_embeddings().weight))
     assert relative(logits(engine), theirs(wanted)) < NATIVE_DRIFT[kind]
     monkeypatch.setenv("FEDTUNE_NATIVE", "off")
     assert relative(logits(load_engine(tmp_path, kind)), theirs(wanted)) < DRIFT[kind]
@@ -138,7 +138,7 @@ def test_a_quantized_package_opens_dequantized_but_is_not_rounded_again(tmp_path
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama_yarn_mscale"])
 @pytest.mark.parametrize("policy", ["full", "window"])
-def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
+def test_a_package_with_a_prefix_equals_peft(name: str, policy: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
     model: Any = get_peft_model(tiny_model(name, tmp_path / "x"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
     state = model.get_prompt(1)
@@ -155,7 +155,7 @@ def test_prefix_tuning(name: str, policy: str, tmp_path: Path) -> None:
         engine.start(cache)
 
 
-def test_prompt_tuning(tmp_path: Path) -> None:
+def test_a_package_with_a_prompt_equals_peft(tmp_path: Path) -> None:
     torch.manual_seed(5)
     model: Any = get_peft_model(tiny_model("llama", tmp_path / "x"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     write_package_of(tmp_path / "edge", "llama", "fp32", **{"prompt.embeds": model.get_prompt(1)[0].detach().clone()})
@@ -230,7 +230,7 @@ def broken(folder: Path, change: str) -> None:
         ("adapter beside", "has an unmerged adapter"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(change: str, message: str, tmp_path: Path) -> None:
+def test_a_damaged_folder_gives_a_one_sentence_error(change: str, message: str, tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
     broken(tmp_path, change)
     with pytest.raises(ModelError, match=message) as caught:

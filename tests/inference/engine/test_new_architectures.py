@@ -18,7 +18,7 @@ from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.engine.speculate.adapt import Adapt
-from tests.inference.engine.built import build
+from tests.inference.engine.engines import build
 from tests.inference.engine.test_generate import KINDS, drafter, prompts, tokens
 
 NAMES = ["gemma2", "gemma3", "gemma3_composite", "phi3", "phi4_mini", "smollm3", "smollm3_window", "olmo2"]

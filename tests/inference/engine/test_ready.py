@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not can_wrap(), reason="this torch cannot map pa
 
 
 @pytest.fixture(autouse=True)
-def _kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _cache_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(ready, "LEAST", 0)
 

@@ -39,7 +39,7 @@ def test_the_tables_equal_those_of_transformers(name: str) -> None:
         ("longrope", {"short_factor": (1.0,) * 3, "original_max_position_embeddings": 1, "max_position_embeddings": 64}),
     ],
 )
-def test_numbers_without_finite_rotations_are_one_sentence(kind: str, numbers: dict[str, Any]) -> None:
+def test_settings_without_finite_rotations_give_a_one_sentence_error(kind: str, numbers: dict[str, Any]) -> None:
     shape = read_shape(SHAPES["llama"]().to_dict())
     with pytest.raises(ModelError, match=f"rope_type='{kind}' give no finite rotations"):
         Rope(shape, RopeShape(kind=kind, numbers=tuple(numbers.items())))

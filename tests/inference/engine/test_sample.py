@@ -35,7 +35,7 @@ def theirs(ids: torch.Tensor, logits: torch.Tensor, s: Sampling) -> torch.Tensor
 
 
 def check(ours: np.ndarray, wanted: np.ndarray, *, ties: bool) -> None:
-    """Equal; with ties, which of the least likely kept tokens are kept is up to torch's sort, but not how many."""
+    """Assert equality. With ties, torch's sort decides which of the least likely tokens are kept, but not how many."""
     if not ties:
         return np.testing.assert_array_equal(ours, wanted)
     np.testing.assert_array_equal(np.sort(ours), np.sort(wanted))

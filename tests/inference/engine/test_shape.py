@@ -28,14 +28,14 @@ def test_every_tiny_shape_is_read(name: str) -> None:
     assert len(shape.windows) == shape.layers and shape.eos == (1,) and shape.bos == 0
 
 
-def test_defaults_of_an_old_llama_config() -> None:
+def test_an_old_llama_config_gets_the_defaults() -> None:
     shape = read_shape(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 500.0, "eos_token_id": [3, 5]})
     assert (shape.kv_heads, shape.head_dim, shape.context, shape.eps) == (6, 8, 2048, 1e-6)
     assert (shape.rope.kind, shape.rope.theta, shape.rope.get("factor")) == ("linear", 500.0, 2)
     assert shape.eos == (3, 5) and shape.bos is None and not shape.tied and not shape.qkv_bias
 
 
-def test_windows() -> None:
+def test_the_windows_of_the_layers_are_read() -> None:
     qwen = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 4}
     assert read_shape(qwen).windows == (None,) * 3  # Qwen2's config has a window that it does not use
     assert read_shape(qwen | {"use_sliding_window": True, "max_window_layers": 2}).windows == (None, None, 4)
@@ -60,7 +60,7 @@ def test_the_defaults_are_those_of_transformers(kind: str) -> None:
     )  # fmt: skip
 
 
-def test_gemma_3_configs_of_the_hub() -> None:
+def test_gemma_3_configs_of_the_hub_are_read() -> None:
     """google/gemma-3-4b-it nests a text config of few entries; google/gemma-3-1b-it has the rotary bases of transformers 4."""
     text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
@@ -125,7 +125,7 @@ def test_unsupported_models_are_named(changes: dict[str, Any], message: str) -> 
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}}, "below"),
     ],
 )
-def test_an_impossible_size_is_one_sentence(changes: dict[str, Any], message: str) -> None:
+def test_an_impossible_size_gives_a_one_sentence_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_shape(LLAMA | {"num_key_value_heads": 2} | changes)
 

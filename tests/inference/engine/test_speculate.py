@@ -119,7 +119,7 @@ def test_chances_are_calibrated_by_the_probabilities_that_followed() -> None:
     assert recycle.draft([1, 2], 1, None, Least(0.0, 0.9)).tokens == []
 
 
-def test_a_long_ending_goes_before_the_table() -> None:
+def test_a_long_ending_takes_precedence_over_the_table() -> None:
     drafter = LookupOrRecycle()
     drafter.begin(Sampling(), cast(Any, None))
     drafter.learn([(4, 5)], best((9, 8, 0.5, 0.25)))
@@ -128,7 +128,7 @@ def test_a_long_ending_goes_before_the_table() -> None:
     assert (drafter.grade(text), drafter.draft(text, 2).tokens, drafter.gives_chances(5)) == (5, [6, 7], False)
 
 
-def test_what_is_worth_verifying() -> None:
+def test_only_tokens_worth_verifying_are_drafted() -> None:
     made = best((1, 2, 0.8, 0.1), (3, 4, 0.5, 0.4), (5, 6, 0.5, 0.3))
     assert chosen(made, None) == Draft([1, 3, 5], [], [0.800000011920929, 0.5, 0.5])
     draft = chosen(made, Least(0.0, 0.3))

@@ -23,15 +23,15 @@ from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.draft import DraftModel
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.inference.engine.speculate.lookup import Lookup
-from tests.inference.engine.built import build
-from tests.inference.engine.test_generate import Alone, compare, tokens
+from tests.inference.engine.engines import build
+from tests.inference.engine.test_generate import Answers, compare, tokens
 from tests.inference.engine.test_speculate import critical
 
 DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../shared/data")).resolve()
 V, LENGTH, PROMPT = 4, 4, [2, 3, 2]  # the lookup drafts 3 first
 
 
-class Remembered:
+class CachedDecoder:
     """Caches a small decoder's logits: each text over four tokens is computed once."""
 
     def __init__(self, engine: Engine) -> None:
@@ -72,18 +72,18 @@ class Ids(Cache):
         return 0
 
 
-def remembered(engine: Engine) -> Any:
+def cached_engine(engine: Engine) -> Any:
     shape = SimpleNamespace(vocab=V, layers=engine.shape.layers, context=64)
     text = SimpleNamespace(ends=frozenset(), special=frozenset(), bytes=frozenset(), decode=lambda ids: "", same_as=lambda other: True)
     return SimpleNamespace(
-        shape=shape, text=text, decoder=Remembered(engine), cache=lambda: Ids(engine.shape, 64), start=lambda cache: None, folder="stub"
+        shape=shape, text=text, decoder=CachedDecoder(engine), cache=lambda: Ids(engine.shape, 64), start=lambda cache: None, folder="stub"
     )
 
 
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("tiny")
-    return remembered(build(folder / "a")[0]), remembered(build(folder / "b", "qwen3", seed=4)[0])
+    return cached_engine(build(folder / "a")[0]), cached_engine(build(folder / "b", "qwen3", seed=4)[0])
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def drafters(stubs: tuple[Any, Any]) -> dict[str, Callable[[], Drafter]]:
     return {"lookup": Lookup, "draft": lambda: DraftModel(stubs[1], stubs[0]), "early-exit": lambda: EarlyExit(1)}
 
 
-def exact(target: Any, sampling: Sampling) -> dict[tuple[int, ...], float]:
+def exact_probabilities(target: Any, sampling: Sampling) -> dict[tuple[int, ...], float]:
     """Probability of every answer, one token after the other."""
     out = {}
     for answer in itertools.product(range(V), repeat=LENGTH):
@@ -120,7 +120,7 @@ def exact(target: Any, sampling: Sampling) -> dict[tuple[int, ...], float]:
 
 def statistic(target: Any, make: Callable[[], Drafter], options: dict[str, Any], draws: int) -> tuple[float, int, float]:
     """Chi-square of `draws` answers, its degrees of freedom, and the share of accepted draft tokens."""
-    wanted = exact(target, Sampling(**options))
+    wanted = exact_probabilities(target, Sampling(**options))
     counts = dict.fromkeys(wanted, 0)
     speculation, context = Speculation(make(), Adapt(fixed=2)), Context(target)
     drafted = accepted = 0
@@ -207,7 +207,7 @@ def beginnings(engine: Engine, count: int, length: int = 24) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[str, Alone]:
+def plain() -> dict[str, Answers]:
     """Each model's answers without speculation, with which the answers of each drafter are compared."""
     return defaultdict(dict)
 
@@ -235,7 +235,7 @@ def test_real_weights_give_the_text_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", ["stories260k", "babyllama_tok105"])
 @pytest.mark.parametrize("drafter", [Lookup, EarlyExit])
 def test_two_hundred_real_prompts_token_for_token(
-    name: str, drafter: type[Drafter], plain: dict[str, Alone], monkeypatch: pytest.MonkeyPatch
+    name: str, drafter: type[Drafter], plain: dict[str, Answers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = real(name)
     monkeypatch.setattr("tests.inference.engine.test_generate.drafter", lambda kind, engine, small: drafter())

@@ -59,12 +59,12 @@ TOKENIZERS = {"byte_fallback": byte_fallback, "byte_level": byte_level, "words":
 TEXTS = {name: Text(make(), bos=None, ends=frozenset(), template=None, names={}) for name, make in TOKENIZERS.items()}
 
 
-def streamed(text: Text, ids: list[int]) -> list[str]:
+def stream_text(text: Text, ids: list[int]) -> list[str]:
     stream = Stream(text)
     return [*map(stream.push, ids), stream.finish()]
 
 
-def test_a_tokenizer_that_fails_is_one_sentence() -> None:
+def test_a_failing_tokenizer_gives_a_one_sentence_error() -> None:
     text = Text(Tokenizer(models.WordLevel({"on": 0}, unk_token="?")), bos=None, ends=frozenset(), template=None, names={})
     assert text.encode("on") == [0]
     with pytest.raises(ModelError, match=r"cannot encode this text \(WordLevel error: Missing \[UNK\] token from the vocabulary\): export"):
@@ -77,7 +77,7 @@ def test_a_tokenizer_that_fails_is_one_sentence() -> None:
 def test_pieces_join_to_the_whole_text(name: str, data: st.DataObject) -> None:
     text = TEXTS[name]
     ids = data.draw(st.lists(st.integers(0, text.size - 1), max_size=30))
-    assert "".join(streamed(text, ids)) == text.decode(ids)
+    assert "".join(stream_text(text, ids)) == text.decode(ids)
 
 
 @pytest.mark.parametrize("name", ["byte_fallback", "byte_level"])
@@ -86,7 +86,7 @@ def test_pieces_join_to_the_whole_text(name: str, data: st.DataObject) -> None:
 def test_no_piece_holds_half_a_character(name: str, string: str) -> None:
     text = TEXTS[name]
     ids = text.encode("a" + string)
-    pieces = streamed(text, ids)
+    pieces = stream_text(text, ids)
     assert "".join(pieces) == "a" + string and not any("\ufffd" in piece for piece in pieces)
 
 
@@ -94,17 +94,17 @@ def test_an_emoji_of_four_byte_tokens_comes_at_once_and_text_before_it_does_not_
     text = TEXTS["byte_level"]
     ids = text.encode("b 😁c")
     assert [text.tokenizer.id_to_token(i) for i in ids] == ["b", "Ġ", "ðŁĺ", "ģ", "c"]
-    assert streamed(text, ids) == ["b", " ", "", "😁", "c", ""]
+    assert stream_text(text, ids) == ["b", " ", "", "😁", "c", ""]
     # a run of byte tokens decodes as one: it waits for its end
     text = TEXTS["byte_fallback"]
     ids = text.encode("b😁c")
-    assert len(ids) == 7 and streamed(text, ids) == ["", "b", "", "", "", "", "😁c", ""]
+    assert len(ids) == 7 and stream_text(text, ids) == ["", "b", "", "", "", "", "😁c", ""]
 
 
 def test_spaces_that_belong_to_tokens_are_kept() -> None:
     text = TEXTS["byte_fallback"]
     spaced = "a a  b"
-    assert "".join(streamed(text, text.encode(spaced))) == spaced
+    assert "".join(stream_text(text, text.encode(spaced))) == spaced
     long = text.encode("a b c d e " * 40)
     stream = Stream(text)
     assert "".join(map(stream.push, long)) == "a b c d e " * 40
@@ -115,7 +115,7 @@ def test_special_tokens_give_no_text_and_break_no_character() -> None:
     text = TEXTS["byte_level"]
     end = max(text.special)
     ids = text.encode("😁")
-    assert "".join(streamed(text, [end, *ids[:1], end, *ids[1:], end])) == "😁"
+    assert "".join(stream_text(text, [end, *ids[:1], end, *ids[1:], end])) == "😁"
 
 
 # -- stop strings -------------------------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_the_end_tokens_are_the_tokenizers_and_the_models(tmp_path: Path) -> Non
     assert read_text(folder).ends == {2, 5, 6}
 
 
-def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
+def test_damaged_files_give_a_one_sentence_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no tokenizer.json"):
         read_text(tmp_path)
     good = save(tmp_path / "m", byte_fallback())
@@ -280,7 +280,7 @@ def test_a_folder_has_the_chat_template_that_transformers_finds(tmp_path: Path, 
         assert text.encode(text.chat(messages), begin=False)[0] == 1
 
 
-def test_a_template_is_sandboxed_and_its_faults_are_one_sentence(tmp_path: Path) -> None:
+def test_a_template_is_sandboxed_and_its_faults_give_a_one_sentence_error(tmp_path: Path) -> None:
     def chat(template: str) -> str:
         return read_text(save(tmp_path / "m", byte_fallback(), chat_template=template)).chat([{"role": "user", "content": "hi"}])
 
@@ -295,10 +295,10 @@ def test_a_template_is_sandboxed_and_its_faults_are_one_sentence(tmp_path: Path)
         TEXTS["words"].chat([])
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------------------------
+# -- complete tokenizers ----------------------------------------------------------------------------------------------------------------
 
 
-def test_wrap_is_for_one_field() -> None:
+def test_a_request_is_wrapped_in_a_template_of_one_field() -> None:
     assert wrap("hi", "Q: {q}\nA:") == "Q: hi\nA:" and wrap("Q: hi", "Q: {q}") == "Q: hi" and wrap("hi", None) == "hi"
 
 
@@ -307,7 +307,7 @@ def test_an_empty_prompt_needs_a_token_to_begin_with() -> None:
         TEXTS["words"].encode("")
 
 
-def test_only_the_same_vocabulary_is_the_same() -> None:
+def test_only_equal_vocabularies_count_as_equal() -> None:
     assert TEXTS["words"].same_as(TEXTS["words"]) and not TEXTS["words"].same_as(TEXTS["word_pieces"])
 
 
@@ -317,19 +317,19 @@ def agree(folder: Path, samples: list[str]) -> None:
     for sample in samples:
         ids = lead + theirs(sample, add_special_tokens=False).input_ids
         assert ours.encode(sample) == ids and ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-        assert "".join(streamed(ours, ids)) == ours.decode(ids)
+        assert "".join(stream_text(ours, ids)) == ours.decode(ids)
 
 
 SAMPLES = ["Once upon a time", " two  spaces ", "naïve café → 😀👩🏽‍🚀", "tab\tnew\nline", "</s> in the text"]
 
 
-def test_the_nano_tokenizer_as_in_transformers() -> None:
+def test_the_nano_tokenizer_equals_transformers() -> None:
     agree(NANO, SAMPLES)
 
 
 @pytest.mark.skipif(not (DATA / "models").is_dir(), reason="needs FEDTUNE_DATA with models")
 @pytest.mark.parametrize("name", ["stories260k", "babyllama_tok105"])
-def test_real_tokenizers_as_in_transformers(name: str) -> None:
+def test_real_tokenizers_equal_transformers(name: str) -> None:
     agree(DATA / "models" / name / "hf", SAMPLES)
 
 
@@ -341,5 +341,5 @@ def test_every_emoji_through_gpt2s_tokenizer() -> None:
     text = Text(tok, bos=None, ends=frozenset(), template=None, names={})
     for begin in range(0x1F300, 0x1FAFF, 16):
         string = "x " + " and ".join(map(chr, range(begin, begin + 16)))
-        pieces = streamed(text, text.encode(string))
+        pieces = stream_text(text, text.encode(string))
         assert "".join(pieces) == string and not any("\ufffd" in piece for piece in pieces)

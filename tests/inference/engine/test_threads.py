@@ -14,22 +14,22 @@ from fedtune.inference.engine.threads import set_threads, threads
 TEXT = "import sys; from fedtune.inference.engine.threads import set_threads, threads; {}; assert 'torch' not in sys.modules"
 
 
-def alone(code: str, **environment: str) -> str:
+def run_without_torch(code: str, **environment: str) -> str:
     """The output of a process without torch."""
     kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", TEXT.format(code)]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=kept | environment, cwd=Path(__file__).parents[3]).stdout
 
 
-def test_with_torch_its_number_is_used_and_set() -> None:
+def test_with_torch_the_number_of_torch_is_used_and_set() -> None:
     set_threads(3)  # the fixture of all tests sets it back
     assert threads() == torch.get_num_threads() == 3
 
 
 def test_without_torch_the_environment_or_the_setting_is_used() -> None:
-    assert alone("print(threads()); set_threads(5); print(threads())", OMP_NUM_THREADS="3,2").split() == ["3", "5"]
+    assert run_without_torch("print(threads()); set_threads(5); print(threads())", OMP_NUM_THREADS="3,2").split() == ["3", "5"]
     for odd in ("", "0", "-1", "many"):
-        assert 1 <= int(alone("print(threads())", OMP_NUM_THREADS=odd)) <= len(os.sched_getaffinity(0))
+        assert 1 <= int(run_without_torch("print(threads())", OMP_NUM_THREADS=odd)) <= len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(("siblings", "count"), [(("0,2", "1,3", "0,2", "1,3"), 2), (("0", "1", "2", "3"), 4), ((), 4)])
@@ -51,4 +51,4 @@ def test_torch_gets_the_number_that_was_set_before_it_was_loaded() -> None:
     code = (
         "set_threads(2); import fedtune.inference.engine.reference.passes, torch; print(torch.get_num_threads()); del sys.modules['torch']"
     )
-    assert alone(code, OMP_NUM_THREADS="1").split() == ["2"]
+    assert run_without_torch(code, OMP_NUM_THREADS="1").split() == ["2"]

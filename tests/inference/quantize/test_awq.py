@@ -33,17 +33,17 @@ def test_outlier_channels_are_rounded_more_finely(kind: Kind, group: int, bound:
 def test_the_grid_is_twenty_exponents_from_0_to_19_20(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[float] = []
 
-    def rounded(weight: Tensor, kind: Kind, group: int) -> object:
+    def record_scale(weight: Tensor, kind: Kind, group: int) -> object:
         tried.append(float(weight[0, 1] / weight[0, 0]))
         return quantize_rtn(weight, kind, group)
 
-    monkeypatch.setattr("fedtune.inference.quantize.awq.quantize_rtn", rounded)
+    monkeypatch.setattr("fedtune.inference.quantize.awq.quantize_rtn", record_scale)
     awq_scale([torch.ones(1, 32)], torch.tensor([1.0, 4.0] * 16), torch.eye(32), "int4", 32)
     # by hand: channels of mean 1 and 4 are scaled apart by 4^a, a = 0, .05, …, .95
     assert tried == pytest.approx([4 ** (i / 20) for i in range(20)], rel=1e-5)
 
 
-def test_it_is_never_worse_than_plain_rounding() -> None:
+def test_awq_is_never_worse_than_plain_rounding() -> None:
     weight, inputs = layer(outliers=1.0)
     hessian = inputs.T @ inputs / len(inputs)
     for shared in (1, 2):

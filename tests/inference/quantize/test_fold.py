@@ -79,7 +79,7 @@ def test_half_a_fold_changes_the_model(tmp_path: Path) -> None:
     assert relative_error(logits(tmp_path), before) > 0.1
 
 
-def test_by_hand() -> None:
+def test_folds_by_hand() -> None:
     layer = {"mlp.up_proj.weight": torch.tensor([[2.0], [3.0]]), "mlp.up_proj.bias": torch.tensor([4.0, 6.0]),
              "mlp.down_proj.weight": torch.tensor([[10.0, 20.0]])}  # fmt: skip
     out = folded_tensors(layer, Fold("mlp.up_proj", ("mlp.down_proj",)), torch.tensor([2.0, 0.5]))

@@ -51,7 +51,7 @@ def test_a_prompt_precedes_every_sequence(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_folds_are_applied_to_weights_in_their_order(tmp_path: Path) -> None:
-    """Of `v_proj`, which reads one scale and is the source of the next; by rows or whole."""
+    """`v_proj` reads one scale and is the source of the next. Checked by rows and whole."""
     shape, read, tensors = open_model(tmp_path, "llama_biases")
     at, sizes = "model.layers.0.", {n: tuple(t.shape) for n, t in tensors.items()}
     weights = Weights({n[len(at) :]: n for n in sizes if n.startswith(at)}, sizes, read)

@@ -85,7 +85,7 @@ def test_only_one_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
         others = sum(r() is not None for k, refs in alive.items() if k != layer for r in refs)
         most[layer] = max(most.get(layer, 0), others)
 
-    def reading(name: str, first: int, last: int) -> Tensor:
+    def record_read(name: str, first: int, last: int) -> Tensor:
         part = read(name, first, last).clone()
         if name.startswith("model.layers."):
             layer = int(name.split(".")[2])
@@ -95,15 +95,15 @@ def test_only_one_layer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     whole = module.observe
 
-    def observing(shape: Shape, index: int, *rest):  # noqa: ANN002, ANN202  # pyright: ignore[reportMissingParameterType]
+    def record_observe(shape: Shape, index: int, *rest):  # noqa: ANN002, ANN202  # pyright: ignore[reportMissingParameterType]
         count(index)
         out = whole(shape, index, *rest)
         alive[index] += [weakref.ref(s.hessian) for s in out.values()]
         return out
 
-    monkeypatch.setattr(module, "observe", observing)
+    monkeypatch.setattr(module, "observe", record_observe)
     order = []
-    for name, value in quantize_model(shape, reading, QuantizeSettings(method=method), text()):  # pyright: ignore[reportArgumentType]
+    for name, value in quantize_model(shape, record_read, QuantizeSettings(method=method), text()):  # pyright: ignore[reportArgumentType]
         order.append(name)
         del value
     assert most == {0: 0, 1: 0, 2: 0}
@@ -119,11 +119,11 @@ def test_a_layer_is_calibrated_on_outputs_of_the_quantized_layers_before_it(
     shape, read, _ = open_model(tmp_path, "llama")
     whole, met = module.observe, list[Tensor]()
 
-    def observing(shape: Shape, index: int, tensors: Any, hidden: Any, *rest: Any) -> Any:
+    def record_observe(shape: Shape, index: int, tensors: Any, hidden: Any, *rest: Any) -> Any:
         met.append(torch.cat([h.clone() for h in hidden]))
         return whole(shape, index, tensors, hidden, *rest)
 
-    monkeypatch.setattr(module, "observe", observing)
+    monkeypatch.setattr(module, "observe", record_observe)
     out = quantize_all(shape, read, QuantizeSettings(method=method))  # pyright: ignore[reportArgumentType]
     assert len(met) == shape.layers == 3
     for index in (0, 1):

@@ -36,7 +36,7 @@ def test_windows_overlap_by_half() -> None:
     assert pieces(2) == [([i, i + 1], 1) for i in range(5)]
 
 
-def test_by_hand() -> None:
+def test_perplexity_by_hand() -> None:
     # a model that gives 3/4 to the token after the last one and 1/4 to the others, of 4 tokens: the text counts up twice, then fails once
     def model(ids: Tensor) -> Tensor:
         out = torch.full((len(ids), 4), math.log(1 / 12))

@@ -40,7 +40,7 @@ def test_without_outliers_the_error_does_not_grow() -> None:
     assert relative_error(a8w8(inputs / scale, weight * scale), wanted) < 1.1 * relative_error(a8w8(inputs, weight), wanted)
 
 
-def test_by_hand() -> None:
+def test_scales_by_hand() -> None:
     # greatest of x: 4, 1, 9; of w over both linears: 1, 4, 1 → sqrt(4 / 1), sqrt(1 / 4), sqrt(9 / 1); then / sqrt(3 * .5)
     weights = [torch.tensor([[1.0, -4.0, 0.5]]), torch.tensor([[0.25, 1.0, -1.0], [0.5, 0.0, 0.0]])]
     out = smooth_scale(weights, torch.tensor([4.0, 1.0, 9.0]))

@@ -39,12 +39,12 @@ def open_engine(folder: Path, name: str, kind: str) -> tuple[Engine, dict[str, T
     return engine, tensors, {"prefix.k": k, "prefix.v": v}
 
 
-def of(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+def layer_tensors(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     at = f"model.layers.{index}."
     return {n.removeprefix(at): t for n, t in tensors.items() if n.startswith(at)}
 
 
-def out_of(engine: Engine, ids: Tensor) -> Tensor:
+def engine_logits(engine: Engine, ids: Tensor) -> Tensor:
     """Logits [n, V] of a text after the engine's virtual tokens."""
     cache = engine.cache(limit=engine.virtual_length + len(ids))
     engine.start(cache)
@@ -56,7 +56,7 @@ def test_the_layers_after_a_prefix_equal_the_decoder(tmp_path: Path, name: str) 
     engine, tensors, virtual = open_engine(tmp_path, name, "prefix")
     hidden = embedded(engine.shape, lambda n, a, b: tensors[n][a:b], ids := texts(*LENGTHS))
     for index in range(engine.shape.layers):
-        hidden = pass_layer(engine.shape, index, of(tensors, index), hidden, prefix_of(virtual, index))
+        hidden = pass_layer(engine.shape, index, layer_tensors(tensors, index), hidden, prefix_of(virtual, index))
     for own, h in zip(ids, hidden, strict=True):
         cache = engine.cache()
         engine.start(cache)
@@ -64,7 +64,7 @@ def test_the_layers_after_a_prefix_equal_the_decoder(tmp_path: Path, name: str) 
         assert torch.allclose(h, wanted, atol=1e-4, rtol=1e-4)
 
 
-class Watched(TorchLinear):
+class RecordingLinear(TorchLinear):
     """A linear that records statistics of its inputs."""
 
     def __init__(self, own: Any) -> None:
@@ -82,18 +82,18 @@ def test_calibration_observes_the_inputs_of_the_models_linears(tmp_path: Path, m
     engine, tensors, virtual = open_engine(tmp_path, "qwen3", kind)
     seen: list[Tensor] = []
 
-    def observing(*args: Any) -> Any:
+    def record_observe(*args: Any) -> Any:
         result = observe(*args)
         seen.append(result["down"].hessian)
         return result
 
-    monkeypatch.setattr("fedtune.inference.quantize.model.observe", observing)
+    monkeypatch.setattr("fedtune.inference.quantize.model.observe", record_observe)
     list(quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], QuantizeSettings(method="gptq"), texts(*LENGTHS), virtual))
-    engine.decoder.layers[0].down = watched = Watched(engine.decoder.layers[0].down)
+    engine.decoder.layers[0].down = recorder = RecordingLinear(engine.decoder.layers[0].down)
     for ids in texts(*LENGTHS):
-        out_of(engine, ids)  # the virtual tokens of a prompt are read too, once per text
-    torch.testing.assert_close(seen[0], watched.watch.stats().hessian, rtol=1e-4, atol=1e-5)
-    plain = observe(engine.shape, 0, of(tensors, 0), embedded(engine.shape, lambda n, a, b: tensors[n][a:b], texts(*LENGTHS)))
+        engine_logits(engine, ids)  # the virtual tokens of a prompt are read too, once per text
+    torch.testing.assert_close(seen[0], recorder.watch.stats().hessian, rtol=1e-4, atol=1e-5)
+    plain = observe(engine.shape, 0, layer_tensors(tensors, 0), embedded(engine.shape, lambda n, a, b: tensors[n][a:b], texts(*LENGTHS)))
     assert relative_error(plain["down"].hessian, seen[0]) > 0.05  # without virtual tokens the statistics differ
 
 
@@ -103,13 +103,13 @@ def test_the_quantized_model_with_virtual_tokens_stays_close(tmp_path: Path, kin
     """A fold through the values' linear would not scale the prefix's own values, which would change the model."""
     engine, tensors, virtual = open_engine(tmp_path, "llama_one_kv", kind)
     (ids,) = texts(19)
-    wanted = out_of(engine, ids)
+    wanted = engine_logits(engine, ids)
     recipe = QuantizeSettings(kind="int8", group=0, method=method)  # pyright: ignore[reportArgumentType]
     for name, made in quantize_model(engine.shape, lambda n, a, b: tensors[n][a:b], recipe, texts(*LENGTHS), virtual):
         tensors[name] = dequantize(made) if isinstance(made, QuantizedLinear) else made
     actual = quantized_engine(tmp_path / "q", tensors, engine)
     # rounding costs .020 to .033 of these random weights; folding through the values, which leaves the prefix's, .15 and .22
-    assert relative_error(out_of(actual, ids), wanted) < 0.05
+    assert relative_error(engine_logits(actual, ids), wanted) < 0.05
 
 
 def quantized_engine(folder: Path, tensors: dict[str, Tensor], engine: Engine) -> Engine:

@@ -1,7 +1,7 @@
 import pytest
 
 from fedtune.inference.engine.load import Engine, load_engine
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from fedtune.inference.engine.generate import Generation
 from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.sample import Sampling
 from tests.inference.serve.rounding import bound, first_difference, lead
-from tests.inference.serve.served import continuation, tiny_model
+from tests.inference.serve.servers import continuation, tiny_model
 
 WARM = 0.2  # share of the time after which memory may not grow
 ROOT = Path(__file__).parents[3]

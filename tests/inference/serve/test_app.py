@@ -19,7 +19,7 @@ from fedtune.inference.serve.app import create_app
 from fedtune.inference.serve.formats import ResponseFormatter
 from fedtune.inference.serve.limits import ApiKeys, Limits
 from fedtune.inference.serve.served_model import ServedModel
-from tests.inference.serve.served import Served, alone, serve_model, text_of
+from tests.inference.serve.servers import Served, answer_alone, serve_model, text_of
 
 ASK = {"model": "tiny", "prompt": "turn on the light", "temperature": 0, "max_tokens": 12}
 
@@ -43,7 +43,7 @@ def wait_for(what: Any, seconds: float = 30) -> None:
 
 def test_a_completion_equals_the_engines_answer(here: Served) -> None:
     answer = post(here, ASK).json()
-    outputs = alone(here.engine, here.engine.text.encode(ASK["prompt"]), Sampling(), 12, joins=True)
+    outputs = answer_alone(here.engine, here.engine.text.encode(ASK["prompt"]), Sampling(), 12, joins=True)
     assert answer["choices"] == [{"index": 0, "finish_reason": "length", "logprobs": None, "text": text_of(outputs)}]
     assert answer["usage"]["completion_tokens"] == 12
     assert answer["usage"]["prompt_tokens"] == len(here.engine.text.encode(ASK["prompt"]))
@@ -67,7 +67,7 @@ def test_a_chat_goes_through_the_template(here: Served) -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
     answer = post(here, {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 5}, "chat/completions").json()
     ids = here.engine.text.encode("system: be brief\nuser: hello\nassistant:", begin=False)
-    assert answer["choices"][0]["message"]["content"] == text_of(alone(here.engine, ids, Sampling(), 5)).lstrip()
+    assert answer["choices"][0]["message"]["content"] == text_of(answer_alone(here.engine, ids, Sampling(), 5)).lstrip()
     assert answer["usage"]["prompt_tokens"] == len(ids)
 
 
@@ -127,7 +127,7 @@ def test_without_a_seed_answers_differ(here: Served) -> None:
     assert post(here, free).json()["choices"][0]["text"] != post(here, free).json()["choices"][0]["text"]
 
 
-def test_routes(here: Served) -> None:
+def test_each_route_answers(here: Served) -> None:
     listed = httpx.get(f"{here.url}/v1/models").json()["data"]
     assert [card["id"] for card in listed] == ["tiny"]
     assert httpx.get(f"{here.url}/v1/models/tiny").json() == listed[0]
@@ -194,7 +194,7 @@ def test_a_foreign_host_name_is_refused(here: Served, host: str) -> None:
     assert post(here, ASK, headers={"host": host}).status_code == 403
 
 
-def test_keys(engine: Engine) -> None:
+def test_requests_need_the_key(engine: Engine) -> None:
     with serve_model(engine, keys=("secret",)) as server:
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert httpx.get(server.url).status_code == 200  # the page asks for the key itself
@@ -218,7 +218,7 @@ def test_a_single_request_model_accepts_one_message(tmp_path: Any, engine: Engin
     with serve_model(plain, prompt="Request: {text}\nAction:") as server:
         answer = post(server, chat, "chat/completions").json()
         ids = text.encode("Request: warm\nAction:")
-        assert answer["choices"][0]["message"]["content"] == text_of(alone(plain, ids, Sampling(), 4)).lstrip()
+        assert answer["choices"][0]["message"]["content"] == text_of(answer_alone(plain, ids, Sampling(), 4)).lstrip()
         two = chat | {"messages": [*chat["messages"], *chat["messages"]]}
         assert "send one message" in post(server, two, "chat/completions").json()["error"]["message"]
     with serve_model(plain) as server:
@@ -255,7 +255,7 @@ def test_a_disconnect_ends_the_work(engine: Engine, stream: bool) -> None:
         assert server.scheduler.passes < 400
 
 
-def test_time_runs_out(engine: Engine) -> None:
+def test_requests_time_out(engine: Engine) -> None:
     with serve_model(engine, limits=Limits(timeout=0.15, grace=1), pace=0.02) as server:
         refused = post(server, ASK | {"max_tokens": 400})
         assert (refused.status_code, refused.json()["error"]["code"]) == (504, "timeout")
@@ -280,7 +280,7 @@ def test_a_stop_completes_running_answers_and_accepts_no_new_ones(engine: Engine
         wait_for(lambda: not server.server.started or server.server.should_exit)
 
 
-def test_the_grace_ends(engine: Engine) -> None:
+def test_a_long_answer_is_refused_when_the_grace_period_ends(engine: Engine) -> None:
     with serve_model(engine, limits=Limits(grace=0.1), pace=0.02) as server:
         got: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: got.append(post(server, ASK | {"max_tokens": 400})))
@@ -291,7 +291,7 @@ def test_the_grace_ends(engine: Engine) -> None:
         assert (got[0].status_code, got[0].json()["error"]["code"]) == (503, "stopping")
 
 
-def test_an_engine_failure_is_one_sentence_without_a_traceback(
+def test_an_engine_failure_gives_a_one_sentence_error_without_a_traceback(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve_model(engine) as server:
@@ -322,17 +322,17 @@ def test_a_slow_request_head_is_disconnected(engine: Engine, monkeypatch: pytest
 
 
 def test_a_client_that_does_not_read_is_canceled_after_a_timeout(engine: Engine) -> None:
-    outputs = alone(engine, [5, 6, 7], Sampling(), 3)
+    outputs = answer_alone(engine, [5, 6, 7], Sampling(), 3)
     canceled: list[Any] = []
 
     def submit(request: Any) -> None:
         for out in outputs:
             request.deliver(out)
 
-    async def blocked(message: Any) -> None:
+    async def never_send(message: Any) -> None:
         await asyncio.sleep(60)
 
-    async def silent() -> Any:
+    async def never_receive() -> Any:
         await asyncio.sleep(60)
 
     async def respond() -> None:
@@ -340,7 +340,7 @@ def test_a_client_that_does_not_read_is_canceled_after_a_timeout(engine: Engine)
         under_way = Answer(scheduler, GenerationRequest(ids=[5, 6, 7], sampling=Sampling(), max_new_tokens=3, deliver=lambda out: None))
         under_way.begin()
         stream = EventStream(under_way, ResponseFormatter(chat=False, id="a", model="m"), None, timeout=0.05 - PATIENCE_S)
-        await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, silent, blocked)
+        await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, never_receive, never_send)
 
     asyncio.run(asyncio.wait_for(respond(), 5))
     assert canceled

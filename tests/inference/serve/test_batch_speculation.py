@@ -22,7 +22,7 @@ from fedtune.inference.engine.speculate.adapt import WORTH, Acceptance
 from fedtune.inference.engine.speculate.batch import BatchAdapt, SequenceDrafts
 from fedtune.inference.serve.start import make_caches
 from fedtune.models.checkpoint import NANO
-from tests.inference.serve.served import make_scheduler
+from tests.inference.serve.servers import make_scheduler
 from tests.inference.serve.test_schedule import END, WORDS, Blocks, Tape, V
 
 

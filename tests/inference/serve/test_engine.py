@@ -19,7 +19,7 @@ from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.serve.adapters import add_adapter, factors
-from tests.inference.serve.served import make_scheduler, serve_model, text_of, tiny_model
+from tests.inference.serve.servers import make_scheduler, serve_model, text_of, tiny_model
 from tests.quick import quick
 
 ASKED = [
@@ -32,7 +32,7 @@ ASKED = [
 ]
 
 
-def alone(engine: Engine, prompt: str, way: Sampling, count: int, adapter: str | None = None) -> tuple[str, str | None]:
+def answer_alone(engine: Engine, prompt: str, way: Sampling, count: int, adapter: str | None = None) -> tuple[str, str | None]:
     pieces = list(Generation(engine, prompt, way, count, context=Context(engine, adapter=adapter)))
     return "".join(piece.text for piece in pieces), pieces[-1].end
 
@@ -54,7 +54,7 @@ def test_a_batch_gives_each_request_the_answer_of_generate(engine: Engine, block
     caches = PagedCaches(pool, 80)
     scheduler = make_scheduler(engine, caches, max_running=4, rows=rows)
     for _ in range(2):  # the second time, the pool already has the prefixes
-        assert together(scheduler, engine) == [alone(engine, *next_request) for next_request in ASKED]
+        assert together(scheduler, engine) == [answer_alone(engine, *next_request) for next_request in ASKED]
     assert all(pool.holders(block) <= 1 for block in range(1, blocks + 1))  # at most the prefix tree holds one
     assert (scheduler.preempted > 0) == (blocks == 5)
     next_request = GenerationRequest(ids=engine.text.encode(ASKED[1][0]), sampling=Sampling(), max_new_tokens=1, deliver=lambda out: None)
@@ -83,7 +83,7 @@ def test_a_requests_model_chooses_its_adapter(tmp_path: Path) -> None:
         add_adapter(engine, name, lora(model, tmp_path / name, seed=i))
     adapters = [None, "one", "two", "one", "two", "one"]
     caches = PagedCaches(PagedPool(engine.shape, 40, 16), 80)
-    wanted = [alone(engine, *prompt, adapter) for prompt, adapter in zip(ASKED, adapters, strict=True)]
+    wanted = [answer_alone(engine, *prompt, adapter) for prompt, adapter in zip(ASKED, adapters, strict=True)]
     assert together(make_scheduler(engine, caches), engine, adapters) == wanted
     merged = AutoModelForCausalLM.from_pretrained(model)
     from peft import PeftModel
@@ -126,8 +126,8 @@ def test_virtual_tokens_come_first_in_every_request(engine: Engine, kind: str) -
     caches = PagedCaches(PagedPool(shape, 6, 16), 85, virtual=5)
     scheduler = make_scheduler(tuned, caches, max_running=4)
     assert scheduler.limit == 80
-    wanted = [alone(tuned, *prompt) for prompt in ASKED]
-    assert wanted != [alone(engine, *prompt) for prompt in ASKED]
+    wanted = [answer_alone(tuned, *prompt) for prompt in ASKED]
+    assert wanted != [answer_alone(engine, *prompt) for prompt in ASKED]
     assert together(scheduler, tuned) == wanted
     assert scheduler.preempted > 0
     with pytest.raises(ConfigError, match="at most 80 together"):

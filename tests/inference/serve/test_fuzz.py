@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.serve.limits import Limits
-from tests.inference.serve.served import Served, serve_model
+from tests.inference.serve.servers import Served, serve_model
 
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tiny", "prompt": "a", "max_tokens": 2},
@@ -175,7 +175,7 @@ def client_is_served(server: Served) -> bool:
     return httpx.post(f"{server.url}/v1/completions", json=GOOD["/v1/completions"]).status_code == 200 and server.scheduler.load == (0, 0)
 
 
-def test_some_odd_requests(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_some_odd_requests_cause_no_server_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     with serve_model(engine, limits=Limits(max_tokens=64, grace=1)) as server:
         seen = fuzz(server, 60, seed=0)
     assert set(seen) >= {200, 400, 404, 405}
@@ -183,7 +183,7 @@ def test_some_odd_requests(engine: Engine, caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.slow
-def test_two_thousand_odd_requests(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_thousand_odd_requests_cause_no_server_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     with serve_model(engine, limits=Limits(max_tokens=64, grace=1)) as server:
         seen = fuzz(server, 2000, seed=1)
     assert sum(seen.values()) == 2000

@@ -14,7 +14,7 @@ import pytest
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.serve.listener import listen, url
 from fedtune.inference.serve.server import HttpServer
-from tests.inference.serve.served import serve_model
+from tests.inference.serve.servers import serve_model
 
 
 class App:
@@ -33,7 +33,7 @@ class App:
 
 
 @contextmanager
-def serving(app: App, listener: socket.socket) -> Iterator[tuple[HttpServer, threading.Thread]]:
+def serve_in_thread(app: App, listener: socket.socket) -> Iterator[tuple[HttpServer, threading.Thread]]:
     accepts = threading.Event()
     server = HttpServer(app, connections=64, ready=accepts.set)
     thread = threading.Thread(target=server.run, args=([listener.dup()],), daemon=True)
@@ -50,7 +50,7 @@ def serving(app: App, listener: socket.socket) -> Iterator[tuple[HttpServer, thr
 @pytest.mark.slow
 def test_another_server_takes_over_the_socket() -> None:
     old, new = App("old"), App("new")
-    with listen("127.0.0.1", 0) as listener, httpx.Client(timeout=20) as idle, serving(old, listener) as (server, thread):
+    with listen("127.0.0.1", 0) as listener, httpx.Client(timeout=20) as idle, serve_in_thread(old, listener) as (server, thread):
         assert idle.get(url(listener)).text == "old"
         late: list[str] = []
         keeper = httpx.Client(timeout=20)
@@ -58,7 +58,7 @@ def test_another_server_takes_over_the_socket() -> None:
         old.asked.clear()
         long.start()
         assert old.asked.wait(20)
-        with serving(new, listener):
+        with serve_in_thread(new, listener):
             server.leave(60)
             assert server.left.wait(20)
             assert {httpx.get(url(listener), timeout=20).text for _ in range(20)} == {"new"}
@@ -80,7 +80,7 @@ def test_another_server_takes_over_the_socket() -> None:
 
 def test_the_grace_time_ends_a_long_answer() -> None:
     app = App("old")
-    with listen("127.0.0.1", 0) as listener, serving(app, listener) as (server, thread):
+    with listen("127.0.0.1", 0) as listener, serve_in_thread(app, listener) as (server, thread):
         with httpx.stream("GET", url(listener) + "/long", timeout=20) as answer:
             began = time.monotonic()
             server.leave(0.4)

@@ -21,7 +21,7 @@ from fedtune.inference.engine.text import Text
 from fedtune.inference.generate_transformers import HubText
 from fedtune.inference.serve.logprobs import LogprobFormatter, TokenLogprob
 from tests.inference.engine.test_text import TOKENIZERS
-from tests.inference.serve.served import Served, serve_model
+from tests.inference.serve.servers import Served, serve_model
 from tests.quick import quick
 
 TEXTS = {name: Text(make(), bos=None, ends=frozenset({2}), template=None, names={}) for name, make in TOKENIZERS.items()}
@@ -58,7 +58,7 @@ def answer(
     return request, outputs
 
 
-def received(text: Text, outputs: list[Output], request: GenerationRequest, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
+def receive(text: Text, outputs: list[Output], request: GenerationRequest, *, trims: bool = False) -> tuple[str, list[TokenLogprob]]:
     """The text and the tokens that a client gets; no token comes before its text."""
     formatter, sent, logprobs, trimming = (
         LogprobFormatter(text, request.ids if request.joins else (), trims=trims),
@@ -83,7 +83,7 @@ def token(text: Text, name: str) -> int:
 
 def check(text: Text, ids: list[int], *, before: list[int], stop: tuple[str, ...], trims: bool, rivals: int = 3) -> list[TokenLogprob]:
     request, outputs = answer(text, ids, before=before, stop=stop, rivals=min(rivals, text.size))
-    sent, logprobs = received(text, outputs, request, trims=trims)
+    sent, logprobs = receive(text, outputs, request, trims=trims)
     assert "".join(token.token for token in logprobs) == sent
     assert b"".join(token.raw or b"" for token in logprobs) == sent.encode()
     assert [token.logprob for token in logprobs] == [out.logprob for out in outputs if out.token is not None]
@@ -139,7 +139,7 @@ def test_tokens_after_a_stop_string_have_no_text() -> None:
     logprobs = check(text, ids, before=[], stop=("c b",), trims=True)
     assert "".join(token.token for token in logprobs) == "ab "
     request, outputs = answer(text, text.encode("abc"), before=[], stop=("cab",))
-    assert received(text, outputs, request)[0] == "abc"  # held back for a stop string that does not come
+    assert receive(text, outputs, request)[0] == "abc"  # held back for a stop string that does not come
 
 
 def test_rivals_with_the_same_text_have_distinct_names() -> None:
@@ -182,7 +182,7 @@ def ask(here: Served, *, chat: bool, stream: bool, **more: Any) -> tuple[str, li
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("seed", quick(range(3), 0))
-def test_offsets_and_bytes_over_the_server(here: Served, stream: bool, seed: int) -> None:
+def test_offsets_and_bytes_over_the_server_match_the_text(here: Served, stream: bool, seed: int) -> None:
     letters = random.Random(seed).sample("etaoin", 2)
     for stop in (None, "".join(letters), letters[0]):
         options: dict[str, Any] = {"temperature": 1.5, "seed": seed, "max_tokens": 60, "stop": stop, "stream": stream}

@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.sample import Sampling
-from tests.inference.serve.served import Served, alone, serve_model, text_of
+from tests.inference.serve.servers import Served, answer_alone, serve_model, text_of
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,15 @@ def client(here: Served) -> Iterator[openai.OpenAI]:
         yield openai_client
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_the_served_model_is_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "fedtune"
 
 
-def test_completions(here: Served, client: openai.OpenAI) -> None:
+def test_completions_equal_the_scheduler_s_answer(here: Served, client: openai.OpenAI) -> None:
     ids = here.engine.text.encode("turn on")
     answer = client.completions.create(model="tiny", prompt="turn on", temperature=0, max_tokens=8, logprobs=2)
-    outputs = alone(here.engine, ids, Sampling(), 8, rivals=2, joins=True)
+    outputs = answer_alone(here.engine, ids, Sampling(), 8, rivals=2, joins=True)
     choice = answer.choices[0]
     assert (choice.text, choice.finish_reason) == (text_of(outputs), "length")
     assert answer.usage is not None and answer.usage.completion_tokens == 8
@@ -47,10 +47,10 @@ def test_completions(here: Served, client: openai.OpenAI) -> None:
     assert chunks[-1].usage == answer.usage
 
 
-def test_chats(here: Served, client: openai.OpenAI) -> None:
+def test_chats_equal_the_scheduler_s_answer(here: Served, client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     ids = here.engine.text.encode("user: hello\nassistant:", begin=False)
-    wanted = text_of(alone(here.engine, ids, Sampling(temperature=0.9, top_p=0.8, seed=7), 10)).lstrip()
+    wanted = text_of(answer_alone(here.engine, ids, Sampling(temperature=0.9, top_p=0.8, seed=7), 10)).lstrip()
     ask = {"model": "tiny", "messages": messages, "temperature": 0.9, "top_p": 0.8, "seed": 7, "max_completion_tokens": 10}
     answer = client.chat.completions.create(**ask, logprobs=True, top_logprobs=1)  # type: ignore[arg-type]
     assert answer.choices[0].message.content == wanted
@@ -97,8 +97,8 @@ def test_the_streaming_helper(client: openai.OpenAI) -> None:
     assert "".join(parts) == final == plain[: plain.index(plain[6:9])]
 
 
-def test_stop_strings(here: Served, client: openai.OpenAI) -> None:
-    plain = text_of(alone(here.engine, here.engine.text.encode("warm"), Sampling(temperature=1.0, seed=3), 20, joins=True))
+def test_a_stop_string_ends_the_answer(here: Served, client: openai.OpenAI) -> None:
+    plain = text_of(answer_alone(here.engine, here.engine.text.encode("warm"), Sampling(temperature=1.0, seed=3), 20, joins=True))
     stop = plain[5:8]
     choice = client.completions.create(model="tiny", prompt="warm", temperature=1, seed=3, max_tokens=20, stop=[stop, "~~"]).choices[0]
     assert (choice.text, choice.finish_reason) == (plain[: plain.index(stop)], "stop")
@@ -108,7 +108,7 @@ def test_other_sampling_settings_are_extra_fields(here: Served, client: openai.O
     extra = {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.2}
     choice = client.completions.create(model="tiny", prompt="warm", temperature=1, seed=3, max_tokens=9, extra_body=extra).choices[0]
     way = Sampling(temperature=1.0, seed=3, top_k=5, min_p=0.01, repetition_penalty=1.2)
-    assert choice.text == text_of(alone(here.engine, here.engine.text.encode("warm"), way, 9, joins=True))
+    assert choice.text == text_of(answer_alone(here.engine, here.engine.text.encode("warm"), way, 9, joins=True))
 
 
 def test_refusals_are_the_clients_own_errors(here: Served, client: openai.OpenAI) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fedtune.inference.engine.load import Engine
 from fedtune.inference.engine.sample import Sampling
 from tests.inference.serve.chromium import Page, open_page
-from tests.inference.serve.served import Served, alone, serve_model, text_of
+from tests.inference.serve.servers import Served, answer_alone, serve_model, text_of
 
 PAGE = Path(__file__).parents[3] / "fedtune/inference/serve/page.html"
 
@@ -42,12 +42,12 @@ def test_the_policy_names_the_pages_own_script(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_trying_the_model(engine: Engine, tmp_path: Path) -> None:
+def test_the_page_completes_chats_and_escapes(engine: Engine, tmp_path: Path) -> None:
     with serve_model(engine) as server, open_page(server.url) as page:
         ready(page)
-        _completes(server, page)
-        _chats(server, page)
-        _escapes(server, page)
+        _check_completion(server, page)
+        _check_chat(server, page)
+        _check_escaping(server, page)
         for dark in (False, True):
             shot = tmp_path / f"{dark}.png"
             page.screenshot(shot, dark=dark)
@@ -55,38 +55,37 @@ def test_trying_the_model(engine: Engine, tmp_path: Path) -> None:
         assert not page.complaints  # no exception and no violation of the policy
 
 
-def _completes(server: Served, page: Page) -> None:
+def _check_completion(server: Served, page: Page) -> None:
     page.run("document.getElementById('complete').click()")
     ask(page, "turn on", temperature="0", tokens="9")
     page.wait("/9 tokens .* tok.s .* stopped at max tokens/.test(document.querySelector('.figures')?.textContent)")
-    outputs = alone(server.engine, server.engine.text.encode("turn on"), Sampling(), 9, joins=True)
+    outputs = answer_alone(server.engine, server.engine.text.encode("turn on"), Sampling(), 9, joins=True)
     assert page.run("document.querySelector('.turn').textContent") == "turn on" + text_of(outputs)
 
 
-def _chats(server: Served, page: Page) -> None:
+def _check_chat(server: Served, page: Page) -> None:
     page.run("document.getElementById('clear').click()")
     page.run("document.getElementById('chat').click()")
     ask(page, "hello", tokens="6")
     page.wait("document.querySelectorAll('.figures').length === 1 && !document.querySelector('.busy')")
     ids = server.engine.text.encode("user: hello\nassistant:", begin=False)
-    first = text_of(alone(server.engine, ids, Sampling(), 6)).lstrip()
+    first = text_of(answer_alone(server.engine, ids, Sampling(), 6)).lstrip()
     assert page.run("[...document.querySelectorAll('.turn')].map((turn) => turn.textContent)") == ["hello", first]
     ask(page, "more")
     page.wait("document.querySelectorAll('.figures').length === 2 && !document.querySelector('.busy')")
     ids = server.engine.text.encode(f"user: hello\nassistant: {first}\nuser: more\nassistant:", begin=False)
-    assert (
-        page.run("[...document.querySelectorAll('.turn')].at(-1).textContent") == text_of(alone(server.engine, ids, Sampling(), 6)).lstrip()
-    )
+    wanted = text_of(answer_alone(server.engine, ids, Sampling(), 6)).lstrip()
+    assert page.run("[...document.querySelectorAll('.turn')].at(-1).textContent") == wanted
 
 
-def _escapes(server: Served, page: Page) -> None:
+def _check_escaping(server: Served, page: Page) -> None:
     ask(page, "<img src=x onerror=alert(1)><b>bold</b>")
     page.wait("!document.querySelector('.busy') && document.getElementById('state').textContent === 'ready'")
     assert page.run("document.querySelectorAll('#talk img, #talk b').length") == 0
 
 
 @pytest.mark.slow
-def test_stopping_an_answer_and_being_refused(engine: Engine) -> None:
+def test_stopping_an_answer_and_showing_a_refusal(engine: Engine) -> None:
     with serve_model(engine, pace=0.02) as server, open_page(server.url) as page:
         ready(page)
         ask(page, "hello", tokens="400")

@@ -19,7 +19,7 @@ from fedtune.inference.engine.load import Engine
 from fedtune.inference.serve.listener import is_loopback, listen, public_warning, url
 from fedtune.inference.serve.server import Server
 from fedtune.inference.serve.start import make_caches, parse_adapters
-from tests.inference.serve.served import tiny_model
+from tests.inference.serve.servers import tiny_model
 from tests.inference.serve.soak import ROOT, faults, package, server, soak
 
 
@@ -74,7 +74,7 @@ def test_a_soak(tmp_path: Path, make: Callable[[Path], Path], kind: str, threads
     assert tally.preempted > 0
 
 
-def test_a_model_that_cannot_be_served_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_be_served_gives_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path), "--port", "0"]) == 2
     assert main(["serve", str(tmp_path), "--port", "99999"]) == 2
     assert main(["serve", str(tmp_path), "--kv-budget", "many"]) == 2
@@ -108,7 +108,7 @@ def test_an_occupied_port_is_named() -> None:
         listen("no.such.host.invalid", 0)
 
 
-def test_a_public_address_is_warned_about() -> None:
+def test_a_public_address_gives_a_warning() -> None:
     with listen("127.0.0.1", 0) as home:
         assert is_loopback(home)
         assert public_warning(home, keyed=False) == ""
@@ -119,13 +119,13 @@ def test_a_public_address_is_warned_about() -> None:
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
-def test_ipv6() -> None:
+def test_an_ipv6_address_has_brackets_in_its_url() -> None:
     with listen("::1", 0) as home:
         assert is_loopback(home)
         assert url(home).startswith("http://[::1]:")
 
 
-def test_names_of_adapters() -> None:
+def test_names_of_adapters_are_parsed() -> None:
     assert parse_adapters(["a=x", "b-1.c=y=z"]) == {"a": Path("x"), "b-1.c": Path("y=z")}
     for wrong in (["a"], ["=x"], ["a="], ["a b=x"], ["/a=x"], ["a=x", "a=y"]):
         with pytest.raises(ConfigError, match="--adapters"):

@@ -15,7 +15,7 @@ from fedtune.inference.engine.load import Engine, load_engine
 from fedtune.inference.engine.text import Text
 from fedtune.inference.serve import prompts
 from fedtune.inference.serve.limits import Limits
-from tests.inference.serve.served import Served, serve_model, tiny_model
+from tests.inference.serve.servers import Served, serve_model, tiny_model
 
 CONTEXT = 4096
 SHORT: dict[str, Any] = {"model": "tiny", "prompt": "turn on", "temperature": 0, "max_tokens": 2}

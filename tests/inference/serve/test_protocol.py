@@ -74,7 +74,7 @@ def chat(**more: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, param: str | None) -> None:
+def test_invalid_completions_give_a_one_sentence_error(payload: Any, sentence: str, param: str | None) -> None:
     with pytest.raises(Refused) as refused:
         read(CompletionRequest, payload)
     error = refused.value.body()["error"]
@@ -117,7 +117,7 @@ def test_completions_are_refused_by_one_sentence(payload: Any, sentence: str, pa
         (chat(moderation={"model": "m"}), "does not support moderation"),
     ],
 )
-def test_chats_are_refused_by_one_sentence(payload: Any, sentence: str) -> None:
+def test_invalid_chats_give_a_one_sentence_error(payload: Any, sentence: str) -> None:
     with pytest.raises(Refused) as refused:
         read(ChatRequest, payload)
     assert sentence in refused.value.message
@@ -237,7 +237,7 @@ def test_a_completion_stream() -> None:
     assert {(c["id"], c["object"], c["created"], c["model"]) for c in got[:4]} == {("cmpl-1", "text_completion", 7, "m")}
 
 
-def test_a_chat_stream_and_a_complete_chat() -> None:
+def test_the_format_of_a_chat_stream_and_of_a_complete_chat() -> None:
     shape = ResponseFormatter(chat=True, id="c", model="m")
     got = events([*shape.opening(), shape.piece("a", [TokenLogprob("a", -1.0, b"a")]), *shape.closing("length", usage(1, 1))])
     assert [c["choices"][0]["delta"] for c in got[:3]] == [{"role": "assistant", "content": ""}, {"content": "a"}, {}]

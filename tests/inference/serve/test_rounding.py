@@ -13,7 +13,7 @@ from fedtune.inference.engine.load import load_engine
 from fedtune.inference.engine.requests import GenerationRequest, Output
 from fedtune.inference.engine.sample import Sampling
 from tests.inference.serve.rounding import bound, first_difference, lead
-from tests.inference.serve.served import make_scheduler, tiny_model
+from tests.inference.serve.servers import make_scheduler, tiny_model
 from tests.inference.serve.soak import BEGINNINGS
 
 MANY, LONG = 60, 40  # requests, tokens of an answer

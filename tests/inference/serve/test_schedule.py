@@ -20,7 +20,7 @@ from fedtune.inference.engine.requests import Busy, GenerationRequest, Output, S
 from fedtune.inference.engine.sample import Sampling
 from fedtune.inference.engine.schedule import Scheduler
 from fedtune.inference.engine.text import Text
-from tests.inference.serve.served import alone, make_scheduler, text_of
+from tests.inference.serve.servers import answer_alone, make_scheduler, text_of
 
 V, END = 40, 0
 WORDS = Text(Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w1")), bos=None, ends=frozenset({END}), template=None, names={})
@@ -155,7 +155,7 @@ def test_batched_answers_equal_single_ones_with_any_arrivals_and_few_blocks(
             assert [out.end for out in outputs[:-1]] == [None] * (len(outputs) - 1)
 
 
-def test_out_of_blocks_the_youngest_is_computed_again() -> None:
+def test_without_free_blocks_the_youngest_sequence_is_computed_again() -> None:
     # 8 blocks of 4 tokens; two sequences of 4 + 24 tokens need 7 each at their ends
     pool = Blocks(8, limit=32)
     scheduler = new_scheduler(pool)
@@ -212,7 +212,7 @@ def test_an_answer_joins_its_prompt_or_stands_alone(prompt: list[int]) -> None:
     assert texts[1] == " " + texts[0]  # words are joined by spaces, and the prompt's last word stands before the first
 
 
-def test_limits_of_the_queue() -> None:
+def test_a_full_queue_refuses_requests() -> None:
     scheduler = new_scheduler(max_running=1, max_waiting=1)
     running, waiting = request([1]), request([2])
     scheduler.submit(running)
@@ -344,7 +344,7 @@ def test_the_real_decoder_gives_the_same_answers_in_a_batch(engine: Engine) -> N
         scheduler.step()
     finish(scheduler)
     for i, way in enumerate(ways):
-        single = alone(engine, ids[i], way, 20, rivals=2)
+        single = answer_alone(engine, ids[i], way, 20, rivals=2)
         assert [out.token for out in outputs[i]] == [out.token for out in single]
         assert text_of(outputs[i]) == text_of(single)
         for batched, one in zip(outputs[i], single, strict=True):
@@ -354,8 +354,8 @@ def test_the_real_decoder_gives_the_same_answers_in_a_batch(engine: Engine) -> N
 
 def test_withheld_text_is_sent_at_the_end(engine: Engine) -> None:
     ids = engine.text.encode("turn on")
-    plain = text_of(alone(engine, ids, Sampling(), 6))
+    plain = text_of(answer_alone(engine, ids, Sampling(), 6))
     # the stop string begins like the answer's end but continues differently, so text is held back until the end
-    outputs = alone(engine, ids, Sampling(stop=(plain[-2:] + "~~~",)), 6)
+    outputs = answer_alone(engine, ids, Sampling(stop=(plain[-2:] + "~~~",)), 6)
     assert text_of(outputs) == plain
     assert outputs[-1].end == "length"

@@ -71,12 +71,12 @@ def ask(engine: Engine, pieces: list[str], template: str | None = TEMPLATE, **mo
 
     here: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app))
 
-    async def answered() -> Any:
+    async def get_answer() -> Any:
         async with openai.AsyncOpenAI(base_url="http://here/v1", api_key="-", max_retries=0, http_client=here) as client:
             found = await client.chat.completions.create(**{"model": "tiny", "messages": [USER]} | more)  # type: ignore[call-overload]
             return [chunk async for chunk in found] if more.get("stream") else found
 
-    answer = asyncio.run(answered())
+    answer = asyncio.run(get_answer())
     return "".join(prompts), answer
 
 
@@ -139,7 +139,7 @@ def body(**more: Any) -> dict[str, Any]:
     return {"model": "m", "messages": [USER], **more}
 
 
-def saying(**function: Any) -> dict[str, Any]:
+def call_of(**function: Any) -> dict[str, Any]:
     return {"messages": [USER, {**SAYS, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"} | function}]}, USER]}
 
 
@@ -153,14 +153,14 @@ def saying(**function: Any) -> dict[str, Any]:
         ({"tools": [TOOL], "tool_choice": "required"}, "this server does not force tool calls: give 'tool_choice' as auto or none"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "capital"}}}, "does not force tool calls"),
         ({"tools": [TOOL], "parallel_tool_calls": False}, "does not limit the number of tool calls: leave out 'parallel_tool_calls'"),
-        (saying(arguments="[]"), "the 'arguments' of a tool call must be the JSON text of an object"),
-        (saying(arguments="{"), "the 'arguments' of a tool call must be the JSON text of an object"),
+        (call_of(arguments="[]"), "the 'arguments' of a tool call must be the JSON text of an object"),
+        (call_of(arguments="{"), "the 'arguments' of a tool call must be the JSON text of an object"),
         ({"messages": [{**USER, "tool_calls": SAYS["tool_calls"]}]}, "message of the assistant has tool calls: leave out 'tool_calls'"),
         ({"messages": [USER, SAYS, {"role": "tool", "content": "Rome"}]}, "'tool_call_id' belongs to a message of the role 'tool'"),
         ({"messages": [{**USER, "tool_call_id": "1"}]}, "'tool_call_id' belongs to a message of the role 'tool'"),
     ],
 )
-def test_tools_are_refused_by_one_sentence(more: dict[str, Any], sentence: str) -> None:
+def test_invalid_tools_give_a_one_sentence_error(more: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Refused) as refused:
         read(ChatRequest, body(**more))
     assert sentence in refused.value.message
@@ -170,6 +170,6 @@ def test_schemas_and_calls_count_as_characters_of_the_prompt() -> None:
     assert read(ChatRequest, body()).characters == len("Italy?")
     assert read(ChatRequest, body(tools=[TOOL])).characters == len("Italy?") + len(json.dumps([TOOL]))
     assert read(ChatRequest, body(tools=[TOOL], tool_choice="none")).characters == len("Italy?")
-    assert read(ChatRequest, body(**saying(arguments='{"a": 1}'))).characters == 2 * len("Italy?") + 8
+    assert read(ChatRequest, body(**call_of(arguments='{"a": 1}'))).characters == 2 * len("Italy?") + 8
     schema = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"default": None, "enum": [None, 1]}}}}}
     assert read(ChatRequest, body(tools=[schema])).schemas == [schema]

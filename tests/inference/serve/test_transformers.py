@@ -33,7 +33,7 @@ from fedtune.inference.serve.served_model import ServedModel
 from fedtune.inference.serve.server import Server
 from tests.export.test_huggingface import ASK, make_run
 from tests.inference.serve.chromium import open_page
-from tests.inference.serve.served import continuation, over, text_of
+from tests.inference.serve.servers import continuation, run_server, text_of
 from tests.inference.serve.soak import server as process
 from tests.inference.serve.test_page import ask, ready
 from tests.inference.test_generate import TEMPLATE
@@ -74,7 +74,7 @@ def serve_model(
 ) -> Iterator[Here]:
     model = Slow(**vars(model), pace=pace) if pace else model
     scheduler = SequentialScheduler(model, max_waiting=queue)
-    with over(scheduler, ServedModel(name="tiny", text=model.text, prompt=prompt), limits) as (where, server):
+    with run_server(scheduler, ServedModel(name="tiny", text=model.text, prompt=prompt), limits) as (where, server):
         yield Here(where, scheduler, server)
 
 
@@ -120,7 +120,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-def alone(model: HubModel, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
+def answer_alone(model: HubModel, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
     outputs: list[Output] = []
     scheduler = SequentialScheduler(model)
     scheduler.submit(GenerationRequest(ids=ids, sampling=sampling, max_new_tokens=count, deliver=outputs.append, **request))
@@ -144,12 +144,12 @@ def test_greedy_equals_generate(here: Here, folder: Path) -> None:
     assert generate_text(folder, PROMPT, max_new_tokens=12) == text.decode(tokens)
 
 
-def test_the_real_client(here: Here, gpt2: HubModel) -> None:
+def test_the_openai_client_works_with_transformers(here: Here, gpt2: HubModel) -> None:
     client = openai.OpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
     ask: Any = {"model": "tiny", "prompt": PROMPT, "temperature": 1.0, "seed": 3, "max_tokens": 20, "top_p": 0.9}
     whole = client.completions.create(**ask, logprobs=2)
-    wanted = alone(gpt2, gpt2.text.encode(PROMPT), Sampling(temperature=1.0, seed=3, top_p=0.9), 20, joins=True, rivals=2)
+    wanted = answer_alone(gpt2, gpt2.text.encode(PROMPT), Sampling(temperature=1.0, seed=3, top_p=0.9), 20, joins=True, rivals=2)
     assert whole.choices[0].text == text_of(wanted) and whole.choices[0].text.startswith(" ")
     assert whole.choices[0].logprobs and whole.choices[0].logprobs.token_logprobs == pytest.approx([out.logprob for out in wanted])
     chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
@@ -165,7 +165,7 @@ def test_the_real_client(here: Here, gpt2: HubModel) -> None:
 
 def test_log_probabilities_are_the_models_own(gpt2: HubModel, folder: Path) -> None:
     ids = gpt2.text.encode(PROMPT)
-    outputs = alone(gpt2, ids, Sampling(temperature=0.5, seed=1, repetition_penalty=1.3), 9, rivals=3)
+    outputs = answer_alone(gpt2, ids, Sampling(temperature=0.5, seed=1, repetition_penalty=1.3), 9, rivals=3)
     tokens = [out.token for out in outputs]
     with torch.no_grad():
         logs = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
@@ -192,7 +192,7 @@ def test_a_chat_in_the_runs_template(gpt2: HubModel, folder: Path) -> None:
         ({"prompt": "turn", "max_tokens": 2000}, "exceed this server's limit of 1024"),
     ],
 )
-def test_limits_of_a_request(here: Here, change: dict[str, Any], why: str) -> None:
+def test_requests_beyond_the_limits_are_refused(here: Here, change: dict[str, Any], why: str) -> None:
     refused = here.post(ASKED | change)
     assert (refused.status_code, why in refused.json()["error"]["message"]) == (400, True)
 
@@ -270,7 +270,7 @@ def test_an_answer_may_be_abandoned_for_another(gpt2: HubModel) -> None:
     next(first)
     first.close()
     assert one.load == (0, 0) and one.passes < 40
-    assert "".join(one.write([3, 4], Sampling(), 8)) == text_of(alone(gpt2, [3, 4], Sampling(), 8))
+    assert "".join(one.write([3, 4], Sampling(), 8)) == text_of(answer_alone(gpt2, [3, 4], Sampling(), 8))
     with pytest.raises(ConfigError, match="exceed the model's context of 64"):
         list(one.write([3] * 60, Sampling(), 5))
 
@@ -314,7 +314,7 @@ def test_an_adapter_beside_its_model_is_served(tmp_path: Path, kind: str, method
     assert server.scheduler.limit == (CONTEXT if kind == "t5" else 64 - (0 if method == "adapter" else card["peft"]["tokens"]))
 
 
-def test_a_chat_template_of_transformers(tmp_path: Path) -> None:
+def test_a_chat_template_of_transformers_is_used(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "tiny", "gpt2")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}{{ bos_token }}")
     model = load_model(folder, {})
@@ -324,10 +324,10 @@ def test_a_chat_template_of_transformers(tmp_path: Path) -> None:
         chat = {"model": "tiny", "temperature": 0, "max_tokens": 5, "messages": messages}
         answer = server.post(chat, "chat/completions").json()
         assert answer["usage"]["prompt_tokens"] == 4
-        assert answer["choices"][0]["message"]["content"] == text_of(alone(model, [3, 4, 6, 0], Sampling(), 5))
+        assert answer["choices"][0]["message"]["content"] == text_of(answer_alone(model, [3, 4, 6, 0], Sampling(), 5))
 
 
-def test_a_tokenizer_without_tokenizer_json(tmp_path: Path) -> None:
+def test_a_tokenizer_without_tokenizer_json_is_served(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=260, n_embd=8, n_layer=1, n_head=2, n_positions=40, bos_token_id=257, eos_token_id=257)
     folder = checkpoint(tmp_path / "tiny", "gpt2", config=config)
     for file in folder.glob("*token*"):
@@ -359,7 +359,7 @@ def test_options_of_the_engine_are_refused(folder: Path, options: list[str], cap
 
 
 @pytest.mark.slow
-def test_the_page(gpt2: HubModel, folder: Path) -> None:
+def test_the_page_works_with_transformers(gpt2: HubModel, folder: Path) -> None:
     with serve_model(gpt2, prompt="set {q} to") as server, open_page(server.url) as page:
         ready(page)
         ask(page, "lamp", temperature="0", tokens="7")  # a chat: the run's template is there
@@ -369,13 +369,13 @@ def test_the_page(gpt2: HubModel, folder: Path) -> None:
         page.run("document.getElementById('complete').click()")
         ask(page, "turn on")
         page.wait("document.querySelectorAll('.figures').length === 2 && !document.querySelector('.busy')")
-        wanted = text_of(alone(gpt2, gpt2.text.encode("turn on"), Sampling(), 7, joins=True))
+        wanted = text_of(answer_alone(gpt2, gpt2.text.encode("turn on"), Sampling(), 7, joins=True))
         assert page.run("[...document.querySelectorAll('.turn')].at(-1).textContent") == "turn on" + wanted
         assert not page.complaints
 
 
 @pytest.mark.slow
-def test_the_command(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_serve_command_uses_transformers(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with process(folder) as (address, running):
         answer = httpx.post(f"{address}/v1/completions", json=ASKED, timeout=60).json()
         assert answer["choices"][0]["finish_reason"] == "length"

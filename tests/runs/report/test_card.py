@@ -42,7 +42,7 @@ def test_the_card_of_a_loftq_adapter_does_not_load_it_with_peft(tmp_path: Path) 
     assert 'AutoModelForCausalLM.from_pretrained("merged")' in text and "the quantization error of the backbone's nf4 weights" in text
 
 
-# -- the instructions of a card work-------------------------------------------------------------------------------------------------------
+# -- the instructions of a card ------------------------------------------------------------------------------------------------------------
 
 
 def run_card(text: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -72,7 +72,7 @@ def test_the_notes_say_that_a_lower_loss_is_better(tmp_path: Path) -> None:
     assert comparison.metric == "loss" and "lower is better" in comparison.notes()[0]
 
 
-def test_runs_that_cannot_be_compared_are_one_sentence(tmp_path: Path) -> None:
+def test_runs_that_cannot_be_compared_give_a_one_sentence_error(tmp_path: Path) -> None:
     good, other = run(tmp_path, 0, 0.5), run(tmp_path, 1, 0.5, metric="loss")
     with pytest.raises(ConfigError, match=r"the runs report different metrics \(accuracy, loss\): choose one that all have with --metric"):
         compare([good, other])

@@ -65,7 +65,7 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: Path, damage
         read_metrics(tmp_path)
 
 
-def test_no_metrics_is_an_error_with_a_sentence(tmp_path: Path) -> None:
+def test_missing_metrics_give_a_one_sentence_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is .* a run directory"):
         read_metrics(tmp_path)
 

@@ -25,7 +25,7 @@ def plain(width: int = 120) -> Console:
     return Console(file=io.StringIO(), width=width, force_terminal=False)
 
 
-def shown(console: Console) -> str:
+def text_of(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -38,7 +38,7 @@ def test_without_a_terminal_each_round_is_one_plain_line() -> None:
         progress.client_done("home-2", "late: 41 s of 30 s")
         progress.note("a note")
         progress.round_done(ROUND)
-    assert shown(console) == (
+    assert text_of(console) == (
         "a note\nround 3/20  exact_match 0.412  clients 0.39 (worst decile 0.20)  6/8 counted (1 offline, 1 late)  4.1 s\n"
     )
 
@@ -48,7 +48,7 @@ def test_the_untuned_backbone_has_no_cohort() -> None:
     with Progress(console) as progress:
         progress.round_started(0, 5, 0)
         progress.round_done({"round": 0, "client": None, "perplexity": 123.456, "loss": 4.8, "seconds": 75.2})
-    assert shown(console) == "round 0/5  perplexity 123.5  1 min 15 s\n"
+    assert text_of(console) == "round 0/5  perplexity 123.5  1 min 15 s\n"
 
 
 def test_without_a_global_test_the_line_shows_the_known_values() -> None:
@@ -56,7 +56,7 @@ def test_without_a_global_test_the_line_shows_the_known_values() -> None:
     with Progress(console) as progress:
         progress.round_started(1, 5, 2)
         progress.round_done({"round": 1, "client": None, "exact_match": None, "cohort": 2, "counted": 2, "dropped": {}})
-    assert shown(console) == "round 1/5  2/2 counted\n"
+    assert text_of(console) == "round 1/5  2/2 counted\n"
 
 
 def test_a_terminal_gets_bars_with_the_metric_and_markup_stays_text() -> None:
@@ -67,7 +67,7 @@ def test_a_terminal_gets_bars_with_the_metric_and_markup_stays_text() -> None:
         progress.client_done("[red]x[/red]", "late: 4 s of 3 s")
         progress.note("[bold]note[/bold]")
         progress.round_done(ROUND)
-    text = shown(console)
+    text = text_of(console)
     for expected in ("3/20", "exact_match 0.412", "1/2", "[red]x[/red] dropped, late", "[bold]note[/bold]"):
         assert expected in text
 
@@ -82,7 +82,7 @@ def partition(n: int, labels: int = 3) -> dict[str, Any]:
 def test_a_long_partition_is_shortened_but_its_totals_count_all_clients() -> None:
     console = plain()
     print_partition(partition(100), console)
-    text = shown(console)
+    text = text_of(console)
     assert text.count("home-") == 30
     for expected in ("... and 70 more", "100 clients", "1,000", "200", "█·▃", "labels: light, heat, [music]", "global test: 240 examples"):
         assert expected in text
@@ -91,8 +91,8 @@ def test_a_long_partition_is_shortened_but_its_totals_count_all_clients() -> Non
 def test_thirty_clients_are_all_shown_and_an_empty_partition_works() -> None:
     console = plain()
     print_partition(partition(30), console)
-    assert shown(console).count("home-") == 30
-    assert "more" not in shown(console)
+    assert text_of(console).count("home-") == 30
+    assert "more" not in text_of(console)
     for summary in (partition(0), partition(2, labels=0), {}):
         print_partition(summary, plain())
 
@@ -110,8 +110,8 @@ def test_a_warm_start_shows_what_it_forgets() -> None:
 
     console = plain()
     print_results([{**line(0, 0.9, 0.0), "start": {"from": "before"}}, line(1, 0.95, 0.0), line(2, 0.7, 0.25)], console)
-    assert "round 0 (warm start)" in shown(console) and "untuned" not in shown(console)
-    assert "earlier test rows: exact_match 0.900 → 0.700, forgetting 0.250 (best value less the last one)" in shown(console)
+    assert "round 0 (warm start)" in text_of(console) and "untuned" not in text_of(console)
+    assert "earlier test rows: exact_match 0.900 → 0.700, forgetting 0.250 (best value less the last one)" in text_of(console)
     assert round_line(line(2, 0.7, 0.25), 2) == "round 2/2  exact_match 0.500  forgetting 0.250"
 
 
@@ -131,7 +131,7 @@ def test_results_show_before_best_and_last_and_each_device_class() -> None:
     records += [{"round": 1, "client": "b", "device_class": "hub", "dropped": "late: 4 s of 3 s"}]
     console = plain()
     print_results(records, console)
-    rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in shown(console).splitlines() if "│" in line}
+    rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in text_of(console).splitlines() if "│" in line}
     assert rows["round 0 (untuned)"][0] == "0.050"
     assert rows["round 1 (best)"] == ["0.900", "–", "–", "–", "1.0 kB", "2.0 kB", "2.0 s"]  # costs up to that round
     assert rows["round 2 (last)"] == ["0.800", "–", "–", "–", "2.0 kB", "4.0 kB", "4.0 s"]
@@ -142,9 +142,9 @@ def test_results_show_before_best_and_last_and_each_device_class() -> None:
 def test_the_best_perplexity_is_the_lowest() -> None:
     console = plain()
     print_results([{"round": r, "client": None, "perplexity": p} for r, p in ((0, 90.0), (1, 20.0), (2, 25.0))], console)
-    assert "round 1 (best)" in shown(console)
+    assert "round 1 (best)" in text_of(console)
     print_results([], console)
-    assert "no round has finished" in shown(console)
+    assert "no round has finished" in text_of(console)
 
 
 def test_the_devices_choices_are_shown_as_ranges() -> None:
@@ -157,11 +157,11 @@ def test_the_devices_choices_are_shown_as_ranges() -> None:
     ]
     console = plain()
     print_results(records, console)
-    _, _, chose = shown(console).partition("Devices' choices per turn")
+    _, _, chose = text_of(console).partition("Devices' choices per turn")
     rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in chose.splitlines() if "│" in line}
     # the mean of 10 s and 20 s
     assert rows == {"phone": ["nf4", "2", "1–2", "5", "16", "64", "9", "0–1", "15.0 s"]}
-    assert "2.7 MB" in shown(console)
+    assert "2.7 MB" in text_of(console)
     bare = plain()
     print_results([records[0], records[1], records[-1]], bare)
-    assert "Devices' choices per turn" not in shown(bare)
+    assert "Devices' choices per turn" not in text_of(bare)

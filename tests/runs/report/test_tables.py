@@ -20,7 +20,7 @@ ROWS = [
 ]
 
 
-def printed(width: int, *args: Any, **named: Any) -> str:
+def table_text(width: int, *args: Any, **named: Any) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
     print_table(console, *args, **named)
     assert isinstance(console.file, io.StringIO)
@@ -34,7 +34,7 @@ def cells(text: str, box: Box | None) -> list[list[str]]:
 
 @pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
 def test_every_cell_can_be_read_at_every_width(width: int) -> None:
-    text = printed(width, HEADER, ROWS, title="Devices", wrap=["dropped", "last result"])
+    text = table_text(width, HEADER, ROWS, title="Devices", wrap=["dropped", "last result"])
     assert max(map(cell_len, text.splitlines())) <= width and "…" not in text
     # a cell's lines are below each other: joined by column, they give its characters in order
     columns: list[str] = []
@@ -47,13 +47,13 @@ def test_every_cell_can_be_read_at_every_width(width: int) -> None:
 
 
 def test_columns_that_fit_are_one_table_and_further_tables_repeat_the_first_column() -> None:
-    assert printed(200, HEADER, ROWS).count("┏") == 1
-    parts = printed(80, HEADER, ROWS).split("┏")[1:]
+    assert table_text(200, HEADER, ROWS).count("┏") == 1
+    parts = table_text(80, HEADER, ROWS).split("┏")[1:]
     assert len(parts) > 1 and all("client" in p and "home-000" in p for p in parts)
 
 
 def test_numbers_and_words_that_fit_are_never_broken() -> None:
-    text = printed(80, HEADER, [ROWS[0]], wrap=["dropped", "last result"])
+    text = table_text(80, HEADER, [ROWS[0]], wrap=["dropped", "last result"])
     for words in ("0.000 → 0.948", "1 h 05 min", "30.6 MB", "exact_match:", "offline,"):
         assert words in text
 

@@ -20,11 +20,11 @@ def cells(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
 
 
 def test_the_table_has_the_ratio_with_and_without_the_runtime(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(args: argparse.Namespace, size: str, precision: str, folder: str, part: str) -> dict[str, float]:
+    def measure(args: argparse.Namespace, size: str, precision: str, folder: str, part: str) -> dict[str, float]:
         loaded = {"libraries MB": 500.0, "weights MB": 9.0, "activations MB": 8.0, "load MB": 550.0, "load s": 1.0}
         return {} if part == "make" else loaded | ({"step MB": STEP[size][precision], "step s": 2.0} if part == "step" else {})
 
-    monkeypatch.setattr(bench_precision, "in_process", measured)
+    monkeypatch.setattr(bench_precision, "in_process", measure)
     monkeypatch.setattr(sys, "argv", ["bench_precision", "--sizes", "tiny", "0.4b", "--precisions", "fp32", "nf4"])
     bench_precision.main()
     head, *rows = cells(capsys)

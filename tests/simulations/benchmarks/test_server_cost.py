@@ -47,7 +47,7 @@ def test_retained_memory_is_measured() -> None:
 
     held = [cost(keep)[1] for _ in range(2)]  # twice, because the memory of the first pass is returned
     if held[0] == 0:
-        pytest.skip("this system does not tell a process its peak memory")
+        pytest.skip("this system does not report a process's peak memory")
     assert all(35 < mb < 60 for mb in held)
 
 

@@ -43,7 +43,7 @@ def test_prompts_are_held_out_words(engine: Engine, data: Path) -> None:
     assert min(numbers) > max(others) > 2000  # the last tenth against the text before it
 
 
-def test_missing_and_short_texts(engine: Engine, tmp_path: Path) -> None:
+def test_missing_and_short_texts_are_refused(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="FEDTUNE_DATA"):
         pair.prompts(engine, tmp_path, 1, held=True)
     for file in pair.TEXTS.values():

@@ -19,7 +19,7 @@ from fedtune.inference.engine.speculate.adapt import Adapt
 from fedtune.inference.engine.speculate.early_exit import EarlyExit
 from fedtune.simulations.benchmarks.inference.models import SIZES, VOCABULARY, package
 from fedtune.simulations.benchmarks.inference.widen import Size, widen
-from tests.inference.engine.built import build
+from tests.inference.engine.engines import build
 
 DATA = Path(os.environ.get("FEDTUNE_DATA", Path(__file__).parents[3] / "../shared/data")).resolve()
 needs_data = pytest.mark.skipif(not (DATA / "models").is_dir(), reason="needs FEDTUNE_DATA with models")
@@ -96,7 +96,7 @@ def test_an_exit_after_the_old_layers_is_exact_and_an_earlier_one_is_not(tmp_pat
     assert torch.equal(out[1], out[2]) and not torch.allclose(out[0], out[2], atol=1e-2)
 
 
-def test_greedy_text_with_and_without_guesses(tmp_path: Path) -> None:
+def test_greedy_text_is_the_same_with_and_without_guesses(tmp_path: Path) -> None:
     small, _ = build(tmp_path / "small")
     wide = load_engine(widen(small.folder, tmp_path / "wide", size(hidden=288, heads=12, inner=100, vocabulary=150)), "fp32")
     for begin in range(5):
@@ -164,7 +164,7 @@ def test_real_weights(name: str, large: str, tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "dynamic or YaRN"),
     ],
 )
-def test_models_that_cannot_be_widened(tmp_path: Path, small: dict[str, Any], large: dict[str, int], message: str) -> None:
+def test_models_that_cannot_be_widened_are_refused(tmp_path: Path, small: dict[str, Any], large: dict[str, int], message: str) -> None:
     source, _ = tiny(tmp_path / "small", **small)
     with pytest.raises(ModelError, match=message):
         widen(source, tmp_path / "wide", size(**large))

@@ -26,7 +26,7 @@ from fedtune.models.lean import functions
 from fedtune.simulations.engines import batched, stacked
 from fedtune.simulations.engines.batched import TurnInput, train_together
 from tests.quick import quick
-from tests.simulations.engines.turns import alone, check, turn_inputs_of
+from tests.simulations.engines.turns import check, train_alone, turn_inputs_of
 from tests.tiny import texts, tiny_config
 from tests.working import host_for
 
@@ -40,14 +40,14 @@ TASKS = {
 @pytest.fixture(scope="module", params=quick(TASKS, "causal_lm"))
 def space(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     config = tiny_config(
-        tmp_path_factory.mktemp(request.param), rows=ragged(), task=TASKS[request.param], peft=PeftConfig(rank=3, alpha=4.0)
+        tmp_path_factory.mktemp(request.param), rows=ragged_rows(), task=TASKS[request.param], peft=PeftConfig(rank=3, alpha=4.0)
     )
     if request.param == "instruction":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt="{question} ->", answer=" {reply}"))
     return Workspace(config)
 
 
-def ragged() -> list[dict[str, Any]]:
+def ragged_rows() -> list[dict[str, Any]]:
     """Clients of very different size: 20, 9, 4 and 2 rows."""
     rows = texts(35)
     for i, row in enumerate(rows):
@@ -60,7 +60,7 @@ def turn_inputs(space: Workspace, **changes: Any) -> list[TurnInput]:
 
 
 def one_by_one(space: Workspace, todo: list[TurnInput]) -> list[tuple[AdapterState, Any]]:
-    return [alone(space.live, turn_input, space.config.task, space.pad_id) for turn_input in todo]
+    return [train_alone(space.live, turn_input, space.config.task, space.pad_id) for turn_input in todo]
 
 
 def agree(space: Workspace, todo: list[TurnInput]) -> None:
@@ -149,7 +149,7 @@ def test_the_model_is_unchanged_afterward(space: Workspace) -> None:
 
 @pytest.mark.parametrize("p", [0.3])
 def test_adapter_dropout_draws_from_each_clients_own_seed(tmp_path: Path, p: float) -> None:
-    space = Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=3, alpha=4.0, dropout=p)))
+    space = Workspace(tiny_config(tmp_path, rows=ragged_rows(), peft=PeftConfig(rank=3, alpha=4.0, dropout=p)))
     agree(space, turn_inputs(space))
 
 
@@ -160,14 +160,14 @@ def test_a_run_ends_with_the_sequential_adapter(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     devices = DevicesConfig(classes={"phone": DeviceClass(offline=0.3, gflops_per_core=1e-3), "laptop": DeviceClass()})
-    config = tiny_config(tmp_path, rows=ragged(), rounds=3, devices=devices, eval=EvalConfig(where="server", clients=-1))
+    config = tiny_config(tmp_path, rows=ragged_rows(), rounds=3, devices=devices, eval=EvalConfig(where="server", clients=-1))
     runs = {}
     for mode in ("none", batched):
         path = simulate(dataclasses.replace(config, engine=EngineConfig(threads=1, batched=mode)))
         lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
         runs[mode] = (AdapterState.load(path / "adapter" / "fedtune.safetensors"), lines)
-    (alone, lines), (together, others) = runs["none"], runs[batched]
-    assert max(float((alone[n] - together[n]).abs().max()) for n in alone.tensors) < 1e-5
+    (train_alone, lines), (together, others) = runs["none"], runs[batched]
+    assert max(float((train_alone[n] - together[n]).abs().max()) for n in train_alone.tensors) < 1e-5
     for a, b in zip(lines, others, strict=True):
         assert {k: a.get(k) for k in ("round", "client", "steps", "dropped", "counted")} == {
             k: b.get(k) for k in ("round", "client", "steps", "dropped", "counted")
@@ -184,7 +184,7 @@ def test_a_run_of_any_method_ends_with_the_sequential_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(method=method, rank=2, tokens=3, bottleneck=4))
+    config = tiny_config(tmp_path, rows=ragged_rows(), peft=PeftConfig(method=method, rank=2, tokens=3, bottleneck=4))
     ends = {}
     for mode in ("none", "3", "auto"):
         with caplog.at_level("INFO", "fedtune.batched"):
@@ -371,12 +371,12 @@ def test_clients_evaluated_in_a_batch_have_their_own_metrics(space: Workspace) -
     together = space.score(state, *groups[:2], [], *groups[2:])
     assert together.pop(2) == {}
     for group, metrics in zip(groups, together, strict=True):
-        (alone,) = space.score(state, group)
-        assert metrics.keys() == alone.keys() and all(metrics[k] == pytest.approx(alone[k], rel=1e-5) for k in alone)
+        (train_alone,) = space.score(state, group)
+        assert metrics.keys() == train_alone.keys() and all(metrics[k] == pytest.approx(train_alone[k], rel=1e-5) for k in train_alone)
 
 
 def test_mixed_ranks_share_a_stack(tmp_path: Path) -> None:
-    wide, narrow = (Workspace(tiny_config(tmp_path, rows=ragged(), peft=PeftConfig(rank=r, alpha=4.0))) for r in (3, 2))
+    wide, narrow = (Workspace(tiny_config(tmp_path, rows=ragged_rows(), peft=PeftConfig(rank=r, alpha=4.0))) for r in (3, 2))
     todo = [j for k, (w, n) in enumerate(zip(turn_inputs(wide), turn_inputs(narrow), strict=True)) for j in [n if k % 2 else w]]
     together = train_together(wide.live, todo, wide.config.task, pad_id=wide.pad_id)
     for k, (turn_input, actual) in enumerate(zip(todo, together, strict=True)):

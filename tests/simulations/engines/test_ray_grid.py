@@ -138,13 +138,13 @@ def test_a_machine_without_the_data_is_named_and_the_others_continue() -> None:
     assert notes == ["a worker on b cannot take part: no data"] and len(added) == 3
 
 
-def test_without_the_data_on_any_machine_the_run_ends_with_the_sentence() -> None:
+def test_a_run_without_the_data_on_any_machine_ends_with_the_sentence() -> None:
     grid, _, _ = make_grid(2, 6, wrong=["no data on a", "no data on b"])
     with pytest.raises(RunError, match="no data on"):
         ask_all(grid)
 
 
-def test_without_a_worker_for_long_the_run_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_a_worker_ends_with_a_sentence_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_grid, "_PATIENCE_S", 0.0)
     grid, _, _ = make_grid(0, 2)
     with pytest.raises(RunError, match="there has been no Ray worker for 0 s"):
@@ -229,7 +229,7 @@ def test_workers_get_gpus_if_they_request_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_missing_cluster_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_cluster_gives_a_one_sentence_error(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the extra: pip install 'fedtune[ray]'")
     from fedtune.errors import ConfigError
 

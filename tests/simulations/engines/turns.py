@@ -44,7 +44,7 @@ def turn_inputs_of(clients: Mapping[str, Sequence[Example]], base: AdapterState,
     return out
 
 
-def alone(live: LiveAdapter, turn_input: TurnInput, task: TaskConfig, pad_id: int) -> tuple[AdapterState, TrainingResult]:
+def train_alone(live: LiveAdapter, turn_input: TurnInput, task: TaskConfig, pad_id: int) -> tuple[AdapterState, TrainingResult]:
     """The trainer's result for one client."""
     live.load(turn_input.start)
     turn = train(work(live, turn_input.examples, turn_input.plan, task, pad_id, start=turn_input.start, extra=turn_input.extra))
@@ -58,7 +58,7 @@ def check(
     together = train_together(live, turn_inputs, task, pad_id=pad_id, way=way)
     steps = set()
     for turn_input, actual in zip(turn_inputs, together, strict=True):
-        expected, turn = alone(live, turn_input, task, pad_id)
+        expected, turn = train_alone(live, turn_input, task, pad_id)
         assert not isinstance(actual, FedtuneError), actual
         assert distance(actual[0], expected) <= within * distance(expected, turn_input.start), turn_input.plan.client
         assert actual[0].spec == expected.spec

@@ -51,7 +51,7 @@ def test_the_engine_runs_the_quantized_packages(tmp_path: Path, row: str, monkey
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "lm/wikitext-2").is_dir(), reason="needs FEDTUNE_DATA with lm/wikitext-2 and stories260k")
-def test_orderings_on_real_text() -> None:
+def test_methods_are_ordered_as_expected_on_real_text() -> None:
     rows = {
         "a8w8": QuantizeSettings(kind="int8", group=0),
         "smoothquant": QuantizeSettings(kind="int8", group=0, method="smoothquant"),

@@ -17,7 +17,7 @@ needs_encoder = pytest.mark.skipif(
 )
 
 
-def ran(name: str, seed: int, curve: list[list[float | None]], up: float, down: float = 0.5) -> dict[str, Any]:
+def result_of(name: str, seed: int, curve: list[list[float | None]], up: float, down: float = 0.5) -> dict[str, Any]:
     return {"row": {"name": name, "seed": seed}, "curve": curve, "up": up, "down": down, "seconds": 10.0}
 
 
@@ -40,9 +40,9 @@ def test_each_row_sets_its_codec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_the_table_by_hand() -> None:
     runs = [
-        ran("fp32", 0, [[0, 0, 0.0, None], [3, 4e6, 0.46, 0.3], [6, 8e6, 0.5, 0.4]], up=0.4),
-        ran("fp32", 1, [[0, 0, 0.0, None], [3, 4e6, 0.3, 0.3], [6, 8e6, 0.5, 0.6]], up=0.4),
-        ran("int8 up", 0, [[0, 0, 0.0, None], [3, 3e6, 0.44, None], [6, 6e6, 0.4, None]], up=0.1),
+        result_of("fp32", 0, [[0, 0, 0.0, None], [3, 4e6, 0.46, 0.3], [6, 8e6, 0.5, 0.4]], up=0.4),
+        result_of("fp32", 1, [[0, 0, 0.0, None], [3, 4e6, 0.3, 0.3], [6, 8e6, 0.5, 0.6]], up=0.4),
+        result_of("int8 up", 0, [[0, 0, 0.0, None], [3, 3e6, 0.44, None], [6, 6e6, 0.4, None]], up=0.1),
     ]
     lines = table(runs).splitlines()
     # by hand: target .9 · .5 = .45, reached at 4 and at 8 MB, 6 on the mean; int8's best is .44; .4 / .1 = 4

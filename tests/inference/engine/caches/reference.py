@@ -67,7 +67,7 @@ def passes(cache: Cache, rope: Rope, qkv: tuple[Tensor, Tensor, Tensor], cuts: I
     return torch.cat(out, 1)
 
 
-def written_out(
+def reference_attention(
     rope: Rope,
     qkv: tuple[Tensor, Tensor, Tensor],
     seen: Callable[[int], list[int]] = lambda p: list(range(p + 1)),

@@ -35,7 +35,7 @@ def test_a_cache_can_crop_as_far_as_it_reports(name: str, cuts: list[int]) -> No
     assert cache.undo == {"full": None, "paged": None}.get(name, 3)
     back = cache.length if cache.undo is None else cache.undo
     assert all(cache.can_crop_to(cache.length - n) for n in range(back + 1))
-    if cache.undo is not None:  # so guesses must be counted
+    if cache.undo is not None:  # such a cache must know the number of guesses
         assert not cache.can_crop_to(0)
     cache.crop(cache.length - back)
     fresh = EACH[name]()

@@ -20,17 +20,17 @@ TEXT = 4096
     "text, size",
     [("64MB", 64_000_000), ("64 mb", 64_000_000), ("1.5GiB", 3 * 2**29), ("800k", 800_000), ("2Ki", 2048), ("65536", 65536), ("12B", 12)],
 )
-def test_sizes(text: str, size: int) -> None:
+def test_sizes_are_parsed(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-5MB", "0", "0.2", "5TB", "1e3", "4,5MB", "nan", "64 M B", "9" * 30, "٣MB"])
-def test_no_sizes(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a memory size: write for example 64MB"):
         parse_size(text)
 
 
-def test_the_first_policy_that_fits() -> None:
+def test_the_first_policy_that_fits_is_chosen() -> None:
     def policy(part: float) -> str:
         return choose(SHAPE, TEXT, int(part * TEXT * TOKEN)).policy
 
@@ -75,7 +75,7 @@ def test_a_cache_stays_within_the_budget_or_is_refused(length: int, thousands: i
     assert cache.nbytes == choice.nbytes <= budget
 
 
-def test_the_sentences() -> None:
+def test_the_description_of_each_policy() -> None:
     full = Choice(shape=SHAPE, tokens=100)
     assert full.sentence == "cache: all keys and values in full precision; 102.4 kB for a text of 100 tokens"
     codes = choose(SHAPE, TEXT, 700_000)

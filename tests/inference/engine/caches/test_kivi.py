@@ -31,7 +31,7 @@ def round_values(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     return torch.from_numpy(np.round((x.numpy() - low16) / step16) * step16 + low16)
 
 
-def written_out(bits: int, residual: int, group: int, sizes: list[int]) -> torch.Tensor:
+def reference(bits: int, residual: int, group: int, sizes: list[int]) -> torch.Tensor:
     """KIVI token by token: whole groups of keys by channel, values by token, the newest in full."""
     q, k, v = QKV
     out = torch.empty_like(q)
@@ -51,14 +51,14 @@ def written_out(bits: int, residual: int, group: int, sizes: list[int]) -> torch
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("group, sizes", [(8, [5, 5]), (4, [4, 4, 2])])
-def test_it_equals_the_reference_algorithm(bits: int, group: int, sizes: list[int]) -> None:
-    want = written_out(bits, 6, group, sizes)
+def test_kivi_equals_the_reference_algorithm(bits: int, group: int, sizes: list[int]) -> None:
+    want = reference(bits, 6, group, sizes)
     for cuts in ([41], [1] * 41, [17, 1, 1, 9, 1, 12]):
         got = passes(KiviCache(SHAPE, 41, bits, residual=6, group=group, undo=3), ROPE, QKV, cuts)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_the_bits_matter() -> None:
+def test_more_bits_give_a_smaller_error() -> None:
     full = passes(FullCache(SHAPE, 41), ROPE, QKV, [41])
     off = [(passes(KiviCache(SHAPE, 41, bits, residual=6, undo=2), ROPE, QKV, [41]) - full).abs().mean().item() for bits in (8, 4, 2)]
     assert off[0] < off[1] / 8 < off[2] / 16  # a step is 16 and 5 times as wide
@@ -75,11 +75,11 @@ def test_a_group_is_quantized_only_once(monkeypatch: pytest.MonkeyPatch) -> None
     calls: list[int] = []
     real = kivi.encode
 
-    def counted(x: Floats, *rest: Any) -> Codes:
+    def count_quantized(x: Floats, *rest: Any) -> Codes:
         calls.append(x.shape[1])
         return real(x, *rest)
 
-    monkeypatch.setattr(kivi, "encode", counted)
+    monkeypatch.setattr(kivi, "encode", count_quantized)
     cache = KiviCache(SHAPE, 41, 4, residual=6, group=4, undo=2)
     passes(cache, ROPE, QKV, [13])
     before = [a[:, : cache.layers[0].done // 4].copy() for a in cache.layers[0].packed()]
@@ -101,7 +101,7 @@ def test_bytes_by_hand(bits: int, code: int) -> None:
 
 
 @pytest.mark.parametrize("cuts", [[41], [1] * 41, [30, 3]])
-def test_its_memory_is_at_most_the_reported_bytes(cuts: list[int]) -> None:
+def test_the_memory_is_at_most_the_reported_bytes(cuts: list[int]) -> None:
     for limit in (41, 60):
         cache = KiviCache(SHAPE, limit, 4, residual=6, group=4, undo=3)
         passes(cache, ROPE, QKV, cuts)
@@ -114,11 +114,11 @@ def test_a_pass_is_as_long_as_its_buffer_allows(residual: int, undo: int, group:
     sizes: list[int] = []
     real = kivi.encode
 
-    def watched(x: Floats, *rest: Any) -> Codes:
+    def watch(x: Floats, *rest: Any) -> Codes:
         sizes.append(x.shape[1] * x.shape[2])
         return real(x, *rest)
 
-    monkeypatch.setattr(kivi, "encode", watched)
+    monkeypatch.setattr(kivi, "encode", watch)
     cache = KiviCache(SHAPE, 41, 4, residual=residual, group=group, undo=undo)
     assert cache.most(41) >= residual and cache.most(3) == min(3, residual)
     for length in range(41):
@@ -176,7 +176,7 @@ def test_the_models_own_window_applies(cuts: list[int]) -> None:
 
 @pytest.mark.parametrize("head_dim", [2, 6, 26, 34, 48, 74])
 @pytest.mark.parametrize("bits", [8, 2])
-def test_any_head_size(head_dim: int, bits: int) -> None:
+def test_any_head_size_is_supported_or_refused(head_dim: int, bits: int) -> None:
     odd = shape(layers=1, heads=2, kv_heads=1, head_dim=head_dim)
     qkv, rope = tokens(odd, 50), Rope(odd)
     if bits == 2 and head_dim == 2:
@@ -198,7 +198,7 @@ def test_newest_tokens_in_bfloat16_take_half_and_do_not_depend_on_the_passes() -
     assert cache.nbytes == KiviCache.bytes_for(SHAPE, 41, 8, **how) < KiviCache.bytes_for(SHAPE, 41, 8, residual=6, group=4, undo=3)
 
 
-def test_impossible_numbers_are_one_sentence() -> None:
+def test_impossible_settings_give_a_one_sentence_error() -> None:
     with pytest.raises(CacheError, match="3 bits: choose 8, 4 or 2"):
         KiviCache(SHAPE, 41, 3)
     with pytest.raises(CacheError, match="residual=0"):

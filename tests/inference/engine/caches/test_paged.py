@@ -43,7 +43,7 @@ def test_one_sequence_equals_the_full_cache(block: int, cuts: list[int]) -> None
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_in_a_mixed_pass_each_sequence_has_the_same_outputs_as_alone(data: st.DataObject) -> None:
+def test_in_a_mixed_pass_each_sequence_has_the_outputs_of_its_own_pass(data: st.DataObject) -> None:
     own = shape(layers=2, heads=6, kv_heads=3, head_dim=4, windows=data.draw(st.sampled_from([(None, None), (5, None), (3, 9)])))
     rope, pool = Rope(own), PagedPool(own, 200, data.draw(st.integers(1, 7)))
     mine: list[Cache] = []
@@ -63,7 +63,7 @@ def test_in_a_mixed_pass_each_sequence_has_the_same_outputs_as_alone(data: st.Da
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_32_sequences_of_all_lengths_decode_as_alone() -> None:
+def test_32_sequences_of_all_lengths_decode_like_single_ones() -> None:
     pool = PagedPool(SHAPE, 400, 16)
     mine: list[PagedCache] = [pool.cache() for _ in range(32)]
     alone = [FullCache(SHAPE, 400) for _ in range(32)]

@@ -23,7 +23,7 @@ def run(cache: Cache, ids: Sequence[int], adapter: str | None = None) -> torch.T
     return passes(cache, ROPE, (q, k, v), [len(ids) - cache.length], cache.length)
 
 
-def right(ids: Sequence[int], new: int, adapter: str | None = None) -> torch.Tensor:
+def expected(ids: Sequence[int], new: int, adapter: str | None = None) -> torch.Tensor:
     return run(FullCache(SHAPE, 99), ids, adapter)[:, -new:]
 
 
@@ -38,7 +38,7 @@ def serve(caches: PagedCaches, ids: list[int], adapter: str | None = None) -> in
     cache = open_cache(caches, ids, adapter)
     cached = cache.length
     got = run(cache, ids, adapter)
-    torch.testing.assert_close(got, right(ids, len(ids) - cached, adapter), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, expected(ids, len(ids) - cached, adapter), atol=1e-5, rtol=1e-5)
     caches.close(cache, ids, adapter)
     return cached
 
@@ -116,7 +116,7 @@ def test_requests_in_any_order_lose_and_mix_up_no_blocks(data: st.DataObject) ->
                 continue
             assert isinstance(cache, PagedCache) and cache.length < len(ids)
             cached = cache.length
-            torch.testing.assert_close(run(cache, ids, adapter), right(ids, len(ids) - cached, adapter), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(run(cache, ids, adapter), expected(ids, len(ids) - cached, adapter), atol=1e-5, rtol=1e-5)
             running.append((cache, ids, adapter))
         elif running and act == "go":
             caches.close(*running.pop(data.draw(st.integers(0, len(running) - 1))))
@@ -124,7 +124,7 @@ def test_requests_in_any_order_lose_and_mix_up_no_blocks(data: st.DataObject) ->
             cache, ids, adapter = data.draw(st.sampled_from(running))
             if len(ids) < 12 and caches.reserve(cache, 1):
                 ids.append(data.draw(st.integers(0, 1)))
-                torch.testing.assert_close(run(cache, ids, adapter), right(ids, 1, adapter), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(run(cache, ids, adapter), expected(ids, 1, adapter), atol=1e-5, rtol=1e-5)
         held = [block for cache, *_ in running for block in cache.table]
         own = [node.block for node in caches.tree._nodes]
         assert len(set(own)) == len(own) and caches.pool.free == 12 - len({*held, *own})

@@ -7,41 +7,41 @@ from fedtune.inference.engine.caches.base import CacheError
 from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.caches.window import WindowCache
 from fedtune.inference.engine.rope import Rope
-from tests.inference.engine.caches.reference import passes, shape, tokens, written_out
+from tests.inference.engine.caches.reference import passes, reference_attention, shape, tokens
 
 SHAPE = shape(layers=2, heads=4, kv_heads=2, head_dim=6)
 QKV = tokens(SHAPE, 23)
 ROPE = Rope(SHAPE)
 
 
-def streaming(window: int, sinks: int) -> torch.Tensor:
+def streaming_attention(window: int, sinks: int) -> torch.Tensor:
     """StreamingLLM from its description: each query attends to the sinks and its window, with positions in the cache."""
 
-    def seen(p: int) -> list[int]:
+    def visible(p: int) -> list[int]:
         return sorted({*range(min(sinks, p + 1)), *range(max(0, p - window + 1), p + 1)})
 
     def place(p: int, j: int) -> tuple[int, int]:
-        kept = seen(p)
+        kept = visible(p)
         return len(kept) - 1, kept.index(j)
 
-    return written_out(ROPE, QKV, seen, place)
+    return reference_attention(ROPE, QKV, visible, place)
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 3])
 @pytest.mark.parametrize("cuts", [[23], [1] * 23, [9, 1, 7, 2, 1, 1, 2], [2, 20, 1]])
-def test_beyond_its_length_it_equals_the_reference_window(sinks: int, cuts: list[int]) -> None:
+def test_a_text_beyond_the_length_equals_the_reference_window(sinks: int, cuts: list[int]) -> None:
     got = passes(WindowCache(SHAPE, 23, 5, sinks, undo=3), ROPE, QKV, cuts)
-    torch.testing.assert_close(got, streaming(5, sinks), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, streaming_attention(5, sinks), atol=1e-5, rtol=1e-5)
 
 
 def test_without_sinks_cache_positions_and_absolute_positions_give_the_same_scores() -> None:
-    plain = written_out(ROPE, QKV, lambda p: list(range(max(0, p - 4), p + 1)))
-    torch.testing.assert_close(streaming(5, 0), plain, atol=1e-5, rtol=1e-5)
+    plain = reference_attention(ROPE, QKV, lambda p: list(range(max(0, p - 4), p + 1)))
+    torch.testing.assert_close(streaming_attention(5, 0), plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(passes(WindowCache(SHAPE, 23, 5, 0), ROPE, QKV, [11, 1, 11]), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_with_sinks_absolute_positions_would_be_another_model() -> None:
-    absolute = written_out(ROPE, QKV, lambda p: sorted({*range(min(2, p + 1)), *range(max(0, p - 4), p + 1)}))
+    absolute = reference_attention(ROPE, QKV, lambda p: sorted({*range(min(2, p + 1)), *range(max(0, p - 4), p + 1)}))
     got = passes(WindowCache(SHAPE, 23, 5, 2), ROPE, QKV, [23])
     # the query at 7 is the first whose distance to the sinks is less than in the text: 2 + 5 - 1 = 6 in place of 7
     torch.testing.assert_close(got[:, :7], absolute[:, :7], atol=1e-5, rtol=1e-5)
@@ -81,7 +81,7 @@ def test_outputs_do_not_depend_on_passes_and_crops(data: st.DataObject) -> None:
         torch.testing.assert_close(passes(cache, ROPE, QKV, [n], at), whole[:, at : at + n], atol=1e-5, rtol=1e-5)
 
 
-def test_it_reports_how_far_it_can_crop() -> None:
+def test_a_window_cache_reports_how_far_it_can_crop() -> None:
     cache = WindowCache(SHAPE, 100, 6, 2, undo=3)  # 2 + 6 - 1 + 3 = 10 slots
     passes(cache, ROPE, QKV, [10])
     assert cache.can_crop_to(0)  # nothing is overwritten yet
@@ -108,12 +108,12 @@ def test_memory_does_not_grow_with_the_text() -> None:
 
 def test_bfloat16_stays_close_and_does_not_depend_on_the_passes() -> None:
     whole = passes(WindowCache(SHAPE, 23, 5, 2, dtype="bfloat16"), ROPE, QKV, [23])
-    assert (whole - streaming(5, 2)).abs().max() < 0.03  # numbers around 1 with 8 bits
+    assert (whole - streaming_attention(5, 2)).abs().max() < 0.03  # numbers around 1 with 8 bits
     steps = passes(WindowCache(SHAPE, 23, 5, 2, dtype="bfloat16"), ROPE, QKV, [1] * 23)
     torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_impossible_numbers_and_a_full_cache_are_one_sentence() -> None:
+def test_impossible_settings_and_a_full_cache_give_a_one_sentence_error() -> None:
     with pytest.raises(CacheError, match="window=0"):
         WindowCache(SHAPE, 10, 0)
     cache = WindowCache(SHAPE, 10, 4)

@@ -22,7 +22,7 @@ from fedtune.inference.engine.layout import linears
 from fedtune.inference.engine.lora import make_lora
 from fedtune.inference.engine.native.library import SETS, kernels
 from fedtune.inference.engine.native.structures import LoraPiece, LoraStructure
-from tests.inference.engine.native.test_kernels import of
+from tests.inference.engine.native.test_kernels import kernels_of
 from tests.inference.engine.native.test_step import CACHES, EXACT, by_torch, decoder_of, native_engine, texts
 from tests.inference.engine.tiny import SHAPES
 
@@ -48,7 +48,7 @@ def adapt(decoder: Decoder, **changes: Factors) -> Decoder:
     return decoder
 
 
-def adapted(decoder: Decoder) -> Decoder:
+def adapt_all(decoder: Decoder) -> Decoder:
     """With an adapter on all linears, one on the values of the last layer, and one that changes nothing."""
     last = [decoder.shape.layers - 1]
     return adapt(decoder, wide=factors(decoder, 1, (17, 3, 1)), narrow=factors(decoder, 2, (5, 16), last, "v_proj"), none={})
@@ -87,7 +87,7 @@ def pass_logits(decoder: Decoder, make: Callable[[], Cache]) -> Tensor:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_architecture_gives_torchs_logits(name: str, tmp_path: Path) -> None:
-    decoder = adapted(native_engine(name, tmp_path, "fp32").decoder)
+    decoder = adapt_all(native_engine(name, tmp_path, "fp32").decoder)
     found, expected = both(decoder, lambda: pass_logits(decoder, CACHES["full"](decoder.shape)))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -96,8 +96,8 @@ def test_every_architecture_gives_torchs_logits(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
-    decoder = adapted(native_engine(name, tmp_path, kind, instructions).decoder)
+    kernels_of(instructions)
+    decoder = adapt_all(native_engine(name, tmp_path, kind, instructions).decoder)
     found, expected = both(decoder, lambda: pass_logits(decoder, CACHES["paged"](decoder.shape)))
     off = ((found - expected).abs() / expected.abs().max()).amax(1)
     # in some rows an activation is rounded to another code, which later rows see
@@ -118,7 +118,7 @@ def assert_equal_but_for_rounding(found: Tensor, wanted: Tensor) -> None:
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_every_cache(cache: str) -> None:
-    decoder = adapted(one_layer())
+    decoder = adapt_all(one_layer())
     ids = torch.randint(37, (90,), generator=torch.Generator().manual_seed(3))
 
     def pass_logits() -> Tensor:
@@ -138,7 +138,7 @@ def test_every_cache(cache: str) -> None:
 @pytest.mark.parametrize("sizes", [(300, 5, 1, 64, 530), (33, 1, 1, 4, 7)])
 def test_every_rank_and_awkward_sizes(sizes: Sequence[int], ranks: Sequence[int], instructions: str) -> None:
     """More ranks and columns than one thread takes at once, and fewer than a vector has."""
-    of(instructions)
+    kernels_of(instructions)
     decoder = one_layer(instructions, *sizes)
     adapt(decoder, mine=factors(decoder, 1, ranks))
     for rows in (4, 19):
@@ -170,9 +170,9 @@ def test_two_pieces_of_the_same_columns_are_both_added() -> None:
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("cache", EXACT)
 def test_a_row_does_not_depend_on_how_a_text_is_split_on_other_sequences_or_on_threads(cache: str, instructions: str) -> None:
-    of(instructions)
+    kernels_of(instructions)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions}):
-        decoder = adapted(decoder_of(290, 6, 2, 12, 150, window=45))
+        decoder = adapt_all(decoder_of(290, 6, 2, 12, 150, window=45))
     a, b = torch.randint(37, (2, 100), generator=torch.Generator().manual_seed(7))
     make = CACHES[cache](decoder.shape)
     alone, bare = make(), make()
@@ -198,8 +198,8 @@ def test_a_row_does_not_depend_on_how_a_text_is_split_on_other_sequences_or_on_t
         split(threads)
 
 
-def test_numbers_that_are_not_finite_spoil_their_sequence_alone() -> None:
-    decoder = adapted(decoder_of(48, 6, 2, 12, 80))
+def test_non_finite_numbers_affect_only_their_sequence() -> None:
+    decoder = adapt_all(decoder_of(48, 6, 2, 12, 80))
     hidden = torch.randn(6, 48, generator=torch.Generator().manual_seed(0))
     wanted = forward(decoder, None, [Span(FullCache(decoder.shape, 9), 3, keep=None, adapter="wide")], embeds=hidden[3:])
     hidden[1, 5] = torch.inf
@@ -209,7 +209,7 @@ def test_numbers_that_are_not_finite_spoil_their_sequence_alone() -> None:
 
 
 def test_an_early_exit_continues_with_its_adapter() -> None:
-    decoder = adapted(decoder_of(48, 6, 2, 12, 80))
+    decoder = adapt_all(decoder_of(48, 6, 2, 12, 80))
     hidden = torch.randn(6, 48, generator=torch.Generator().manual_seed(0))
     span = Span(FullCache(decoder.shape, 9), 6, adapter="wide")
     whole = run(decoder, hidden, [Span(FullCache(decoder.shape, 9), 6, adapter="wide")])
@@ -220,7 +220,7 @@ def test_an_early_exit_continues_with_its_adapter() -> None:
 
 @pytest.mark.parametrize("native", [True, False])
 def test_an_unknown_adapter_is_refused_before_anything_changes(native: bool) -> None:
-    decoder = adapted(decoder_of(48, 6, 2, 12, 80))
+    decoder = adapt_all(decoder_of(48, 6, 2, 12, 80))
     caches = [FullCache(decoder.shape, 9) for _ in range(2)]
     with (
         nullcontext() if native else by_torch(decoder),

@@ -121,7 +121,7 @@ def instructions(machine: str, compiler: list[str], source: Path, folder: Path) 
     return found
 
 
-def refused(machine: str, several: set[str], allowed: str, folder: Path) -> list[str]:
+def assembler_errors(machine: str, several: set[str], allowed: str, folder: Path) -> list[str]:
     """The assembler's errors about instructions that are not allowed."""
     file, out = folder / "one.s", str(folder / "one.o")
     file.write_text("".join(f"{text}\n" for text in sorted(several)))
@@ -131,7 +131,7 @@ def refused(machine: str, several: set[str], allowed: str, folder: Path) -> list
     return [line for line in done.stderr.splitlines() if "error" in line.lower()] if done.returncode else []
 
 
-def of_other_sets(machine: str, compiler: list[str], folder: Path) -> dict[str, list[str]]:
+def find_violations(machine: str, compiler: list[str], folder: Path) -> dict[str, list[str]]:
     """File and allowed extensions → the assembler's errors."""
     together = dict[tuple[str, str], set[str]]()
     for source in build.sources():
@@ -139,7 +139,7 @@ def of_other_sets(machine: str, compiler: list[str], folder: Path) -> dict[str, 
             allowed = next(allowed for pattern, allowed in ALLOWED[machine] if re.fullmatch(pattern, f"{source.stem}:{function}"))
             together.setdefault((source.stem, allowed), set()).update(several)
     assert {allowed for _, allowed in together} == {allowed for _, allowed in ALLOWED[machine]}  # each pattern matches a function
-    found = {f"{file} {allowed}": refused(machine, several, allowed, folder) for (file, allowed), several in together.items()}
+    found = {f"{file} {allowed}": assembler_errors(machine, several, allowed, folder) for (file, allowed), several in together.items()}
     return {place: bad for place, bad in found.items() if bad}
 
 
@@ -152,8 +152,8 @@ def test_a_function_has_no_instruction_of_another_set(which: str, tmp_path: Path
     compiler = build.compiler("" if which == "here" else machine)
     if compiler is None:
         pytest.skip("needs a C compiler" if which == "here" else "needs the package ziglang")
-    assert of_other_sets(machine, compiler, tmp_path) == {}
+    assert find_violations(machine, compiler, tmp_path) == {}
     # the check finds the instructions of a compiler that targets more than the baseline CPU
     more = [*compiler, "-mavx"] if machine == "x86_64" else [*compiler[:-1], "-mcpu=neoverse_v1"]
-    found = {place.split()[0] for place in of_other_sets(machine, more, tmp_path)}
+    found = {place.split()[0] for place in find_violations(machine, more, tmp_path)}
     assert found >= ({"pass", "portable", "product"} if machine == "x86_64" else {"pool", "portable"})

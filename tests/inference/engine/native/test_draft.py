@@ -14,7 +14,7 @@ from fedtune.inference.engine.caches.full import FullCache
 from fedtune.inference.engine.decoder import Decoder
 from fedtune.inference.engine.guess import Guesses, Guessing, guess
 from fedtune.inference.engine.native.library import SETS, kernels
-from tests.inference.engine.native.test_kernels import of
+from tests.inference.engine.native.test_kernels import kernels_of
 from tests.inference.engine.native.test_step import CACHES, native_engine, some_ids
 from tests.inference.engine.tiny import VOCAB
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(kernels() is None, reason="needs the native kern
 NAMES = ["llama", "mistral", "gemma2", "olmo2", "llama_dynamic"]  # mistral's and gemma2's layers have windows
 
 
-def alone(decoder: Decoder, cache: str, text: list[int]) -> np.ndarray:
+def logits_one_by_one(decoder: Decoder, cache: str, text: list[int]) -> np.ndarray:
     """The logits after a text whose tokens are read one by one, (V,)."""
     own = CACHES[cache](decoder.shape)()
     return [decoder.forward([token], [Span(own, 1)]) for token in text][-1][0]
@@ -32,7 +32,7 @@ def alone(decoder: Decoder, cache: str, text: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("cache", ["full", "full bf16", "paged"])
 @pytest.mark.parametrize("name", NAMES[:4])
 def test_a_fork_sees_the_rows_before_it_and_itself(name: str, cache: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
+    kernels_of(instructions)
     decoder = native_engine(name, tmp_path, "fp32", instructions).decoder
     for held in (0, 1, 29, 31, 32):  # attention works in tiles of 32 tokens
         text, other = some_ids(VOCAB, 60, held).tolist(), some_ids(VOCAB, 12, held + 1).tolist()
@@ -44,12 +44,12 @@ def test_a_fork_sees_the_rows_before_it_and_itself(name: str, cache: str, instru
         rows = [*other[3:5], *chain, *other[5 : 5 + len(places)]]
         out = decoder.forward(rows, [Span(second, 2, keep=None), Span(first, len(rows) - 2, keep=None, forks=places)])
         for i in range(6):
-            assert np.array_equal(out[2 + i], alone(decoder, cache, text[: held + i + 1]))
+            assert np.array_equal(out[2 + i], logits_one_by_one(decoder, cache, text[: held + i + 1]))
         for found, place, token in zip(out[8:], places, other[5:], strict=False):
-            assert np.array_equal(found, alone(decoder, cache, [*text[: held + place + 1], token])), (held, place)
+            assert np.array_equal(found, logits_one_by_one(decoder, cache, [*text[: held + place + 1], token])), (held, place)
         first.crop(held + 6)
         again = decoder.forward([text[held + 6]], [Span(first, 1)])[0]  # the forks' slots are written again
-        assert np.array_equal(again, alone(decoder, cache, text[: held + 7]))
+        assert np.array_equal(again, logits_one_by_one(decoder, cache, text[: held + 7]))
 
 
 def test_forks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def both(decoder: Decoder, ids: list[int], how: Guessing, held: int = 5, layers:
 @pytest.mark.parametrize("kind", ["fp32", "int4"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_draft_in_one_call_is_that_of_single_passes(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
+    kernels_of(instructions)
     decoder = native_engine(name, tmp_path, kind, instructions).decoder
     how = Guessing(most=6, vocabulary=VOCAB)
     for ids in ([5], [4, 9, 30]):
@@ -90,7 +90,7 @@ def test_a_draft_in_one_call_is_that_of_single_passes(name: str, kind: str, inst
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_the_settings_of_a_draft(name: str, tmp_path: Path) -> None:
+def test_the_settings_of_a_draft_take_effect(name: str, tmp_path: Path) -> None:
     decoder = native_engine(name, tmp_path, "fp32").decoder
     how = Guessing(most=6, vocabulary=VOCAB)
     free = both(decoder, [5], how)

@@ -20,7 +20,7 @@ from fedtune.inference.engine.native import build
 from fedtune.inference.engine.native.library import SETS
 from fedtune.inference.engine.native.pack import PACKED, weights_of
 from fedtune.models.checkpoint import NANO
-from tests.inference.engine.native.test_kernels import Case, cases, of, product
+from tests.inference.engine.native.test_kernels import Case, cases, kernels_of, product
 
 QEMU = {m: shutil.which(f"qemu-{m}-static") or shutil.which(f"qemu-{m}") for m in build.ZIG_CPUS}
 pytestmark = [
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("emulated")
 
 
-def compiled(folder: Path, machine: str, driver: str, *flags: str) -> Path:
+def compile_driver(folder: Path, machine: str, driver: str, *flags: str) -> Path:
     out = folder / f"{driver}-{machine}"
     if not out.is_file():
         command = [part.replace(f"gnu.{build.GLIBC}", "musl") for part in build.compiler(machine) or ()]
@@ -87,7 +87,7 @@ def outputs(file: Path, several: Iterable[Case]) -> Iterator[Tensor]:
     assert at == len(numbers)
 
 
-def spoiled(case: Case, bad: float) -> Case:
+def spoil(case: Case, bad: float) -> Case:
     x = case.x.clone()
     x[1, -1] = bad
     return Case(case.kind, case.parts, case.n_out, x)
@@ -99,17 +99,17 @@ def products(folder: Path) -> dict[str, list[Case]]:
     found = {}
     for kind in PACKED:
         found[kind] = list(cases(kind))
-        found[kind] += [spoiled(found[kind][-2], bad) for bad in (float("nan"), float("inf"), float("-inf"))]
+        found[kind] += [spoil(found[kind][-2], bad) for bad in (float("nan"), float("inf"), float("-inf"))]
         write(folder / kind, found[kind])
     return found
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, products: dict[str, list[Case]]) -> dict[tuple[str, str, str], bytes]:
+def product_results(folder: Path, products: dict[str, list[Case]]) -> dict[tuple[str, str, str], bytes]:
     """The results of each CPU's last set: bytes by (machine, set, kind), and files. Asserts first which sets the CPU has."""
     results: dict[tuple[str, str, str], bytes] = {}
     for (machine, cpu), sets in CPUS.items():
-        driver, name = compiled(folder, machine, "driver_products"), sets[-1]
+        driver, name = compile_driver(folder, machine, "driver_products"), sets[-1]
         assert run(machine, cpu, driver).stdout.split() == [str(SETS.index(s)) for s in sets]
         for kind in PACKED:
             out = folder / f"{machine}-{name}-{kind}"
@@ -121,9 +121,9 @@ def found(folder: Path, products: dict[str, list[Case]]) -> dict[tuple[str, str,
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_products_of_every_set_equal_those_in_float64(
-    kind: str, folder: Path, products: dict[str, list[Case]], found: dict[tuple[str, str, str], bytes]
+    kind: str, folder: Path, products: dict[str, list[Case]], product_results: dict[tuple[str, str, str], bytes]
 ) -> None:
-    ran = [(machine, name) for machine, name, of in found if of == kind]
+    ran = [(machine, name) for machine, name, which in product_results if which == kind]
     assert set(ran) == {("aarch64", s) for s in ("portable", "dotprod", "i8mm")} | {("x86_64", s) for s in ("portable", "avx2")}
     for machine, name in ran:
         several = list(zip(products[kind], outputs(folder / f"{machine}-{name}-{kind}", products[kind]), strict=True))
@@ -137,10 +137,10 @@ def test_products_of_every_set_equal_those_in_float64(
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_sets_that_add_in_one_order_give_the_same_bits(
-    kind: str, products: dict[str, list[Case]], found: dict[tuple[str, str, str], bytes]
+    kind: str, products: dict[str, list[Case]], product_results: dict[tuple[str, str, str], bytes]
 ) -> None:
     def same(one: tuple[str, str], other: tuple[str, str]) -> bool:
-        a, b = (np.frombuffer(found[*which, kind], np.float32) for which in (one, other))
+        a, b = (np.frombuffer(product_results[*which, kind], np.float32) for which in (one, other))
         return a.view(np.uint32)[~np.isnan(a)].tolist() == b.view(np.uint32)[~np.isnan(b)].tolist()  # NaN has more than one form
 
     assert same(("aarch64", "portable"), ("x86_64", "portable")) and same(("aarch64", "dotprod"), ("aarch64", "i8mm"))
@@ -151,9 +151,9 @@ def test_sets_that_add_in_one_order_give_the_same_bits(
 @pytest.mark.parametrize("instructions", ["avx2", "avxvnni", "avx512"])
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_this_cpu_gives_the_bits_of_aarch64(
-    kind: str, instructions: str, folder: Path, products: dict[str, list[Case]], found: dict[tuple[str, str, str], bytes]
+    kind: str, instructions: str, folder: Path, products: dict[str, list[Case]], product_results: dict[tuple[str, str, str], bytes]
 ) -> None:
-    here, several = of(instructions), products[kind]
+    here, several = kernels_of(instructions), products[kind]
     for case, y in list(zip(several, outputs(folder / f"aarch64-i8mm-{kind}", several), strict=True))[:-3]:
         assert torch.equal(product(here, case.parts, kind, case.x, case.n_out), y)
 
@@ -162,7 +162,7 @@ def test_this_cpu_gives_the_bits_of_aarch64(
 def test_a_set_that_the_cpu_lacks_is_refused_and_would_be_illegal(
     machine: str, cpu: str, lacks: str, folder: Path, products: dict[str, list[Case]]
 ) -> None:
-    driver, out = compiled(folder, machine, "driver_products"), folder / "refused"
+    driver, out = compile_driver(folder, machine, "driver_products"), folder / "refused"
     arguments = (str(SETS.index(lacks)), str(folder / "int8"), str(out))
     assert run(machine, cpu, driver, *arguments).returncode == NO_SUCH_SET and not out.stat().st_size
     assert run(machine, cpu, driver, *arguments, "unasked").returncode == -signal.SIGILL
@@ -172,7 +172,7 @@ def test_a_set_that_the_cpu_lacks_is_refused_and_would_be_illegal(
 
 @pytest.mark.parametrize(("machine", "cpu", "flags"), [(*key, ()) for key in CPUS] + [("aarch64", "max", UNDEFINED)])
 def test_passes_of_every_set_are_like_the_portable_ones(machine: str, cpu: str, flags: tuple[str, ...], tmp_path: Path) -> None:
-    ran = run(machine, cpu, compiled(tmp_path, machine, "driver_pass", *flags), "5")
+    ran = run(machine, cpu, compile_driver(tmp_path, machine, "driver_pass", *flags), "5")
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert int(ran.stdout) == len(CPUS[machine, cpu]) * 5 * 7 * 6 / 5  # sets, kinds, widths, caches; every fifth
 
@@ -182,7 +182,7 @@ PROGRAM = "import sys; from fedtune.cli.main import main; sys.exit(main())"
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="this Python is for another CPU")
 @pytest.mark.parametrize(("cpu", "has", "lacks"), [("Nehalem", "portable", "avx2"), ("Haswell", "avx2", "avx512")])
-def test_the_program_runs_on_a_cpu_without_a_set_and_refuses_it_in_one_sentence(cpu: str, has: str, lacks: str, tmp_path: Path) -> None:
+def test_the_program_runs_on_a_cpu_without_a_set_and_refuses_that_set(cpu: str, has: str, lacks: str, tmp_path: Path) -> None:
     export_edge(NANO, tmp_path / "edge", quantize="int4")
     emulator = (str(QEMU["x86_64"]), "-cpu", cpu)
 

@@ -22,7 +22,7 @@ MANY = 137  # rows: two tiles of 64 and some
 pytestmark = pytest.mark.skipif(isinstance(library._opened(), str), reason=f"run `{build.COMMAND}`: {why_not()}")
 
 
-def of(instructions: str) -> Kernels:
+def kernels_of(instructions: str) -> Kernels:
     opened = library._opened()
     if not opened.fedtune_supports(SETS.index(instructions)):
         pytest.skip(f"this CPU has no {instructions}")
@@ -40,7 +40,7 @@ def product(run: Kernels, parts: dict[str, Array], kind: str, x: Tensor, n_out: 
     return y
 
 
-def rounded(x: Tensor, kind: str) -> Tensor:
+def round_activations(x: Tensor, kind: str) -> Tensor:
     """The activations as the kernels round them, in float64."""
     if kind in ("bf16", "fp32"):
         return (x.bfloat16() if kind == "bf16" else x).double()
@@ -51,7 +51,7 @@ def rounded(x: Tensor, kind: str) -> Tensor:
     return (codes.double() * (most / 127).double()).flatten(1)[:, : x.shape[1]]
 
 
-def unpacked(arrays: dict[str, Array], kind: str, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+def unpack(arrays: dict[str, Array], kind: str, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
     """The weights [N, K] by the formulas of kernels.h, in float64, and for each the sum of the magnitudes of its terms."""
     parts = {name: as_tensor(array) for name, array in arrays.items()}
     codes = parts["codes"]
@@ -105,8 +105,8 @@ class Case:
     def assert_close(self, y: Tensor) -> None:
         """y [rows, N] is the float64 product of the same rounded numbers, but for sums in float32."""
         n_in, bias = self.x.shape[1], as_tensor(self.parts["bias"])
-        w, sizes = unpacked(self.parts, self.kind, n_in, self.n_out)
-        near = rounded(self.x, self.kind)
+        w, sizes = unpack(self.parts, self.kind, n_in, self.n_out)
+        near = round_activations(self.x, self.kind)
         # in any order such sums are off by at most 2^-24 of the sum of magnitudes for each addition
         steps = n_in if self.kind in ("bf16", "fp32") else n_in / 32
         limit = (steps + 8) * 2**-23 * (near.abs() @ sizes.T + bias.abs()) + n_in * 2**-120
@@ -131,7 +131,7 @@ def cases(kind: str) -> Iterator[Case]:
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("kind", PACKED)
 def test_products_equal_those_in_float64(kind: str, instructions: str) -> None:
-    run = of(instructions)
+    run = kernels_of(instructions)
     for case in cases(kind):
         case.assert_close(product(run, case.parts, kind, case.x, case.n_out))
 
@@ -139,7 +139,7 @@ def test_products_equal_those_in_float64(kind: str, instructions: str) -> None:
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("kind", PACKED)
 def test_a_row_does_not_depend_on_other_rows_or_on_threads(kind: str, instructions: str) -> None:
-    run = of(instructions)
+    run = kernels_of(instructions)
     n_out, n_in = 517, 100
     parts = pack(kind, portable(kind, torch.randn(n_out, n_in)), n_in, 32)
     x = activations(MANY, n_in)
@@ -153,8 +153,8 @@ def test_a_row_does_not_depend_on_other_rows_or_on_threads(kind: str, instructio
 
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_not_finite_spoil_their_row_alone(instructions: str, bad: float) -> None:
-    run = of(instructions)
+def test_non_finite_numbers_affect_only_their_row(instructions: str, bad: float) -> None:
+    run = kernels_of(instructions)
     for kind in PACKED:
         parts = pack(kind, portable(kind, torch.randn(40, 70)), 70, 32)
         x = torch.randn(3, 70)
@@ -176,9 +176,9 @@ def test_all_instruction_sets_round_activations_alike(kind: str) -> None:
         codes = as_array(weight.to(torch.uint8) + 8)
         tensors["packed"] = codes[:, ::2] | codes[:, 1::2] << 4
     parts = pack(kind, tensors, 64, 32)
-    found = [product(of(name), parts, kind, x, 64) for name in SETS if library._opened().fedtune_supports(SETS.index(name))]
+    found = [product(kernels_of(name), parts, kind, x, 64) for name in SETS if library._opened().fedtune_supports(SETS.index(name))]
     assert len(found) > 1 and all(torch.equal(y, found[0]) for y in found)
-    torch.testing.assert_close(found[0].double(), rounded(x, kind), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[0].double(), round_activations(x, kind), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -188,7 +188,7 @@ def test_int4_reads_four_and_a_half_bits_and_keeps_the_weights(group: int) -> No
     tensors = portable("int4", weight, group=group)
     parts = pack("int4", tensors, 384, group)
     assert 8 * (parts["codes"].nbytes + parts["scales"].nbytes) == 4.5 * weight.numel() and parts["base"].nbytes == 8 * 64 / 16
-    before, (after, _) = torch.from_numpy(dequantized("int4", tensors, n_in=384, group=group)).double(), unpacked(parts, "int4", 384, 64)
+    before, (after, _) = torch.from_numpy(dequantized("int4", tensors, n_in=384, group=group)).double(), unpack(parts, "int4", 384, 64)
     # 8-bit scales add this to the squared error of rounding to 4 bits
     assert float((after - before).square().sum()) < 0.01 * float((before - weight).square().sum())
     assert not after[5].any()
@@ -203,13 +203,13 @@ def test_scales_that_do_not_fit_8_bits_stay_exact() -> None:
         parts = pack("int4", tensors, 96, 32)
         assert parts["scales"].shape[-1] == 64
         exact = torch.from_numpy(dequantized("int4", tensors, n_in=96)).double()
-        torch.testing.assert_close(unpacked(parts, "int4", 96, 20)[0], exact, rtol=0, atol=1e-7)
+        torch.testing.assert_close(unpack(parts, "int4", 96, 20)[0], exact, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
 def test_int8_and_bf16_are_packed_without_a_change(kind: str) -> None:
     tensors = portable(kind, torch.randn(37, 45))
-    found, _ = unpacked(pack(kind, tensors, 45, 32), kind, 45, 37)
+    found, _ = unpack(pack(kind, tensors, 45, 32), kind, 45, 37)
     exact = {name: as_tensor(array).double() for name, array in tensors.items()}
     assert torch.equal(found, exact["packed"] * exact["scale"][:, None] if kind == "int8" else exact["weight"])
 
@@ -217,21 +217,21 @@ def test_int8_and_bf16_are_packed_without_a_change(kind: str) -> None:
 Change = Callable[[library.Weights], None]
 
 
-def changed(name: str, value: int) -> Change:
+def put(name: str, value: int) -> Change:
     return lambda weights: setattr(weights, name, value)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        changed("n_in", 0), changed("n_in", -32), changed("n_in", 97), changed("n_in", 1 << 40), changed("n_out", 0),
-        changed("n_out", 1 << 62), changed("n_out", (1 << 63) - 1), changed("kind", 4), changed("kind", -1), changed("codes", 0),
-        changed("scales", 0), changed("base", 0), changed("codes_bytes", 767), changed("scales_bytes", 96 + 1), changed("base_bytes", 4),
-        changed("bias_bytes", 4), changed("bias", 64),
+        put("n_in", 0), put("n_in", -32), put("n_in", 97), put("n_in", 1 << 40), put("n_out", 0),
+        put("n_out", 1 << 62), put("n_out", (1 << 63) - 1), put("kind", 4), put("kind", -1), put("codes", 0),
+        put("scales", 0), put("base", 0), put("codes_bytes", 767), put("scales_bytes", 96 + 1), put("base_bytes", 4),
+        put("bias_bytes", 4), put("bias", 64),
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_match_are_refused(change: Change) -> None:
-    run = of("portable")
+    run = kernels_of("portable")
     parts = pack("int4", portable("int4", torch.randn(16, 96)), 96, 32)
     x, y = torch.randn(2, 96), torch.zeros(2, 16)
     weights = weights_of(parts, "int4", 96, 16)
@@ -242,7 +242,7 @@ def test_sizes_that_do_not_match_are_refused(change: Change) -> None:
 
 
 def test_sizes_of_activations_that_do_not_match_are_refused() -> None:
-    run = of("portable")
+    run = kernels_of("portable")
     parts = pack("int8", portable("int8", torch.randn(16, 96)), 96, 32)
     x, y = torch.randn(2, 96), torch.zeros(2, 16)
     weights = weights_of(parts, "int8", 96, 16)

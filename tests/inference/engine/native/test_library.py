@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(autouse=True)
-def _not_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _clear_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("FEDTUNE_NATIVE", raising=False)
     remembered = library._chosen, library._opened
     for function in remembered:
@@ -93,7 +93,7 @@ def test_the_best_set_of_the_cpu_is_chosen_but_never_the_portable_one(monkeypatc
 
 
 @needs_library
-def test_what_torch_does_faster_stays_with_torch_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_that_torch_runs_faster_stay_with_torch_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu(monkeypatch, "amx_tile", "avx512_bf16")
     made = [linear_from_tensors(kind, portable(kind, normal(20, 40)), n_in=40) for kind in KINDS]
     assert describe_path(made[1:3]) == (
@@ -166,7 +166,7 @@ def runs(script: str) -> list[str]:
 
 @needs_library
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
-def test_threads_are_as_many_as_set_sleep_when_idle_and_start_again_after_a_fork() -> None:
+def test_the_threads_have_the_set_number_sleep_when_idle_and_survive_a_fork() -> None:
     script = """
 want = product(1)
 print(tasks())

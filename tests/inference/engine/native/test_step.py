@@ -28,7 +28,7 @@ from fedtune.inference.engine.native.library import SETS, kernels
 from fedtune.inference.engine.native.structures import SpanStructure
 from fedtune.inference.engine.shape import RopeShape, Shape
 from fedtune.inference.engine.step import NativeStep
-from tests.inference.engine.native.test_kernels import of
+from tests.inference.engine.native.test_kernels import kernels_of
 from tests.inference.engine.tiny import SHAPES, VOCAB, tiny_model
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="needs the native kernels")
@@ -116,7 +116,7 @@ def test_every_architecture_gives_torchs_logits(name: str, cache: str, tmp_path:
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
 def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
+    kernels_of(instructions)
     decoder = native_engine(name, tmp_path, kind, instructions).decoder
     found = pass_logits(decoder, CACHES["full"](decoder.shape))
     with by_torch(decoder):
@@ -126,7 +126,7 @@ def test_every_instruction_set_and_kind(name: str, kind: str, instructions: str,
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("cache", ["full bf16", "paged bf16"])
 def test_entries_of_16_bits_lose_no_more_than_their_rounding(cache: str, instructions: str, tmp_path: Path) -> None:
-    of(instructions)
+    kernels_of(instructions)
     decoder = native_engine("qwen3_biases", tmp_path, "bf16", instructions).decoder
     found, exact = (pass_logits(decoder, CACHES[name](decoder.shape)) for name in (cache, "full"))
     off = np.abs(found - exact) / np.abs(exact).max()
@@ -189,7 +189,7 @@ def test_awkward_sizes_over_several_tiles(hidden: int, heads: int, kv_heads: int
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("cache", EXACT)
 def test_a_row_does_not_depend_on_how_a_text_is_split_or_on_other_sequences(cache: str, instructions: str) -> None:
-    of(instructions)
+    kernels_of(instructions)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions}):
         decoder = decoder_of(48, 6, 2, 12, 80, window=45)
     a, b = some_ids(37, (2, 100), 7)
@@ -228,7 +228,7 @@ def test_an_early_exit_continues_where_it_ended(tmp_path: Path) -> None:
 @pytest.mark.parametrize("window", [None, 39])
 @pytest.mark.parametrize("cache", [name for name in CACHES if name not in EXACT])
 def test_windows_and_codes_are_read_as_torch_reads_them(cache: str, window: int | None, instructions: str) -> None:
-    of(instructions)
+    kernels_of(instructions)
     with patch.dict("os.environ", {"FEDTUNE_NATIVE": instructions}):
         decoder = decoder_of(48, 6, 2, 40, 80, window, count=1)  # one layer, so that a difference of rounding does not grow
     ids = some_ids(37, 150, 3)
@@ -253,11 +253,11 @@ def test_a_text_too_long_for_one_pass_runs_as_several(cache: str) -> None:
     one, other = make(), make()
     runs = list[int]()
 
-    def counted(self: NativeStep, hidden: Floats, *args: Any, **more: Any) -> Any:
+    def count_passes(self: NativeStep, hidden: Floats, *args: Any, **more: Any) -> Any:
         runs.append(len(hidden))
         return RUN(self, hidden, *args, **more)
 
-    with patch.object(NativeStep, "run", counted):
+    with patch.object(NativeStep, "run", count_passes):
         whole = decoder.run(decoder.embed(ids), [Span(one, 120)])
     parts, at = list[Floats](), 0
     for n in runs:
@@ -308,7 +308,7 @@ def test_a_full_cache_is_refused_before_anything_changes(tmp_path: Path) -> None
     assert pool.free == 2 and not a.table and not b.table
 
 
-def test_numbers_that_are_not_finite_spoil_their_sequence_alone(tmp_path: Path) -> None:
+def test_non_finite_numbers_affect_only_their_sequence(tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path, "int8").decoder
     caches = [FullCache(decoder.shape, 9) for _ in range(2)]
     hidden = np.random.default_rng(0).standard_normal((6, decoder.shape.hidden), np.float32)
@@ -332,18 +332,18 @@ def test_the_reason_why_torch_runs_a_pass_is_stated(tmp_path: Path) -> None:
 Change = Callable[[SpanStructure], None]
 
 
-def changed(name: str, value: int) -> Change:
+def put(name: str, value: int) -> Change:
     return lambda span: setattr(span, name, value)
 
 
 BAD: Sequence[Change] = [
-    changed("rows", 0), changed("rows", 5), changed("rows", 2**62), changed("length", -1), changed("length", 61), changed("length", 2**62),
-    changed("keys", 0), changed("values", 0), changed("entries", 100), changed("entries", -1), changed("token_stride", 3),
-    changed("token_stride", 2**62), changed("head_stride", 2**62), changed("head_stride", -1),
+    put("rows", 0), put("rows", 5), put("rows", 2**62), put("length", -1), put("length", 61), put("length", 2**62),
+    put("keys", 0), put("values", 0), put("entries", 100), put("entries", -1), put("token_stride", 3),
+    put("token_stride", 2**62), put("head_stride", 2**62), put("head_stride", -1),
 ]  # fmt: skip
 
 
-def prepared(cache: Cache) -> Cache:
+def prepare(cache: Cache) -> Cache:
     cache.prepare(4)
     return cache
 
@@ -360,7 +360,7 @@ def run_four(decoder: Decoder, cache: Cache, first: int = 0, last: int = 3, kept
 @pytest.mark.parametrize("cache", ["full", "paged"])
 def test_spans_that_do_not_fit_are_refused(cache: str, change: Change, tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path).decoder
-    one = prepared(CACHES[cache](decoder.shape)())
+    one = prepare(CACHES[cache](decoder.shape)())
     run_four(decoder, one)
     place = one.native_span(4)
     change(place)
@@ -368,7 +368,7 @@ def test_spans_that_do_not_fit_are_refused(cache: str, change: Change, tmp_path:
         run_four(decoder, one)
 
 
-@pytest.mark.parametrize("change", [changed("block", 0), changed("block", 2**40), changed("block_count", 1), changed("block", -3)])
+@pytest.mark.parametrize("change", [put("block", 0), put("block", 2**40), put("block_count", 1), put("block", -3)])
 def test_tables_that_do_not_fit_are_refused(change: Change, tmp_path: Path) -> None:
     test_spans_that_do_not_fit_are_refused("paged", change, tmp_path)
 
@@ -376,7 +376,7 @@ def test_tables_that_do_not_fit_are_refused(change: Change, tmp_path: Path) -> N
 @pytest.mark.parametrize("slot", [-1, 201, 2**30])
 def test_blocks_outside_the_pool_are_refused(slot: int, tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path).decoder
-    one: Any = prepared(CACHES["paged"](decoder.shape)())
+    one: Any = prepare(CACHES["paged"](decoder.shape)())
     run_four(decoder, one)
     one.table[1] = slot
     with pytest.raises(ModelError, match="do not fit each other"):
@@ -384,7 +384,7 @@ def test_blocks_outside_the_pool_are_refused(slot: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "last", "kept"), [(-1, 3, ()), (2, 1, ()), (0, 4, ()), (0, 3, (4,)), (0, 3, (-1,)), (0, 3, (0,) * 5)])
-def test_layers_and_rows_outside_are_refused(first: int, last: int, kept: tuple[int, ...], tmp_path: Path) -> None:
+def test_layers_and_rows_out_of_range_are_refused(first: int, last: int, kept: tuple[int, ...], tmp_path: Path) -> None:
     decoder = native_engine("llama", tmp_path).decoder
     with pytest.raises(ModelError, match="do not fit each other"):
-        run_four(decoder, prepared(FullCache(decoder.shape, 9)), first, last, kept)
+        run_four(decoder, prepare(FullCache(decoder.shape, 9)), first, last, kept)

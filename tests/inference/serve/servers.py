@@ -71,7 +71,7 @@ class Paced:
         return self._decoder.forward(ids, spans)
 
 
-def alone(engine: Engine, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
+def answer_alone(engine: Engine, ids: list[int], sampling: Sampling, count: int, **request: Any) -> list[Output]:
     """The answer of an otherwise idle scheduler."""
     outputs: list[Output] = []
     scheduler = make_scheduler(engine)
@@ -115,12 +115,12 @@ def serve_model(
     engine = load_engine(model) if isinstance(model, Path) else model
     scheduler = make_scheduler(engine, make_caches(engine, None, options.get("max_running", 16)), **options)
     served = ServedModel(name="tiny", text=engine.text, adapters=tuple(engine.adapters), prompt=prompt)
-    with over(scheduler, served, limits, keys) as (where, server):
+    with run_server(scheduler, served, limits, keys) as (where, server):
         yield Served(where, engine, scheduler, server)
 
 
 @contextlib.contextmanager
-def over(
+def run_server(
     scheduler: Scheduler, served: ServedModel, limits: Limits | None = None, keys: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Server]]:
     """A server for a scheduler, and its address."""
