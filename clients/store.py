@@ -1,4 +1,4 @@
-"""A client's state between turns: the tensors of `plan.keep`, such as FedSA's B, and its privacy ledger."""
+"""A client's state between turns: the tensors of `plan.keep`, such as FedSA's B, its turns' own states, and its privacy ledger."""
 
 import re
 import secrets
@@ -37,8 +37,12 @@ class ClientStore:
         Raises:
             CheckpointError: The file is damaged.
         """
-        found = [path for path in self._files(client) if _round(path) < before]
-        return AdapterState.load(found[-1]) if found else None
+        found = self.find(client, before)
+        return AdapterState.load(found) if found else None
+
+    def find(self, client: str, before: int) -> Path | None:
+        """The file that `read` reads."""
+        return next((path for path in reversed(self._files(client)) if round_of(path) < before), None)
 
     def write(self, client: str, round: int, state: AdapterState) -> None:
         """Store `state` as the client's tensors after this round.
@@ -63,6 +67,10 @@ class ClientStore:
         """Another store for the same clients, in a subfolder. Its name starts with a dot, so it differs from every client's folder."""
         return ClientStore(self.folder / f".{name}", self._rounds)
 
+    def turns(self) -> dict[str, "ClientStore"]:
+        """The stores of turns' own states (`Work.keep`), by the turn's name, which no code has checked."""
+        return {path.name.removeprefix(".turn-"): self.substore(path.name[1:]) for path in sorted(self.folder.glob(".turn-*"))}
+
     def clients(self) -> list[str]:
         """Sorted ids of the clients with stored tensors."""
         folders = self.folder.glob("*") if self.folder.is_dir() else ()
@@ -73,7 +81,7 @@ class ClientStore:
         return self.folder / file_name(client)
 
     def _files(self, client: str) -> list[Path]:
-        return sorted(self.folder_of(client).glob("round-*.safetensors"), key=_round)
+        return sorted(self.folder_of(client).glob("round-*.safetensors"), key=round_of)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,18 +111,21 @@ class Storage:
 
 
 def client_id(folder: Path) -> str:
-    """The client id of this folder.
+    """The client id of this folder, which need not exist if the client has only a turn's state.
 
     Raises:
-        CheckpointError: The folder's name is shortened, and its id file cannot be read.
+        CheckpointError: The folder's name is shortened, and no id file can be read.
     """
     if "." not in folder.name:
         return re.sub(r"%([0-9a-f]{6})", lambda m: chr(int(m[1], 16)), folder.name)
+    places = [folder / _ID, *(turn / folder.name / _ID for turn in folder.parent.glob(".turn-*"))]
+    file = next((place for place in places if place.is_file()), places[0])
     try:
-        return read_text(folder / _ID)
+        return read_text(file)
     except (OSError, UnicodeDecodeError) as bad:
-        raise CheckpointError(f"{folder} is not a client's folder: {folder / _ID} cannot be read ({bad})") from None
+        raise CheckpointError(f"{folder} is not a client's folder: {file} cannot be read ({bad})") from None
 
 
-def _round(path: Path) -> int:
+def round_of(path: Path) -> int:
+    """The round of a file of a store."""
     return int(path.stem[6:])

@@ -63,6 +63,17 @@ class Result:
             raise CheckpointError(f"{self.path} has no adapter yet: continue the run with resume={self.path}")
         return AdapterState.load(file)
 
+    def personal_adapter(self, client: str) -> "AdapterState":
+        """A client's personal adapter after the last round, perhaps with larger ranks than `adapter`.
+
+        Raises:
+            CheckpointError: The run has not ended, or the client has no personal model.
+        """
+        from fedtune.export.personal import ClientState, personal_adapter
+        from fedtune.models.adapter_folder import StoredAdapter
+
+        return personal_adapter(StoredAdapter(state=self.adapter), ClientState(self.path / "clients", client))[0].state
+
     @property
     def report(self) -> Path:
         """Path of the HTML report."""

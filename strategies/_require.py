@@ -72,5 +72,6 @@ def no_privacy(config: Config, strategy: str) -> None:
     """Raises ConfigError if the config asks for differential privacy, which no one has proved for these steps here."""
     if config.privacy.kind != "none":
         raise ConfigError(
-            f"strategy={strategy} computes slopes of the loss, which privacy={config.privacy.kind} does not cover: take strategy=fedavg"
+            f"strategy={strategy} computes slopes of the loss, which fedtune's differential privacy does not cover: set privacy=none, or"
+            " take strategy=fedavg"
         )

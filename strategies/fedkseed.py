@@ -69,7 +69,10 @@ class FedKSeed(Strategy):
                 " client.warmup_rounds=0 client.weight_decay=0"
             )
         if c.lr != self.lr:
-            raise ConfigError(f"strategy.lr={self.lr:g} and client.lr={c.lr:g} differ: leave out strategy.lr, which follows client.lr")
+            raise ConfigError(
+                f"strategy.lr={self.lr:g} and client.lr={c.lr:g} differ, but the server replays the clients' steps:"
+                f" set strategy.lr={c.lr:g}"
+            )
 
     def start(self, adapter: AdapterState) -> ServerState:
         return ServerState(adapter=adapter, memory={_START + n: t for n, t in adapter.tensors.items()})

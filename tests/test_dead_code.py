@@ -13,6 +13,7 @@ from fedtune import __all__ as PUBLIC
 ROOT = Path(__file__).parents[1]
 FOUND_BY_NAME = ("strategies", "clients/turns", "fedtune/models/tasks", "fedtune/models/methods")  # by registries
 CALLED_BY_OTHERS = {
+    "fedtune/library.py personal_adapter": "a notebook, on a Result",
     "fedtune/network/fleet.py intercept": "Flower, before each call",
     "fedtune/models/tasks/_answers.py tokenize": "rouge_score, for each text",
 }

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "simulations.engines": {"clients", "models", "data", "privacy"},
     "warm_start": {"models", "data", "clients", "runs"},
     "experiment": {"rounds", "exchange", "clients", "models", "export", "runs", "simulations.engines", "warm_start"},
-    "library": {"experiment", "clients", "runs"},
+    "library": {"experiment", "clients", "runs", "models", "export"},
     "cli": {"experiment", "rounds", "runs", "network", "delivery", "clients", "data", "export", "inference"},
     "sim": {"cli"},
     "simulations.studies": {"experiment", "runs", "clients", "data", "export", "inference"},

@@ -1,6 +1,8 @@
 """Options that several commands share."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,36 @@ from fedtune.config.bounds import require
 from fedtune.errors import ConfigError
 
 TRUST = "run the Python code in the model's folder; a run's files cannot allow this"
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Add the model's folder and --client-state, for `model_of`."""
+    command.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="folder that `fedtune export` wrote, or any Hugging Face folder; with --client-state: a run, its adapter folder, or a model"
+        " that was delivered to the device",
+    )
+    command.add_argument(
+        "--client-state",
+        type=Path,
+        metavar="DIR",
+        help="run a client's personal model: DIR is the --state folder of fedtune-client, or RUN/clients/ID; the model is merged into a"
+        " temporary folder at each start (`fedtune export RUN --client ID` keeps it)",
+    )
+
+
+@contextmanager
+def model_of(args: argparse.Namespace) -> Iterator[Path]:
+    """Yield the folder of the model to run: MODEL, or with --client-state a temporary one."""
+    if args.client_state is None:
+        yield args.model
+        return
+    from fedtune.delivery.personal import personal_model  # lazy: it loads torch
+
+    with personal_model(args.model, args.client_state) as folder:
+        yield folder
 
 
 def add_sampling(command: argparse.ArgumentParser) -> None:

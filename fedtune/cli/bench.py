@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fedtune.cli._shared import add_model, model_of
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
     about = "Measure a model on this machine: prefill, decode, first token, memory, and the share of the memory bandwidth that it reaches."
     bench = commands.add_parser("bench", help="measure a model's speed on this machine", description=about)
-    bench.add_argument("model", type=Path, metavar="MODEL", help="edge package or Hugging Face folder")
+    add_model(bench)
     bench.add_argument("--kind", choices=["fp32", "bf16", "int8", "int4"], help="weight format in memory (default: as stored)")
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="tokens of the prompt (default: %(default)s)")
     bench.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default: %(default)s)")
@@ -33,15 +35,15 @@ def _run(args: argparse.Namespace) -> str:
     from fedtune.inference.bench import bench, table, use_threads, write
     from fedtune.inference.generate import check_folder, read_card
 
-    read_card(args.model)
     if args.draft:
         check_folder(args.draft)
     use_threads(args.threads)
     if args.out:
         importlib.import_module("matplotlib")  # fails now if it is missing, not after minutes of measuring
     names = ("kind", "prompt_tokens", "new_tokens", "repeats", "speculate", "draft", "text")
-    with Console(stderr=True).status("measuring") as line:
-        speeds = bench(args.model, report=line.update, **{name: getattr(args, name) for name in names})
+    with model_of(args) as folder, Console(stderr=True).status("measuring") as line:
+        read_card(folder)
+        speeds = bench(folder, report=line.update, **{name: getattr(args, name) for name in names})
     if args.out:
         write(speeds, args.out)
     return json.dumps(asdict(speeds), indent=1) if args.json else table(speeds)

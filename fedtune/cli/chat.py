@@ -1,10 +1,9 @@
 """`fedtune chat`: chat with a model in the terminal, or answer requests from a pipe."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from fedtune.cli._shared import add_sampling, sampling
+from fedtune.cli._shared import add_model, add_sampling, model_of, sampling
 from fedtune.errors import ConfigError
 
 
@@ -12,7 +11,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
     about = "Chat with a model in the terminal, or answer requests from a pipe, one per line. Ctrl-C stops an answer, Ctrl-D ends the chat."
     chat = commands.add_parser("chat", help="chat with a model", description=about)
-    chat.add_argument("model", type=Path, metavar="MODEL", help="folder that `fedtune export` wrote, or any Hugging Face folder")
+    add_model(chat)
     chat.add_argument("--system", metavar="TEXT", help="system prompt, if the model's chat template supports one")
     chat.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (default: the run's, else 256)")
     add_sampling(chat)
@@ -22,6 +21,8 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     from fedtune.inference.chat import chat
 
-    failed = chat(args.model, system=args.system, **sampling(args))
+    options = sampling(args)
+    with model_of(args) as folder:
+        failed = chat(folder, system=args.system, **options)
     if failed:
         raise ConfigError(f"{failed} of the requests could not be answered: their output lines are empty")

@@ -30,6 +30,7 @@ def add(commands: Any) -> None:
         metavar="RUN|RUN/clients/ID|ADAPTER|MODEL",
         help="run directory, a client's folder in it (its personal model), PEFT adapter folder, or complete model",
     )
+    export.add_argument("--client", metavar="ID", help="export this client's personal model, as for RUN/clients/ID")
     export.add_argument(
         "--to",
         choices=["hf", "edge", "gguf", "ollama", "vllm", "gptq", "awq"],
@@ -64,6 +65,10 @@ def _run(args: argparse.Namespace) -> str:
         raise ConfigError(f"--head {args.head} needs --quantize int8 or int4")
     if args.method in ("gptq", "awq", "smoothquant") and not args.calibrate:
         raise ConfigError(f"--method {args.method} needs text: give --calibrate RUN, a .txt file or rows of JSON")
+    if args.client is not None:
+        from fedtune.export.personal import client_folder
+
+        args.source = client_folder(args.source, args.client)
     if args.to == "gguf":
         from fedtune.export.gguf import describe_gguf, export_gguf
 

@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fedtune.cli._shared import add_model, model_of
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser of `fedtune`."""
     about = "Answer requests over HTTP in OpenAI's protocol, with a page to try the model. Ctrl-C stops it after the running answers."
     serve = commands.add_parser("serve", help="answer requests over HTTP", description=about)
-    serve.add_argument("model", type=Path, metavar="MODEL", help="folder that `fedtune export` wrote, or any Hugging Face folder")
+    add_model(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free port (default: %(default)s)")
     serve.add_argument(
@@ -37,16 +39,17 @@ def _run(args: argparse.Namespace) -> str:
     from fedtune.inference.serve.limits import ApiKeys, Limits
     from fedtune.inference.serve.start import parse_adapters, serve
 
-    serve(
-        args.model,
-        host=args.host,
-        port=args.port,
-        keys=ApiKeys.find(args.api_key_file),
-        limits=Limits(max_body=args.max_body, max_tokens=args.max_tokens, timeout=args.timeout, grace=args.grace),
-        kind=args.kind,
-        kv_budget=None if args.kv_budget is None else parse_size(args.kv_budget),
-        max_concurrent=args.max_concurrent,
-        queue=args.queue,
-        adapters=parse_adapters(args.adapters),
-    )
+    with model_of(args) as folder:
+        serve(
+            folder,
+            host=args.host,
+            port=args.port,
+            keys=ApiKeys.find(args.api_key_file),
+            limits=Limits(max_body=args.max_body, max_tokens=args.max_tokens, timeout=args.timeout, grace=args.grace),
+            kind=args.kind,
+            kv_budget=None if args.kv_budget is None else parse_size(args.kv_budget),
+            max_concurrent=args.max_concurrent,
+            queue=args.queue,
+            adapters=parse_adapters(args.adapters),
+        )
     return "stopped"

@@ -15,11 +15,12 @@ from transformers import AutoTokenizer
 from fedtune.config import Config, TaskConfig
 from fedtune.contracts.task import task_of
 from fedtune.errors import ModelError
-from fedtune.export.origin import check_base, read_origin
+from fedtune.export.origin import Origin, check_base, read_origin
 from fedtune.export.outline import merged_tensors, read_outline, write_merged
+from fedtune.export.personal import client_folder
 from fedtune.export.requantize import describe_requantized, quantize_again, text_logits
 from fedtune.export.whole import in_memory_note, merge_adapter, put_heads, save, split_heads, why_in_memory
-from fedtune.models.adapter_folder import BESIDE, StoredAdapter
+from fedtune.models.adapter_folder import BESIDE, OWN, StoredAdapter
 from fedtune.models.backbone import load_backbone, quiet
 from fedtune.models.checkpoint import stored_tensors
 from fedtune.models.methods import mergeable
@@ -34,6 +35,7 @@ def export_hf(
     source: Path,
     out: Path,
     *,
+    client: str | None = None,
     replace: bool = False,
     requantize: bool = False,
     trust_remote_code: bool = False,
@@ -51,6 +53,7 @@ def export_hf(
         source: A run directory, a client's folder in it (RUN/clients/ID: its personal model), or an adapter folder whose
             adapter_config.json names the backbone.
         out: The folder to write; it appears complete or not at all.
+        client: A client of the run: export its personal model, as for RUN/clients/ID.
         replace: Overwrite `out` if it is an export of fedtune.
         requantize: Quantize the merged model again, to the run's precision; the card has the error (see `quantize_again`).
         trust_remote_code: As in `read_origin`.
@@ -60,12 +63,18 @@ def export_hf(
         `out`.
 
     Raises:
-        CheckpointError: `source` is missing or is a run without an adapter.
+        CheckpointError: `source` is missing or is a run without an adapter, or the client has no personal model.
         ModelError: The adapter or the backbone is invalid, they do not match, `out` exists, or there is no precision to quantize to.
     """
     source, out = Path(source), Path(out)
     check_out(out, replace)
-    origin = read_origin(source, trust_remote_code=trust_remote_code)
+    source = source if client is None else client_folder(source, client)
+    return write_hf(read_origin(source, trust_remote_code=trust_remote_code), out, requantize=requantize, finish=finish)
+
+
+def write_hf(origin: Origin, out: Path, *, requantize: bool = False, finish: Callable[[Path], None] | None = None) -> Path:
+    """`export_hf` of a source that has been read."""
+    source = origin.source
     if origin.whole is not None:
         raise ModelError(f"{source} is already a complete model: export it with --to edge or gguf")
     config, adapter, task, model = origin.config, origin.adapter, origin.task, origin.model
@@ -77,7 +86,7 @@ def export_hf(
     backbone = outline.backbone if outline else load_backbone(model, task, **origin.settings)
     check_base(origin, backbone.fingerprint, backbone.name)
     kind = adapter.state.spec.method
-    apart = None if mergeable(kind) else _apart(source)
+    apart = not mergeable(kind)
     if apart and config is None:
         raise ModelError(f"{source}: peft.method={kind} cannot be merged into weights, and without its run its settings are unknown")
     if apart and requantize:
@@ -102,7 +111,7 @@ def export_hf(
         card["whole"] = in_memory_note(whole)
     with export_folder(out) as temporary:
         if apart:
-            shutil.copytree(apart, temporary / BESIDE)
+            _write_beside(origin, temporary / BESIDE)
         if before is not None:
             card["quantised"] = quantize_again(backbone, folder=temporary, before=before, **again)
         else:
@@ -169,8 +178,13 @@ def _precision(config: Config | None, adapter: StoredAdapter, source: Path) -> d
     return {"precision": config.model.precision, "compute": config.model.compute}
 
 
-def _apart(source: Path) -> Path:
-    return source / "adapter" if (source / "adapter").is_dir() else source
+def _write_beside(origin: Origin, folder: Path) -> None:
+    """Write the adapter's folder; that of a personal adapter has none of PEFT's files."""
+    if origin.client is None:
+        shutil.copytree((origin.run or origin.source) / "adapter", folder)
+    else:
+        folder.mkdir()
+        origin.adapter.state.save(folder / OWN)
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, out: Path, task: TaskConfig) -> None:

@@ -11,7 +11,7 @@ from fedtune.config.stored import read_config, read_labels
 from fedtune.contracts.task import adapter_tasks, task_of
 from fedtune.data.columns import DEMO_PROMPT
 from fedtune.errors import CheckpointError, ModelError
-from fedtune.export.personal import client_of, global_note, personal_adapter
+from fedtune.export.personal import ClientState, client_of, global_note, personal_adapter, run_of
 from fedtune.export.whole_model import is_whole, read_whole
 from fedtune.models.adapter_folder import OVER, OWN, StoredAdapter, read_adapter
 from fedtune.models.checkpoint import NANO, fingerprint
@@ -32,7 +32,7 @@ class Origin:
         whole: A complete model's card, {} if it has none; None for other sources.
         run: The run directory; None for a bare adapter folder or model.
         client: The client of a personal model; None for the global model.
-        note: What a global adapter lacks; "" if it is complete.
+        note: What a global adapter lacks, or which state a personal one has; "" if there is nothing to say.
     """
 
     source: Path
@@ -65,25 +65,27 @@ class Origin:
         return {**card, **{name: value for name, value in about.items() if value is not None}}
 
 
-def read_origin(source: Path, *, trust_remote_code: bool = False) -> Origin:
+def read_origin(source: Path, *, state: ClientState | None = None, trust_remote_code: bool = False) -> Origin:
     """Read a run directory, a client's folder in it, an adapter folder, or a complete model, without the backbone's weights.
 
     Args:
-        source: The folder.
+        source: The folder; a client's folder need not exist if the client has only a turn's state.
+        state: State from elsewhere of the client whose personal model this is, for a run or an adapter folder.
         trust_remote_code: Whether code in the backbone's folder may run; `source` itself cannot allow it.
 
     Raises:
-        CheckpointError: `source` is missing, is a run without an adapter, or belongs to a client that keeps no tensors.
-        ModelError: The adapter is invalid, or as in `read_whole`.
+        CheckpointError: `source` is missing or is a run without an adapter, or as in `personal_adapter`.
+        ModelError: The adapter is invalid, or as in `personal_adapter` or `read_whole`.
     """
-    whole, run, client, note = None, None, None, ""
+    whole, run, note = None, None, ""
     if is_whole(source):
         (adapter, whole), config, labels = read_whole(source), None, []
     else:
-        run, client = client_of(source) or (_run_of(source), None)
+        own = client_of(source)
+        run, state = own.folder.parent if own else run_of(source), state or own
         config, adapter, labels = _read(run or source)
-        if run and client is not None:
-            adapter = personal_adapter(adapter, run, client)
+        if state:
+            adapter, note = personal_adapter(adapter, state)
         else:
             note = global_note(run, adapter.state, adapter.shifts)
     task = config.task if config else _task(adapter, source)
@@ -101,7 +103,7 @@ def read_origin(source: Path, *, trust_remote_code: bool = False) -> Origin:
         settings=settings,
         whole=whole,
         run=run,
-        client=client,
+        client=state.client if state else None,
         note=note,
     )
 
@@ -127,13 +129,6 @@ def prompt_template(config: Config | None) -> str | None:
     if config.data.source != "demo":
         return None
     return DEMO_PROMPT
-
-
-def _run_of(source: Path) -> Path | None:
-    """The run directory that `source` is or is in; None for a bare adapter folder."""
-    if source.name == "adapter" and (source.parent / "config.yaml").is_file():
-        return source.parent  # the run has more than its adapter: the prompt template, the labels' names
-    return source if (source / "config.yaml").is_file() else None
 
 
 def _read(source: Path) -> tuple[Config | None, StoredAdapter, list[str]]:

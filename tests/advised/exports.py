@@ -17,7 +17,6 @@ from tests.advised.rows import Place, command, error_of, follows
 from tests.advised.runs import one_round_run, setting_of
 from tests.export.test_huggingface import ASK as ASKS
 from tests.export.test_huggingface import CAUSAL, CLASSES, make_run
-from tests.export.test_personal import personal_run
 from tests.inference.serve.servers import tiny_model
 from tests.models.build import checkpoint, hub, llama_config
 
@@ -206,26 +205,6 @@ def _(place: Place) -> Iterator[str]:
     yield place.warned
     assert not export(place, run, "--to", "edge", "--quantize", "int8", "--calibrate", str(place.folder / "text.txt"))
     yield place.warned if "no test data" in place.warned else ""
-
-
-@follows("export a client's personal model with `fedtune export {}`")
-def _(place: Place) -> Iterator[str]:
-    run, _, _ = personal_run(place.folder)
-    assert not export(place, run)
-    output = place.warned
-    yield output
-    (line,) = re.findall(r"`(fedtune export .*?)`", output)
-    yield place.run(*line.split())
-
-
-@follows("it took no turn that trained a personal model; export the run itself, {}")
-def _(place: Place) -> Iterator[str]:
-    run, _, client = personal_run(place.folder)
-    for kept in client.rglob("*.safetensors"):
-        kept.unlink()
-    output = export(place, client)
-    yield output
-    yield export(place, Path(output.rpartition("the run itself, ")[2].strip()))
 
 
 @follows("is already an edge package: give the run or the model that it was made from")

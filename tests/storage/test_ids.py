@@ -11,7 +11,7 @@ from fedtune.config import ClientConfig, PrivacyConfig, from_dict
 from fedtune.data import load_federation
 from fedtune.errors import ConfigError, DataError
 from fedtune.experiment import simulate
-from fedtune.export.personal import client_of
+from fedtune.export.personal import ClientState, client_of
 from fedtune.runs.report import read_metrics
 from fedtune.storage.ids import file_name, flaw, is_run_name
 from tests.tiny import texts, tiny_config
@@ -70,7 +70,7 @@ def test_any_other_id_works_in_a_run_with_files_per_client(tmp_path: Path, capsy
     else:
         store = ClientStore(run / "clients", 1)
         assert store.clients() == sorted(ids)
-        assert {client_of(store.folder_of(c)) for c in ids} == {(run.resolve(), c) for c in ids}
+        assert {client_of(store.folder_of(c)) for c in ids} == {ClientState(run.resolve() / "clients", c) for c in ids}
 
 
 def test_a_run_name_that_is_not_a_folder_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
