@@ -24,8 +24,8 @@ from fedtune.strategies._mean import Mean
 class HierFAVG(Strategy):
     """Each round: w_e ← Σ n_k w_k / Σ n_k over the counted clients of edge e. Each `cloud_every` rounds: all w_e ← Σ n_e w_e / Σ n_e.
 
-    n_e is the sum of n_k over edge e's updates since the last cloud step, so `cloud_every=1` is FedAvg. The server simulates all edges. Between
-    cloud steps, its adapter is the mean that a cloud step would give. A client's edge follows from its id.
+    n_e is the sum of n_k over edge e's updates since the last cloud step, so `cloud_every=1` is FedAvg. The server simulates all edges.
+    Between cloud steps, its adapter is the mean that a cloud step would give. A client's edge follows from its id.
 
     Memory: `cloud/<tensor>`, the adapter of the last cloud step; `rounds`, the counted rounds since then; and for each edge with updates
     since then `edge/<e>/<tensor>` and `edge/<e>/examples`.
