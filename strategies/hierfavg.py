@@ -73,7 +73,7 @@ class HierFAVG(Strategy):
     def _model(self, edge: int, state: ServerState) -> AdapterState:
         """The adapter of the edge's last round, or else of the last cloud step."""
         source = f"edge/{edge}" if f"edge/{edge}/examples" in state.memory else "cloud"
-        return state.adapter.resource({n: state.memory[f"{source}/{n}"] for n in state.adapter.tensors})
+        return state.adapter.replace({n: state.memory[f"{source}/{n}"] for n in state.adapter.tensors})
 
 
 def _at_cloud(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
