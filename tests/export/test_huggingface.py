@@ -217,7 +217,7 @@ def test_a_folder_without_a_run_is_a_checkpoint_error(tmp_path: Path) -> None:
 # -- every method, and what was merged into the frozen weights ---------------------------------------------------------------------------
 
 
-MERGED = ["dora", "rslora", "ia3", "bitfit", "full"]
+MERGED = ["dora", "rslora", "ia3", "bitfit", "full", "ravan", "fedsb"]
 BESIDE = ["prompt", "prefix", "ptuning_v2", "adapter"]
 
 
