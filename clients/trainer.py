@@ -6,7 +6,7 @@ A turn creates only the optimizer: turns share the model, the adapter slot and t
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.clients.steps import batches, lr_at, steps_of
 from fedtune.clients.turns import Turn, Work, turn_of
 from fedtune.config import TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, matching
 from fedtune.contracts.task import task_of
 from fedtune.data import Example, collate
@@ -46,6 +47,7 @@ class TrainingResult:
         micro: Rows per micro-batch at the end of the turn.
         kept_layers: Layers that kept intermediate tensors at the end of the turn; None without a limit.
         out_of_memory: Number of out-of-memory errors.
+        moments: The optimizer's state after the last step, `<tensor>/<part>`; None unless the plan asks to keep it.
     """
 
     loss: float | None
@@ -57,6 +59,7 @@ class TrainingResult:
     micro: int = 0
     kept_layers: int | None = None
     out_of_memory: int = 0
+    moments: AdapterState | None = None
 
 
 def train(
@@ -67,6 +70,7 @@ def train(
     kept_layers: int | None = None,
     private: TurnPrivacy | None = None,
     secure_rng: bool = False,
+    moments: AdapterState | None = None,
 ) -> TrainingResult:
     """Train the adapter of `work` in place, according to its plan.
 
@@ -79,6 +83,7 @@ def train(
         private: Clipping and noise of DP-SGD: each step's gradient is the noisy sum of clipped gradients of a sample of the rows, and no
             loss is reported.
         secure_rng: Whether noise and samples come from the operating system's generator.
+        moments: The optimizer's state of the client's last turn, which this turn continues; None starts with a new state.
 
     Raises:
         UpdateError: The loss or the gradient is not finite; the message names the step.
@@ -98,6 +103,10 @@ def train(
         optimizer = torch.optim.AdamW(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
     else:  # without momentum, SGD's weight decay equals decoupled weight decay
         optimizer = torch.optim.SGD(params, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+    if moments is not None and (moments.spec.method, moments.spec.ranks) != (work.start.spec.method, work.start.spec.ranks):
+        moments = None  # of other tensors
+    if moments is not None:
+        _restore(optimizer, {n: p for n, p in live.parameters.items() if n in names}, moments)
     before = _mean_loss(live, examples, plan, task, pad_id) if "start_loss" in plan.measure else None
     torch.manual_seed(plan.seed)  # dropout draws from the global generator
     stream = batches(len(examples), plan.batch_size, plan.seed)
@@ -150,7 +159,24 @@ def train(
         micro=size,
         kept_layers=kept_layers,
         out_of_memory=out,
+        moments=_moments(optimizer, live, names, moments) if plan.keep_optimizer and optimizer.state else None,
     )
+
+
+def _restore(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor], moments: AdapterState) -> None:
+    """Continue with these moments; a tensor without moments starts with none."""
+    for name, parameter in trained.items():
+        if found := {n.rpartition("/")[2]: t for n, t in moments.tensors.items() if n.rpartition("/")[0] == name}:
+            optimizer.state[parameter] = {part: t.to(parameter.device, copy=True) for part, t in found.items()}
+
+
+def _moments(
+    optimizer: torch.optim.Optimizer, live: LiveAdapter | SparseSlot, names: set[str], earlier: AdapterState | None
+) -> AdapterState:
+    """The optimizer's state on the CPU, with the earlier moments of the tensors that this turn did not train."""
+    parts = {f"{n}/{part}": t for n in sorted(names) for part, t in optimizer.state.get(live.parameters[n], {}).items()}
+    own = {n: t.to("cpu", copy=True) for n, t in parts.items()}
+    return AdapterState({**(earlier.tensors if earlier else {}), **own}, live.spec)
 
 
 def _private(

@@ -273,7 +273,7 @@ def as_configured(name: str) -> Strategy:
 
 
 STRATEGIES = [(n, as_configured(n)) for n in choices("strategy")]
-TAKES = {"fedadagrad", "fedadam", "fedavg", "fedavgm", "fedprox", "fedyogi", "ffa"}
+TAKES = {"diloco", "fedadagrad", "fedadam", "fedavg", "fedavgm", "fedprox", "fedrot", "fedyogi", "ffa", "ravan"}
 
 
 def test_which_strategies_accept_late_updates() -> None:
