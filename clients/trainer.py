@@ -165,9 +165,10 @@ def train(
 
 def _restore(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor], moments: AdapterState) -> None:
     """Continue with these moments; a tensor without moments starts with none."""
-    for name, parameter in trained.items():
-        if found := {n.rpartition("/")[2]: t for n, t in moments.tensors.items() if n.rpartition("/")[0] == name}:
-            optimizer.state[parameter] = {part: t.to(parameter.device, copy=True) for part, t in found.items()}
+    for path, tensor in moments.tensors.items():
+        name, _, part = path.rpartition("/")
+        if name in trained:
+            optimizer.state[trained[name]][part] = tensor.to(trained[name].device, copy=True)
 
 
 def _moments(

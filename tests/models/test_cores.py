@@ -122,3 +122,5 @@ def test_a_state_of_another_backbone_is_refused() -> None:
     state = AdapterState({"q.core": torch.zeros(1, 4, 4)}, AdapterSpec(method="fedsb", basis="0"))
     with pytest.raises(ModelError, match=r"'q.core' \(1, 4, 4\) does not fit the backbone"):
         list(ravan.edits(state, {"q.weight": (3, 9)}))
+    with pytest.raises(ModelError, match="the adapter lacks the seed of its bases"):
+        list(ravan.edits(state.replace(basis=""), {"q.weight": (9, 9)}))

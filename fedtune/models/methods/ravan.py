@@ -130,6 +130,8 @@ def edits(state: "AdapterState", sizes: Mapping[str, tuple[int, ...]]) -> Iterat
         b, a = factors(module)
         return rows + b[:, first:last].T @ a
 
+    if not state.spec.basis:
+        raise ModelError("the adapter lacks the seed of its bases: the file is damaged")
     for name, core in state.tensors.items():
         module, kind = name.rpartition(".")[::2]
         size = sizes.get(f"{module}.weight", (0, 0))  # for a missing weight, the caller rejects the change below
