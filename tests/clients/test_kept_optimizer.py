@@ -98,6 +98,9 @@ def test_a_run_that_is_killed_and_resumed_keeps_every_byte(tmp_path: Path, batch
     assert store.clients() == ["c0", "c1", "c2", "c3"]
     kept = {f: f.read_bytes() for f in sorted(store.folder.rglob("round-*.safetensors"))}
     assert {f.stem for f in kept} == {"round-0001", "round-0002", "round-0003", "round-0004"}
+    for file in kept:  # two steps a round, all of them counted
+        steps = {float(x) for n, x in AdapterState.load(file).tensors.items() if n.endswith("/step")}
+        assert steps == {2.0 * int(file.stem[-4:])}
     end = (whole / "adapter" / "fedtune.safetensors").read_bytes()
     for round in (3, 4):  # as after a kill in round 3: later files of clients may exist
         (whole / "checkpoints" / f"round-{round:04d}").rename(tmp_path / f"{batched}-{round}")
