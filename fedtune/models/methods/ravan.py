@@ -56,10 +56,10 @@ def attach_cores(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig, h
         module: Any = model.get_submodule(name)
         out, into = (module.nf, module.nx) if hasattr(module, "nf") else (module.out_features, module.in_features)  # GPT-2's Conv1D
         rank, device = min(peft.core, out, into), module.weight.device
-        module.core = parameters[f"{name}.core"] = nn.Parameter(torch.empty(heads, rank, rank, device=device))
+        module.core = parameters[f"{name}.core"] = nn.Parameter(torch.empty(heads, rank, rank, device=device, dtype=torch.float32))
         if scaled:
-            module.core_scale = parameters[f"{name}.core_scale"] = nn.Parameter(torch.empty(heads, device=device))
-        for side, size in (("core_A", into), ("core_B", out)):
+            module.core_scale = parameters[f"{name}.core_scale"] = nn.Parameter(torch.empty(heads, device=device, dtype=torch.float32))
+        for side, size in (("core_A", into), ("core_B", out)):  # A and Bᵀ
             module.register_buffer(side, torch.zeros(heads * rank, size, dtype=model.dtype, device=device), persistent=False)
         module.register_forward_hook(partial(_add, switch))
         layers[name], width = (module, out, into), width + heads * rank
