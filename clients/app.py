@@ -166,7 +166,18 @@ def take_turn(host: ClientHost, todo: PreparedTurn) -> Message:
     if plan.privacy == "record" and todo.private is not None:
         host.ledger(plan.client).spend(plan.round, todo.private.cost, plan.privacy)
         gradients = todo.private
-    done = train(work, todo.turn, micro=micro, kept_layers=kept_layers, private=gradients, secure_rng=host.config.privacy.secure_rng)
+    store = host.storage.store.substore("optimizer")
+    done = train(
+        work,
+        todo.turn,
+        micro=micro,
+        kept_layers=kept_layers,
+        private=gradients,
+        secure_rng=host.config.privacy.secure_rng,
+        moments=store.read(plan.client, plan.round) if plan.keep_optimizer else None,
+    )
+    if done.moments is not None:
+        store.write(plan.client, plan.round, done.moments)
     return finish(host, todo, live.read(version=plan.base_version), done)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from fedtune.clients.meter import peak_mb, reset_peak
 from fedtune.clients.steps import batches, lr_at, optimizer_of, steps_of
 from fedtune.clients.turns import Loss, Turn, Work, turn_of
 from fedtune.config import TaskConfig
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, matching
 from fedtune.contracts.task import task_of
 from fedtune.data import Example, collate
@@ -48,6 +49,7 @@ class TrainingResult:
         kept_layers: Layers that kept intermediate tensors at the end of the turn; None without a limit.
         out_of_memory: Number of out-of-memory errors.
         memory: What the turn's `begin` returned.
+        moments: The optimizer's state after the last step, `<tensor>/<part>`; None unless the plan asks to keep it.
     """
 
     loss: float | None
@@ -60,6 +62,7 @@ class TrainingResult:
     kept_layers: int | None = None
     out_of_memory: int = 0
     memory: Any = None
+    moments: AdapterState | None = None
 
 
 def train(
@@ -70,6 +73,7 @@ def train(
     kept_layers: int | None = None,
     private: TurnPrivacy | None = None,
     secure_rng: bool = False,
+    moments: AdapterState | None = None,
 ) -> TrainingResult:
     """Train the adapter of `work` in place, according to its plan.
 
@@ -82,6 +86,7 @@ def train(
         private: Clipping and noise of DP-SGD: each step's gradient is the noisy sum of clipped gradients of a sample of the rows, and no
             loss is reported.
         secure_rng: Whether noise and samples come from the operating system's generator.
+        moments: The optimizer's state of the client's last turn, which this turn continues; None starts with a new state.
 
     Raises:
         UpdateError: The loss or the gradient is not finite; the message names the step.
@@ -98,6 +103,10 @@ def train(
         p.requires_grad_(name in names)
     memory = turn.begin(work)
     optimizer = optimizer_of(plan, params)
+    if moments is not None and (moments.spec.method, moments.spec.ranks) != (work.start.spec.method, work.start.spec.ranks):
+        moments = None  # of other tensors
+    if moments is not None:
+        _restore(optimizer, {n: p for n, p in live.parameters.items() if n in names}, moments)
     before = _mean_loss(live, examples, plan, task, pad_id) if "start_loss" in plan.measure else None
     torch.manual_seed(plan.seed)  # dropout draws from the global generator
     stream = batches(len(examples), plan.batch_size, plan.seed)
@@ -152,7 +161,25 @@ def train(
         kept_layers=rows.kept_layers,
         out_of_memory=rows.out_of_memory if noisy is None else noisy.out_of_memory,
         memory=memory,
+        moments=_moments(optimizer, live, names, moments) if plan.keep_optimizer and optimizer.state else None,
     )
+
+
+def _restore(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor], moments: AdapterState) -> None:
+    """Continue with these moments; a tensor without moments starts with none."""
+    for path, tensor in moments.tensors.items():
+        name, _, part = path.rpartition("/")
+        if name in trained:
+            optimizer.state[trained[name]][part] = tensor.to(trained[name].device, copy=True)
+
+
+def _moments(
+    optimizer: torch.optim.Optimizer, live: LiveAdapter | SparseSlot, names: set[str], earlier: AdapterState | None
+) -> AdapterState:
+    """The optimizer's state on the CPU, with the earlier moments of the tensors that this turn did not train."""
+    parts = {f"{n}/{part}": t for n in sorted(names) for part, t in optimizer.state.get(live.parameters[n], {}).items()}
+    own = {n: t.to("cpu", copy=True) for n, t in parts.items()}
+    return AdapterState({**(earlier.tensors if earlier else {}), **own}, live.spec)
 
 
 def _private(

@@ -20,7 +20,7 @@ from fedtune.strategies._lowrank import Cohort, compact, require_product, shift
 class FedEx(Strategy):
     """A_k (r, in), B_k (out, r)  →  the adapter Ā, B̄ and a shift by the residual; heads: weighted mean."""
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False, beyond_adapter=True)
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the method is not plain LoRA."""

@@ -93,7 +93,9 @@ class FedPepTAO(Strategy):
     momentum: float = 0.9
     variant: str = "scaled"
 
-    requirements: ClassVar[Requirements] = Requirements(keeps_basis=True, assumes_zero_init=False, extra_disclosure="scores of their rows")
+    requirements: ClassVar[Requirements] = Requirements(
+        keeps_basis=True, assumes_zero_init=False, beyond_adapter=True, extra_disclosure="scores of their rows"
+    )
 
     def check(self, config: Config) -> None:
         def refuse(wrong: bool, sentence: str) -> None:

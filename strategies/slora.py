@@ -63,7 +63,7 @@ class SLoRA(Strategy):
 
     # assumes_zero_init: the sparse stage drops the initial B
     requirements: ClassVar[Requirements] = Requirements(
-        keeps_basis=True, extra_disclosure="gradients of their rows and weights outside of peft.method"
+        keeps_basis=True, beyond_adapter=True, extra_disclosure="gradients of their rows and weights outside of peft.method"
     )
 
     def check(self, config: Config) -> None:

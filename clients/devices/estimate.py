@@ -57,6 +57,8 @@ class Shapes:
         rank: The largest rank of the config; 0 for a method without ranks.
         inputs: Sum of the input widths of the modules with LoRA factors.
         modules: Number of modules with LoRA factors.
+        bases: Entries of the frozen tensors that the method adds, in the compute dtype.
+        widths: Numbers per token that the method itself stores, besides LoRA's.
         checkpointing: Whether the forward pass stores only each layer's input (activation checkpointing).
         lean: Precisions in which the lean step trains the model.
         compute: Precision → compute dtype.
@@ -81,6 +83,8 @@ class Shapes:
     rank: int = 0
     inputs: int = 0
     modules: int = 0
+    bases: int = 0
+    widths: int = 0
     checkpointing: bool = False
     lean: frozenset[str] = frozenset()
     compute: Mapping[str, torch.dtype] = field(default_factory=dict)
@@ -110,7 +114,7 @@ def weights_bytes(shapes: Shapes, precision: str) -> int:
             total += -(-entries // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256)
         else:
             total += size * entries
-    return total + size * shapes.rest
+    return total + size * (shapes.rest + shapes.bases)
 
 
 def dequantized_bytes(shapes: Shapes, precision: str) -> int:
@@ -142,7 +146,7 @@ def kept_bytes(shapes: Shapes, precision: str, rows: int, width: int, counted: i
     attention = size * (4 * s.query)  # queries, keys, values and output of all heads
     feed = size * s.inner * (3 if s.gated else 4)
     factors = size * min(s.inputs, s.layers * (2 * s.hidden + s.inner))  # A stores its input once for all modules with the same input
-    small = size * s.modules * min(s.rank, s.hidden)
+    small = size * (s.modules * min(s.rank, s.hidden) + s.widths)
     layer = norms + attention + feed + scores + (factors + small) / max(1, s.layers)
     logits = 4 * s.logits * (rows if s.classifies else rows * counted)
     body = tokens * (size * s.hidden * s.layers + layer if s.checkpointing else s.layers * layer)
@@ -181,7 +185,7 @@ def memory_bytes(
 
 def flops(shapes: Shapes, tokens: float) -> float:
     """Operations of a forward and a backward pass over frozen weights: 4·P per token, 6·P with checkpointing."""
-    parameters = sum(out * width for out, width in shapes.linear.values())
+    parameters = sum(out * width for out, width in shapes.linear.values()) + shapes.bases
     return (6 if shapes.checkpointing else 4) * parameters * tokens
 
 
@@ -222,6 +226,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
             rest += parameter.numel()
     whole = frozenset(_whole(bare))
     bare.requires_grad_(False)
+    tables = sum(b.numel() * b.itemsize for b in bare.buffers())
     attached = attach(bare, config.peft, config.task)
     lean_in = frozenset[str]()  # PEFT's modules compute the gradients of single rows
     if config.client.lean == "auto" and config.privacy.kind != "record":
@@ -239,7 +244,7 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         whole=whole,
         rest=rest,
         heads=head,
-        tables=sum(b.numel() * b.itemsize for b in bare.buffers()),
+        tables=tables,
         layers=layers,
         hidden=hidden,
         inner=inner,
@@ -254,6 +259,8 @@ def shapes_of(config: Config, num_labels: int = 0) -> Shapes:
         rank=top,
         inputs=sum(linear[m][1] for m in attached.keeps_inputs if m in linear),
         modules=len(attached.ranks),
+        bases=attached.drawn,
+        widths=attached.keeps_width,
         checkpointing=config.model.checkpointing,
         lean=lean_in,
         compute=_dtypes(config),

@@ -136,8 +136,8 @@ def _split(args: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _open(text: str) -> str:
-    """Let `data.columns.label=x` and `peft.rank_pattern={q_proj: 4}` add keys: these mappings have no fixed keys."""
-    open_keys = ("data.columns", "peft.rank_pattern")
+    """Let `data.columns.label=x`, `peft.rank_pattern={q_proj: 4}` and `strategy.settings.mu=1` add keys: these have no fixed keys."""
+    open_keys = ("data.columns", "peft.rank_pattern", "strategy.settings")
     return f"++{text}" if text.startswith(tuple(f"{key}{end}" for key in open_keys for end in ".=")) else text
 
 

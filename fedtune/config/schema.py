@@ -126,10 +126,12 @@ class PeftConfig:
         "default", "lora, rslora: initialization of A and B: default is B = 0; loftq compensates the error of model.precision=nf4 or int8",
         choices=("default", "loftq"),
     )  # fmt: skip
-    targets: Any = opt("all-linear", "LoRA family and ia3: module names to adapt: all-linear, one name, or a list")
+    targets: Any = opt("all-linear", "LoRA family, ravan, fedsb and ia3: module names to adapt: all-linear, one name, or a list")
     target_parameters: list[str] = opt(
         [], "lora, rslora: stacked weights of experts to adapt too, by name or its last parts, such as experts.down_proj"
     )
+    heads: int = opt(4, "ravan: heads of each layer, with a trained core each", ge=1)
+    core: int = opt(32, "ravan, fedsb: rows of a trained core; a smaller layer has cores of its own size", ge=1)
     bottleneck: int = opt(16, "adapter: width of the bottleneck", ge=1)
     placement: str = opt(
         "pfeiffer", "adapter: after the feed-forward block (pfeiffer), or after attention too (houlsby)", choices=("pfeiffer", "houlsby")
@@ -144,7 +146,7 @@ class ClientConfig:
     epochs: float | None = opt(1.0, "passes over the client's rows per round", gt=0)
     batch_size: int = opt(16, "examples per micro-batch", ge=1)
     accumulate: int = opt(1, "micro-batches per optimizer step", ge=1)
-    optimizer: str = opt("adamw", "local optimizer, with fresh state each round", choices=("adamw", "sgd"))
+    optimizer: str = opt("adamw", "local optimizer, with fresh state each round (except in strategy=diloco)", choices=("adamw", "sgd"))
     lora_lr: float = opt(1e-3, "peak learning rate suited to LoRA on this backbone and task", gt=0)
     lr: float = opt(1e-3, "peak learning rate; if not set, client.lora_lr times peft.lr_ratio", gt=0)
     lr_end: float = opt(0.1, "final learning rate as a share of the peak", ge=0, le=1)

@@ -56,6 +56,7 @@ class AdapterSpec:
         ranks: LoRA module → its rank r.
         scaling: LoRA module → its factor s, such as alpha / r.
         mask: Method `sparse`: the seed (text) of the positions, for `random_mask`; "" if the positions are tensors of the state.
+        basis: The seed (text) of the frozen tensors that the method draws and the state lacks, such as RAVAN's bases; "" if it has none.
     """
 
     method: str
@@ -64,9 +65,12 @@ class AdapterSpec:
     ranks: Mapping[str, int] = field(default_factory=dict)
     scaling: Mapping[str, float] = field(default_factory=dict)
     mask: str = ""
+    basis: str = ""
 
     def to_json(self) -> str:
-        return json.dumps({**dataclasses.asdict(self), "ranks": dict(self.ranks), "scaling": dict(self.scaling)}, sort_keys=True)
+        """All fields; an empty basis is omitted."""
+        out = {**dataclasses.asdict(self), "ranks": dict(self.ranks), "scaling": dict(self.scaling)}
+        return json.dumps({n: v for n, v in out.items() if n != "basis" or v}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterSpec":

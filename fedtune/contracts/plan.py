@@ -61,7 +61,8 @@ class Plan:
         epochs: Passes over the client's rows.
         batch_size: Examples per micro-batch.
         accumulate: Micro-batches per optimizer step.
-        optimizer: Local optimizer, reset each round: AdamW or plain SGD.
+        optimizer: Local optimizer: AdamW or plain SGD.
+        keep_optimizer: Whether the client continues the optimizer's state of its last turn; else each turn starts with a new state.
         lr: Learning rate of the first step.
         lr_last: Learning rate of the last step; linear in between. The server sets the schedule over rounds.
         weight_decay: Decoupled weight decay (both optimizers).
@@ -92,6 +93,7 @@ class Plan:
     batch_size: int = 16
     accumulate: int = 1
     optimizer: str = "adamw"
+    keep_optimizer: bool = False
     lr: float = 1e-3
     lr_last: float = 1e-3
     weight_decay: float = 0.0

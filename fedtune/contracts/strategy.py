@@ -41,6 +41,7 @@ class Assignment:
         extra: Further tensors that the plan's turn needs, named like the adapter's, such as SCAFFOLD's c − c_k.
         expect: Names and shapes of the reply if it contains measurements instead of trained tensors; else None.
         may_prune: Whether the reply may have lower ranks than `adapter`.
+        recombines: Whether the turn multiplies or rotates trained tensors, so that an entry may move further than the optimizer's steps.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class Assignment:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     expect: AdapterState | None = None
     may_prune: bool = False
+    recombines: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,8 @@ class Requirements:
             frozen weights.
         averages_entries: Combines tensors entry by entry, whatever the entries mean. The factors of stacked experts
             (`peft.target_parameters`) need it, because their product is not s·B·A.
+        beyond_adapter: A round can change more than the values of the adapter's tensors: it adds shifts to the frozen weights, or begins
+            another stage. An outer optimizer (DiLoCo) cannot wrap such a strategy.
         extra_disclosure: What clients report besides trained tensors, such as exact losses; not covered by differential privacy.
     """
 
@@ -75,6 +79,7 @@ class Requirements:
     accepts_stale: bool = False
     assumes_zero_init: bool = True
     averages_entries: bool = False
+    beyond_adapter: bool = False
     extra_disclosure: str = ""
 
 

@@ -65,7 +65,9 @@ class LiveAdapter:
         self.parameters: Mapping[str, nn.Parameter] = MappingProxyType(dict(attached.parameters))
         self.names: Mapping[str, str] = MappingProxyType(dict(attached.names))
         self.origin: Mapping[str, Tensor] = attached.origin
-        self.spec = _spec(attached, peft, backbone.fingerprint)
+        self.spec = _spec(attached, peft, backbone.fingerprint, seed=0)
+        if attached.draw is not None:
+            attached.draw(self.spec.basis)
         self._origins = [attached.origin[n] for n in self.parameters if n in attached.origin]
         self._relative: list[Tensor] = [p for n, p in self.parameters.items() if n in attached.origin]
         self._layers = {m: self.model.get_submodule(self.names[f"{m}.lora_A"].split(".lora_A.")[0]) for m in attached.ranks}
@@ -96,6 +98,9 @@ class LiveAdapter:
             for module, layer in self._layers.items():
                 layer.scaling["default"] = spec.scaling[module]
             self.spec = dataclasses.replace(self.spec, ranks=dict(spec.ranks), scaling=dict(spec.scaling))
+        if self._attached.draw is not None and spec.basis != self.spec.basis:
+            self._attached.draw(spec.basis)
+            self.spec = dataclasses.replace(self.spec, basis=spec.basis)
 
     def read(self, version: int) -> AdapterState:
         """A copy of the live tensors on the CPU, with this version number and the ranks and scaling of the loaded state."""
@@ -138,6 +143,8 @@ class LiveAdapter:
             raise ModelError(f"the adapter lacks '{missing[0]}' ({len(missing)} such) of the model: see peft.targets and the task")
         if surplus := [n for n in state.tensors if n not in self.parameters]:
             raise ModelError(f"the adapter has '{surplus[0]}' ({len(surplus)} such), unknown to the model: see peft.targets and the task")
+        if bool(theirs.basis) != (self._attached.draw is not None):
+            raise ModelError(f"the adapter's basis is '{theirs.basis}', which does not fit peft.method={mine.method}: the state is damaged")
         for module, largest in self._attached.ranks.items():
             if not 1 <= theirs.ranks.get(module, 0) <= largest:
                 rank = theirs.ranks.get(module, "missing")
@@ -182,7 +189,7 @@ def initial_adapter(model: ModelConfig, task: TaskConfig, peft: PeftConfig, *, n
         else:
             generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
             tensors[name] = how.initial(name, shape, peft, generator, std)
-    state = AdapterState(tensors, _spec(attached, peft, ""))
+    state = AdapterState(tensors, _spec(attached, peft, "", seed))
     if peft.init == "default":
         return state
     from fedtune.models.loftq import make_up  # imported late, because it needs bitsandbytes
@@ -199,8 +206,9 @@ def _report_untrained(share: float, name: str) -> None:
         )  # fmt: skip
 
 
-def _spec(attached: Attached, peft: PeftConfig, base: str) -> AdapterSpec:
-    return AdapterSpec(method=peft.method, base=base, ranks=dict(attached.ranks), scaling=dict(attached.scaling))
+def _spec(attached: Attached, peft: PeftConfig, base: str, seed: int) -> AdapterSpec:
+    basis = "" if attached.draw is None else str(seed)
+    return AdapterSpec(method=peft.method, base=base, ranks=dict(attached.ranks), scaling=dict(attached.scaling), basis=basis)
 
 
 def _stored_head(folder: Path, heads: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

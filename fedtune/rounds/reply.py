@@ -59,6 +59,8 @@ def _read_update(content: RecordDict, assignment: Assignment, examples: int | No
     want = expected.spec
     if (got.method, got.base) != (want.method, want.base):
         raise UpdateMismatch(f"the update is {got.method} on backbone {got.base[:12]}, wanted {want.method} on {want.base[:12]}")
+    if got.basis != want.basis:
+        raise UpdateMismatch("the update's basis differs from that of the adapter that the server sent")
     if dict(got.ranks) != dict(want.ranks) or dict(got.scaling) != dict(want.scaling):
         raise UpdateMismatch("the update's ranks or scaling differ from those of the adapter that the server sent")
     if plan.codec:  # everything after this sees decoded tensors
@@ -110,6 +112,9 @@ def _check_reach(update: Update, assignment: Assignment) -> None:
     AdamW moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr per step, for any gradient (Kingma & Ba 2015, arXiv:1412.6980, §2.1),
     plus lr·decay times the entry. SGD has a bound only with gradient clipping: lr·clip per step, over all tensors and including the turn's
     added gradients. Steps do not bound privacy noise and error feedback, so an update with either is not checked.
+
+    A turn that recombines has a bound for the tensor w of n entries, not for each entry, where m is the bound of an entry: a rotation moves
+    w by at most 2·‖w‖ + √n·m, a product with a scale 1 ± m by at most m·‖w‖ + √n·m·(1 + m).
     """
     plan, start = assignment.plan, assignment.adapter
     if assignment.expect is not None or plan.privacy == "user" or (plan.codec and Codec.from_name(plan.codec).feedback):
@@ -125,6 +130,8 @@ def _check_reach(update: Update, assignment: Assignment) -> None:
         moved = (tensor.float() - before).abs().max().item() if tensor.numel() else 0.0
         most = reach * (_ADAMW if plan.optimizer == "adamw" else float(plan.clip_norm or 0.0))
         limit = _SLACK * grown * (most + plan.weight_decay * reach * before.abs().max().item()) if tensor.numel() else 0.0
+        if assignment.recombines:
+            limit = (2.0 + limit) * before.norm().item() + math.sqrt(tensor.numel()) * limit * (1.0 + limit)
         if moved > limit + _ROUNDING * (1.0 + before.abs().max().item() if tensor.numel() else 0.0):
             raise UpdateError(
                 f"the update moves an entry of '{name}' by {moved:.3g}, but {update.measurements['steps']:g} steps of the plan move it by"

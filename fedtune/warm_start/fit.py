@@ -14,7 +14,8 @@ from fedtune.models.combined import stack
 from fedtune.models.methods import method
 from fedtune.warm_start.source import Source
 
-_SHAPES = ("targets", "bottleneck", "placement", "tokens")  # settings of peft that names and shapes depend on, besides the rank
+# settings of peft that names and shapes depend on, besides the rank
+_SHAPES = ("targets", "heads", "core", "bottleneck", "placement", "tokens")
 _A, _B = ".lora_A", ".lora_B"
 
 
@@ -137,7 +138,7 @@ def _continued(source: Source, earlier: AdapterState, drawn: AdapterState, confi
         else:
             growth = earlier.spec.scaling[module] / drawn.spec.scaling[module]
             tensors[name] = torch.cat([value if growth == 1 else value * growth, torch.zeros_like(like[:, rank:])], 1)
-    return drawn.replace(tensors, version=0)
+    return drawn.replace(tensors, version=0, basis=earlier.spec.basis)
 
 
 def _with_head(earlier: AdapterState, drawn: AdapterState) -> AdapterState:

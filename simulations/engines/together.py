@@ -89,9 +89,11 @@ class Together:
             except Exception as bad:  # as in the ClientApp: report the error, continue the round
                 replies.append(decline_reply(message, bad))
                 continue
-            alone = ready.turn.batched is None
-            if alone:
+            alone = ready.turn.batched is None or ready.plan.keep_optimizer
+            if ready.turn.batched is None:
                 self._report(f"clients run the turn '{ready.plan.turn}' one at a time: it has no batched form")
+            elif alone:
+                self._report("clients train one at a time: they continue their own optimizer's state")
             if not todo and (alone or self._way_of(ready.loaded_model) is None):
                 return [*replies, self._one(ready)]
             if not todo or _kind(ready) == _kind(todo[0]):

@@ -322,6 +322,8 @@ setting("computes slopes of the loss", EVEN, "strategy=fwdllm", "privacy=record"
 one_of("strategy.variant={} is not known: choose covered or paper", "strategy.variant", "strategy=hetlora", after="choose ")
 setting("ends its sparse stage with round {}, but rounds={}: set more rounds", EVEN, "strategy=slora", "strategy.sparse_share=0.5",
         "strategy.mask=gradient", "rounds=1", given=["rounds=2"])  # fmt: skip
+setting("strategy=ravan averages scaled cores, which peft.method={} does not have", EVEN, "strategy=ravan")
+setting("strategy.inner={} {}, so the momentum of earlier rounds means nothing", EVEN, "strategy=diloco", "strategy.inner=flora")
 setting("and quantized weights cannot be trained: set {}=bf16", EVEN, "strategy=slora", "model.precision=nf4")
 
 

@@ -36,23 +36,27 @@ from tests.quick import quick
 
 STRATEGIES, TASKS = choices("strategy"), ("causal_lm", "classification")
 BACKBONES = {"causal_lm": "qwen2", "classification": "bert"}  # Qwen2 has biases, which Llama has not
-FACTORS_ONLY = ("feddat", "feddpa", "fedex", "fedsa", "fedsvd", "ffa", "flexlora", "flora", "hetlora", "lora_fair", "rolora", "slora")
+FACTORS_ONLY = (
+    "feddat", "feddpa", "fedex", "fedrot", "fedsa", "fedsvd", "ffa", "flexlora", "flora", "hetlora", "lora_fair", "rolora", "slora",
+)  # fmt: skip
 SGD: dict[str, dict[str, Any]] = dict.fromkeys(("fedkseed", "fedmezo", "fednova", "scaffold"), {"optimizer": "sgd", "clip_norm": None})
 SENTENCES = {  # strategy, method or task that refuses a cell → part of its error
     **{(s, m): f"{s}" for s in FACTORS_ONLY for m in METHODS if m not in ("lora", "rslora")},
     **{("fedpeptao", m): "set peft=ptuning_v2" for m in METHODS if m != "ptuning_v2"},
+    **{("ravan", m): "set peft=ravan" for m in METHODS if m != "ravan"},
     ("prefix", "classification"): "prefix",
     **{(s, m): "selects every tensor|prefix" for s in ("fedper", "fedrep") for m in ("prompt", "prefix")},
 }
-ALLOWED = {("flexlora", "dora"), ("fedsvd", "dora"), ("lora_fair", "dora")}
+ALLOWED = {("flexlora", "dora"), ("fedrot", "dora"), ("fedsvd", "dora"), ("lora_fair", "dora")}
 UP = {  # suffixes of the tensors that a client sends in a round; it always sends the head
     "fedsa": lambda round: ("lora_A",),
     "ffa": lambda round: ("lora_B", "head"),
     "fedsvd": lambda round: ("lora_B", "lora_magnitude", "head"),
+    "ravan": lambda round: ("core", "head"),
     "rolora": lambda round: ("lora_B", "head") if round % 2 else ("lora_A", "head"),
     "slora": lambda round: ("sparse", "head") if round == 1 else ("lora_A", "lora_B", "head"),
 }
-DOWN = {"fedsa": ("lora_A",), "ffa": ("lora_B", "head"), "slora": ("sparse", "head")}
+DOWN = {"fedsa": ("lora_A",), "ffa": ("lora_B", "head"), "ravan": ("core", "head"), "slora": ("sparse", "head")}
 CLIENTS: dict[str, int] = {"bulyan": 7, "fedtrimmedavg": 7, "krum": 7, "multikrum": 7}  # robust rules need 7; the others have 3
 
 
@@ -100,7 +104,7 @@ def experiment(files: Path, out: Path, strategy: str, method: str, task: str) ->
         data=DataConfig(source="local", path=str(files / f"{clients}.jsonl"), test_path=str(files / "test.jsonl"), held_out=0.25),
         partition=PartitionConfig(kind="natural"),
         task=TaskConfig(kind=task, max_length=16, stride_texts=False),
-        peft=dataclasses.replace(chosen_by(f"peft={method}").peft, rank=2, alpha=4.0, tokens=3, bottleneck=3),
+        peft=dataclasses.replace(chosen_by(f"peft={method}").peft, rank=2, alpha=4.0, core=3, tokens=3, bottleneck=3),
         strategy=named,
         client=ClientConfig(steps=2, epochs=None, batch_size=4, lr=1e-2, schedule="constant", **SGD.get(strategy, {})),
         engine=EngineConfig(threads=1, batched="none"),
@@ -162,7 +166,7 @@ def check_aggregation(strategy: Any) -> Any:
 
 def kind(name: str) -> str:
     last = name.rpartition(".")[2]
-    return last if last in ("lora_A", "lora_B", "lora_magnitude", "sparse", "prompt") else "head"
+    return last if last in ("lora_A", "lora_B", "lora_magnitude", "sparse", "prompt", "core", "core_scale") else "head"
 
 
 def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, method: str, task: str) -> None:
@@ -220,6 +224,9 @@ def payload(heard: Listener, run: Path, strategy: str) -> None:
 
 
 QUICK = [
+    ("ravan", "ravan", "classification"),
+    ("diloco", "fedsb", "causal_lm"),
+    ("fedrot", "lora", "causal_lm"),
     *((s, "ptuning_v2" if s == "fedpeptao" else "lora", "causal_lm") for s in ("fedsa", "flora", "rolora", "slora", "fedpeptao")),
     *(("fedavg", m, "classification") for m in ("prompt", "prefix")),
 ]

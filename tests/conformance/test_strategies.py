@@ -36,6 +36,7 @@ SERVER_STEPS = {  # strategy → why the new state is not the mean of the update
     "fedyogi": "normalized steps",
     "fedadagrad": "normalized steps",
     "qfedavg": "steps by the clients' losses",
+    "diloco": "steps with Nesterov momentum",
 }
 NOT_ALONE = {  # rules that need several clients
     "krum": "tolerates malicious clients among several",
@@ -43,9 +44,11 @@ NOT_ALONE = {  # rules that need several clients
     "bulyan": "tolerates malicious clients among several",
     "fedtrimmedavg": "trims the ends of several",
 }
-NEEDS = {name: ["client.optimizer=sgd", "client.clip_norm=null"] for name in ("scaffold", "fednova")} | {
-    name: ["min_clients=7"] for name in ("krum", "multikrum", "bulyan", "fedtrimmedavg")
-}
+NEEDS = (
+    {"ravan": ["peft=ravan"]}
+    | {name: ["client.optimizer=sgd", "client.clip_norm=null"] for name in ("scaffold", "fednova")}
+    | {name: ["min_clients=7"] for name in ("krum", "multikrum", "bulyan", "fedtrimmedavg")}
+)
 START = lora_state()
 NEEDS_ZERO = {"feddat", "feddpa", "fedper", "fedrep", "fedsa", "hetlora", "slora"}  # a product B·A = 0 before round 1
 KEEP_TENSORS = {"fedper", "fedrep", "fedsa"}  # clients keep tensors, which the server never gets
@@ -258,6 +261,8 @@ def test_no_setting_exceeds_the_range_of_its_formula() -> None:
         "fedyogi": {"beta_1": 1.0, "beta_2": 1.0, "lr": 0.0, "tau": 0.0},
         "fedadagrad": {"lr": 0.0, "tau": 0.0},
         "fedavgm": {"momentum": 1.0, "lr": 0.0},
+        "diloco": {"momentum": 1.0, "lr": 0.0},
+        "fedrot": {"share": 1.001},
         "fedtrimmedavg": {"beta": 0.5},
         "multikrum": {"select": 0},
         "hetlora": {"tail_share": 1.0},

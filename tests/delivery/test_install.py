@@ -266,7 +266,7 @@ def live_answer(device: Device, adapter: AdapterState, shifts: list[AdapterState
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3", "full", "adapter", "prompt", "prefix", "ptuning_v2"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3", "full", "ravan", "fedsb", "adapter", "prompt", "prefix", "ptuning_v2"])
 def test_each_method_s_model_answers_as_the_training_side_does(tmp_path: Path, method: str) -> None:
     device = Device(tmp_path, {"peft": PeftConfig(method=method, rank=2, tokens=3, bottleneck=3)}, package="stored")
     adapter = add_noise(device.initial, 1)

@@ -78,7 +78,7 @@ def test_a_strategy_on_means_gets_only_the_mean(name: str) -> None:
 def test_a_strategy_that_needs_each_update_is_not_marked() -> None:
     assert {n for n, s in ALL.items() if s.requirements.needs_only_mean} == {
         "APFL", "Ditto", "FedAvg", "FedDAT", "FedDPA", "FedPer", "FedRep", "PFedMe", "FedMeZO", "FedProx",
-        "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FFA", "RoLoRA", "FedSA", "FedSVD", "FwdLLM"
+        "FedAvgM", "DiLoCo", "FedRot", "RAVAN", "FedAdam", "FedYogi", "FedAdagrad", "FFA", "RoLoRA", "FedSA", "FedSVD", "FwdLLM"
     }  # fmt: skip
     median, state = FedMedian(), ServerState(adapter=lora_state(fill=0.0))
     sent = [lora_state(fill=float(k)) for k in (1, 2, 6)]  # median 2, mean 3

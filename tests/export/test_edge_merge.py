@@ -21,7 +21,7 @@ from tests.inference.packages import AWKWARD, engine_logits, open_model, save, t
 from tests.models.build import checkpoint, hub, llama_config, token_ids
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3", "full"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3", "full", "ravan", "fedsb"])
 def test_every_tensor_equals_that_of_a_merge_in_memory(tmp_path: Path, method: str) -> None:
     run, _ = make_run(tmp_path / "run", hub(checkpoint(tmp_path / "m")), CAUSAL, method=method)
     whole = open_model(in_memory(run, run / "merged")).state_dict()

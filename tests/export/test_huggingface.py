@@ -217,7 +217,7 @@ def test_a_folder_without_a_run_is_a_checkpoint_error(tmp_path: Path) -> None:
 # -- all methods, and shifts of the frozen weights ---------------------------------------------------------------------------------------
 
 
-MERGED = ["dora", "rslora", "ia3", "bitfit", "full"]
+MERGED = ["dora", "rslora", "ia3", "bitfit", "full", "ravan", "fedsb"]
 BESIDE = ["prompt", "prefix", "ptuning_v2", "adapter"]
 
 

@@ -28,7 +28,7 @@ from tests.export.test_huggingface import ASK, CAUSAL, CLASSES, make_run
 from tests.models.build import CONFIGS, ENCODERS, checkpoint, hub, llama_config
 from tests.quick import quick
 
-METHODS = ("lora", "rslora", "dora", "ia3", "bitfit", "full", "prompt")
+METHODS = ("lora", "rslora", "dora", "ia3", "bitfit", "full", "prompt", "ravan", "fedsb")
 KINDS = (*CONFIGS, "gpt_neox")
 
 

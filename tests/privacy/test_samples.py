@@ -83,10 +83,10 @@ def largest_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 CASES = [
     *((m, "llama", LM, "hooked") for m in ("lora", "rslora", "prefix")),
-    *((m, "llama", LM, "mapped") for m in ("dora", "ia3", "prompt", "adapter", "ptuning_v2", "full")),
+    *((m, "llama", LM, "mapped") for m in ("dora", "ia3", "prompt", "adapter", "ptuning_v2", "full", "ravan", "fedsb")),
     ("lora", "gpt2", LM, "hooked"),
     ("lora", "opt", CLASSES, "mapped"),  # its feed-forward layers flatten all rows into one
-    *((m, "roberta", CLASSES, "mapped") for m in ("dora", "ia3", "prompt", "adapter", "ptuning_v2", "full")),
+    *((m, "roberta", CLASSES, "mapped") for m in ("dora", "ia3", "prompt", "adapter", "ptuning_v2", "full", "ravan", "fedsb")),
     *((m, "roberta", CLASSES, "hooked") for m in ("lora", "rslora", "bitfit")),
     ("prefix", "llama", CLASSES, None),  # encoders take no past keys and values
     ("bitfit", "qwen2", LM, None),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
+from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.plan import Plan, Update
 from fedtune.contracts.strategy import Assignment
 from fedtune.errors import UpdateError, UpdateMismatch
@@ -41,6 +42,22 @@ def test_an_update_farther_than_its_steps_allow_is_refused(moved: float, plan: d
     else:
         with pytest.raises(UpdateError, match=sentence):
             reply._check_reach(update, assignment)
+
+
+@pytest.mark.parametrize(("moved", "accepted"), [(0.5, True), (1.0, False)])
+def test_a_turn_that_recombines_has_a_bound_for_each_tensor(moved: float, accepted: bool) -> None:
+    """Three steps move an entry by 1.5 · 0.0949 = 0.142; q.lora_B, (3, 2), then by at most √6 · 0.142 · 1.142 = 0.398 without a norm."""
+    start = lora_state(fill=0.0).replace({n: torch.full_like(t, 0.1) for n, t in lora_state(fill=0.0).tensors.items()})
+    plan = Plan(round=1, client="a", base_version=0, steps=3, epochs=None, lr=0.01, lr_last=0.01)
+    sent = start.replace({n: t + moved if n == "q.lora_B" else t for n, t in start.tensors.items()})
+    update = Update(client="a", round=1, base_version=0, adapter=sent, examples=1, measurements={"steps": 3, "lr_sum": 0.03})
+    for recombines in (False, True):
+        assignment = Assignment(plan=plan, adapter=start, recombines=recombines)
+        if recombines and accepted:
+            reply._check_reach(update, assignment)
+        else:
+            with pytest.raises(UpdateError, match="moves an entry of 'q.lora_B'"):
+                reply._check_reach(update, assignment)
 
 
 def test_adamw_stays_within_the_bound_for_worst_case_gradients() -> None:
@@ -88,6 +105,20 @@ def test_a_client_may_prune_ranks_only_if_the_assignment_allows_it() -> None:
         else:
             with pytest.raises(UpdateMismatch, match="ranks or scaling differ"):
                 read_update(reply, Assignment(plan=plan, adapter=sent))
+
+
+def test_an_update_on_other_bases_is_refused() -> None:
+    sent = AdapterState({"q.core": torch.zeros(1, 2, 2)}, AdapterSpec(method="fedsb", basis="1"))
+    plan = Plan(round=1, client="a", base_version=0, steps=3)
+    update = Update(client="a", round=1, base_version=0, adapter=sent, examples=1, measurements={"steps": 3, "lr_sum": 0.003})
+    for basis in ("1", "2", ""):
+        record = ConfigRecord({"json": update.to_json(), "spec": sent.replace(basis=basis).spec.to_json()})
+        content = RecordDict({"adapter": sent.to_arrays(), "update": record})
+        if basis == "1":
+            assert read_update(content, Assignment(plan=plan, adapter=sent)).adapter.spec == sent.spec
+        else:
+            with pytest.raises(UpdateMismatch, match="the update's basis differs from that of the adapter that the server sent"):
+                read_update(content, Assignment(plan=plan, adapter=sent))
 
 
 def test_a_client_s_metrics_are_limited_in_number_and_name_length() -> None:

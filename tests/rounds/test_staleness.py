@@ -275,6 +275,7 @@ def as_configured(name: str) -> Strategy:
 STRATEGIES = [(n, as_configured(n)) for n in choices("strategy")]
 TAKES = {
     "apfl",
+    "diloco",
     "ditto",
     "fedadagrad",
     "fedadam",
@@ -284,9 +285,11 @@ TAKES = {
     "feddpa",
     "fedmezo",
     "fedprox",
+    "fedrot",
     "fedyogi",
     "ffa",
     "fwdllm",
+    "ravan",
 }
 
 

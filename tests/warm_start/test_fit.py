@@ -49,6 +49,15 @@ def test_the_same_settings_continue_the_same_tensors() -> None:
     assert start.adapter.spec == drawn.spec and start.about == {"from": "X", "sha256": "0" * 64, "round": 7, "merged": False}
 
 
+def test_cores_continue_between_their_own_bases() -> None:
+    """Of a run with another seed, which would draw other bases."""
+    earlier, drawn = (
+        AdapterState({"q.core": torch.full((1, 2, 2), v)}, AdapterSpec(method="fedsb", basis=b)) for v, b in ((3.0, "1"), (0.0, "2"))
+    )
+    start = begin(earlier, drawn)
+    assert start.adapter.spec.basis == "1" and torch.equal(start.adapter["q.core"], earlier["q.core"])
+
+
 @pytest.mark.parametrize(("rank", "alpha", "method"), [(3, 4.0, "lora"), (2, 3.0, "lora"), (4, 8.0, "rslora")])
 def test_a_larger_rank_and_another_scaling_leave_the_product(rank: int, alpha: float, method: str) -> None:
     earlier, drawn = lora(2, 4.0, 1), lora(rank, alpha, 2, zero=True, method=method)

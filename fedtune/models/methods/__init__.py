@@ -46,6 +46,10 @@ class Attached:
         ranks: LoRA family: module → rank.
         scaling: LoRA family: module → factor s.
         keeps_inputs: Modules of the backbone whose inputs a training step stores for the backward pass; for memory estimates.
+        keeps_width: Numbers per token that the method itself stores for the backward pass, besides LoRA's; for memory estimates.
+        draw: Fills the frozen tensors that the method adds to the model, its buffers, from a seed (`AdapterSpec.basis`). They are not part
+            of the state, so they are never sent. None for a method without such tensors.
+        drawn: Entries of these tensors.
     """
 
     model: "nn.Module"
@@ -57,6 +61,9 @@ class Attached:
     ranks: Mapping[str, int] = field(default_factory=dict)
     scaling: Mapping[str, float] = field(default_factory=dict)
     keeps_inputs: Iterable[str] = ()
+    keeps_width: int = 0
+    draw: Callable[[str], None] | None = None
+    drawn: int = 0
 
 
 # Rows [first, last) of a tensor, float64 → the edited rows. Rows of a linear layer's weight are outputs, even if it is stored as (in, out)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedtune.clients.devices import probe
-from fedtune.clients.devices.estimate import kept_bytes, shapes_of, weights_bytes
+from fedtune.clients.devices.estimate import flops, kept_bytes, shapes_of, weights_bytes
 from fedtune.config import Config, ModelConfig, PeftConfig, TaskConfig
 from fedtune.contracts.task import IGNORED
 from fedtune.errors import ModelError
@@ -55,6 +55,24 @@ def test_the_estimate_of_quantized_backbones_is_within_a_factor_of_two(tmp_path:
         check(model, LM, PeftConfig(rank=3))
     except ModelError as bad:
         pytest.skip(str(bad))
+
+
+@pytest.mark.parametrize(("method", "core"), [("ravan", 4), ("fedsb", 7)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_estimate_includes_frozen_bases(tmp_path: Path, method: str, core: int, precision: str) -> None:
+    model = hub(checkpoint(tmp_path / "model"), precision=precision)
+    peft = PeftConfig(method=method, heads=3, core=core)
+    check(model, LM, peft)
+    shapes = shapes_of(Config(model=model, task=LM, peft=peft))
+    rows = {"ravan": 3 * core, "fedsb": core}[method]  # of A and of Bᵀ
+    assert shapes.bases == sum(rows * (out + into) for out, into in shapes.linear.values()) and shapes.widths == rows * len(shapes.linear)
+    bare = dataclasses.replace(shapes, bases=0, widths=0)
+    assert weights_bytes(shapes, precision) - weights_bytes(bare, precision) == shapes.bases * {"fp32": 4, "bf16": 2}[precision]
+    assert flops(shapes, 7.0) - flops(bare, 7.0) == 4 * shapes.bases * 7
+    assert (
+        kept_bytes(shapes, precision, 2, 9, 5) - kept_bytes(bare, precision, 2, 9, 5)
+        == 18 * shapes.widths * {"fp32": 4, "bf16": 2}[precision]
+    )
 
 
 @pytest.mark.parametrize("method", ["prompt", "ia3", "bitfit", "adapter"])

@@ -179,12 +179,12 @@ def test_a_run_ends_with_the_sequential_adapter(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", quick(["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full"], "dora"))
+@pytest.mark.parametrize("method", quick(["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full", "ravan", "fedsb"], "dora"))
 def test_a_run_of_any_method_ends_with_the_sequential_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = tiny_config(tmp_path, rows=ragged_rows(), peft=PeftConfig(method=method, rank=2, tokens=3, bottleneck=4))
+    config = tiny_config(tmp_path, rows=ragged_rows(), peft=PeftConfig(method=method, rank=2, core=3, tokens=3, bottleneck=4))
     ends = {}
     for mode in ("none", "3", "auto"):
         with caplog.at_level("INFO", "fedtune.batched"):
@@ -227,6 +227,17 @@ def test_turns_without_a_batched_form_run_sequentially(space: Workspace, monkeyp
         left = left[len(done) :]
         assert first not in left
     assert alone_ == ["fedpeptao", "slora", "slora"] and at_once == [["plain", "plain"]]
+
+
+def test_clients_that_keep_their_optimizer_run_sequentially(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedtune.simulations.engines.together as module
+
+    flower.identify_process(run_id=1)
+    waiting = [prepare(space, x, keep_optimizer=True) for x in turn_inputs(space)[:2]]
+    monkeypatch.setattr(module, "prepare", lambda host, message, context: waiting[message])
+    monkeypatch.setattr(module, "take_turn", lambda host, ready: ready.plan.client)
+    together = module.Together(host_for(space.config, loaded=space), "4")
+    assert together._turns(iter([(0, None), (1, None)])) == [waiting[0].plan.client]  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("broken", ["count", "neighbor", "lean neighbor", "scaling", "correction"])

@@ -22,7 +22,7 @@ LM = TaskConfig(kind="causal_lm", max_length=12)
 ANSWERS = TaskConfig(kind="instruction", max_length=12, max_new_tokens=4)
 CLASSES = TaskConfig(kind="classification", max_length=12)
 SIZES = {"c0": 13, "c1": 9, "c2": 5, "c3": 2}
-METHODS = ["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full"]
+METHODS = ["dora", "ia3", "prompt", "prefix", "adapter", "ptuning_v2", "full", "ravan", "fedsb"]
 
 
 def build_adapter(folder: Path, kind: str, peft: PeftConfig, task: TaskConfig, **model: Any) -> tuple[LiveAdapter, Any]:
@@ -55,16 +55,18 @@ def agree(folder: Path, kind: str, peft: PeftConfig, task: TaskConfig, way: Any 
     check(live, turn_inputs_of(rows(task, live.backbone.seq2seq), initial, **changes), task, pad_id(live.backbone.tokenizer), way)
 
 
-@pytest.mark.parametrize("method", quick(METHODS, "dora", "prefix"))
+@pytest.mark.parametrize("method", quick(METHODS, "dora", "prefix", "ravan"))
 def test_each_method_on_a_decoder(tmp_path: Path, method: str) -> None:
-    agree(tmp_path, "llama", PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), LM)
+    agree(tmp_path, "llama", PeftConfig(method=method, rank=3, core=3, tokens=3, bottleneck=5), LM)
 
 
-@pytest.mark.parametrize("method", quick(["dora", "ia3", "prompt", "adapter", "ptuning_v2", "bitfit", "full"], "prompt", "bitfit"))
+@pytest.mark.parametrize(
+    "method", quick(["dora", "ia3", "prompt", "adapter", "ptuning_v2", "bitfit", "full", "ravan", "fedsb"], "prompt", "bitfit")
+)
 def test_each_method_with_a_head_of_two_layers(tmp_path: Path, method: str) -> None:
     # a key's bias has only rounding errors as gradient, which AdamW would amplify to full steps
     changes = {"optimizer": "sgd", "lr": 0.05} if method in ("bitfit", "full") else {}
-    agree(tmp_path, "roberta", PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), CLASSES, **changes)
+    agree(tmp_path, "roberta", PeftConfig(method=method, rank=3, core=3, tokens=3, bottleneck=5), CLASSES, **changes)
 
 
 @pytest.mark.parametrize("kind", quick(["qwen3", "gpt2", "opt", "bert", "distilbert", "albert"], "gpt2", "albert"))
@@ -76,7 +78,7 @@ def test_each_architecture(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("method", quick(["lora", "adapter", "ptuning_v2"], "adapter"))
 def test_an_encoder_decoder(tmp_path: Path, method: str) -> None:
     way = stacked.installed if method == "lora" else vmapped.installed
-    agree(tmp_path, "t5", PeftConfig(method=method, rank=3, tokens=3, bottleneck=5), ANSWERS, way)
+    agree(tmp_path, "t5", PeftConfig(method=method, rank=3, core=3, tokens=3, bottleneck=5), ANSWERS, way)
 
 
 def test_an_encoder_decoders_classes_are_stacked_or_not_at_all(tmp_path: Path) -> None:
