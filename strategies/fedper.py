@@ -5,7 +5,7 @@ Source: Arivazhagan et al. 2019, Federated Learning with Personalization Layers,
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedtune.contracts.adapter_state import AdapterState
@@ -28,7 +28,7 @@ class FedPer(FedAvg):
     """
 
     requirements: ClassVar[Requirements] = Requirements(averages_entries=True, keeps_basis=True, needs_only_mean=True)
-    local: Sequence[str] = ()
+    local: Sequence[str] = field(default_factory=list)
 
     def start(self, adapter: AdapterState) -> ServerState:
         names, own = list(adapter.tensors), self._own(adapter)

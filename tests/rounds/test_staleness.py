@@ -304,7 +304,7 @@ def test_order_is_irrelevant_and_the_step_is_fedbuffs(name: str, strategy: Any) 
     deltas, stale, weights = [0.5, -0.25, 1.0], [0, 1, 3], [1, 3, 2]
     updates = []
     for c, (d, s, n) in enumerate(zip(deltas, stale, weights, strict=True)):
-        old = lora_state(seed=c + 5)
+        old = strategy.start(lora_state(seed=c + 5)).adapter
         sent = old.replace({k: t + d for k, t in old.tensors.items()})
         updates.append(apply_staleness(LateUpdate(update=difference(update(f"c{c}", sent, n), old), due=4), before.adapter, s))
     # by hand: Σ p_k Δ_k / √(1 + s_k) = (1·0.5/1 − 3·0.25/√2 + 2·1/2) / 6, as one client would send it
