@@ -21,9 +21,9 @@ _MIX, _LEAST = "feddpa.mix", 0.05  # below this share, L is hardly trained
 
 @dataclass(frozen=True, kw_only=True)
 class FedDPA(Turn):
-    """Trains G as usual, then L inside the mixture with the trained G fixed, and m by its mean derivative over L's steps.
+    """Trains G as usual, then L inside the mixture with the received G fixed, and m by its mean derivative over L's steps.
 
-    In the client's first turn, L starts from G. The mixture is exact in the products s·B·A; a head is mixed entry by entry.
+    In the client's first turn, L starts from the received G. The mixture is exact in the products s·B·A; a head is mixed entry by entry.
 
     Args:
         mix: m in the client's first turn.
@@ -45,9 +45,10 @@ class FedDPA(Turn):
     def finish(self, work: Work, trained: AdapterState) -> AdapterState:
         assert work.retrain is not None and work.keep is not None
         kept = work.recall()
-        local, mix = (trained, self.mix) if kept is None else (without_mix(kept), float(kept[_MIX]))
-        inside = _Inside(trained, local, mix)
-        got = work.retrain(mixture((1 - mix, trained), (mix, local)), inside)
+        shared = work.start
+        local, mix = (shared, self.mix) if kept is None else (without_mix(kept), float(kept[_MIX]))
+        inside = _Inside(shared, mix)
+        got = work.retrain(mixture((1 - mix, shared), (mix, local)), inside)
         mix = min(1.0, max(_LEAST, mix - self.mix_lr * sum(inside.slopes) / len(inside.slopes)))
         work.keep(inside.local_of(got).replace({**inside.local_of(got).tensors, _MIX: torch.tensor(mix, dtype=torch.float64)}))
         return trained
@@ -65,12 +66,11 @@ class _Inside(Turn):
 
     Args:
         shared: G.
-        local: L.
         mix: m.
     """
 
-    def __init__(self, shared: AdapterState, local: AdapterState, mix: float) -> None:
-        self._shared, self._local, self._mix = shared, local, mix
+    def __init__(self, shared: AdapterState, mix: float) -> None:
+        self._shared, self._mix = shared, mix
         self.slopes = list[float]()
 
     def begin(self, work: Work) -> Any:

@@ -325,14 +325,14 @@ def test_a_step_of_the_dual_adapter_by_hand(still: Workspace) -> None:
     shared, local, mix, (rows,) = state(still, 1, 0.3), state(still, 2, 0.3), 0.4, rows_of(still, 1)
     given = local.replace({**local.tensors, "feddpa.mix": torch.tensor(mix, dtype=torch.float64)})
     more = {"lr": 0.1, "lr_last": 0.1, "steps": 1, "weight_decay": 0.0, **SGD}
-    sent, kept = take(still, FedDPA(mix=0.9, mix_lr=0.3), shared, given, **more)
-    mixed = mixture((1 - mix, sent), (mix, local))
+    _, kept = take(still, FedDPA(mix=0.9, mix_lr=0.3), shared, given, **more)
+    mixed = mixture((1 - mix, shared), (mix, local))
     g = gradient(still, mixed, rows)
     for module, rank in local.spec.ranks.items():
         a, b = f"{module}.lora_A", f"{module}.lora_B"
         assert torch.allclose(kept[a], local[a] - 0.1 * g[a][rank:], atol=1e-6)
         assert torch.allclose(kept[b], (mix * local[b] - 0.1 * g[b][:, rank:]) / mix, atol=1e-5)
-    ahead, behind = (loss_at(still, mixture((1 - m, sent), (m, local)), rows) for m in (mix + 0.001, mix - 0.001))
+    ahead, behind = (loss_at(still, mixture((1 - m, shared), (m, local)), rows) for m in (mix + 0.001, mix - 0.001))
     assert float(kept["feddpa.mix"]) == pytest.approx(mix - 0.3 * (ahead - behind) / 0.002, abs=1e-3)
 
 
@@ -346,10 +346,10 @@ def test_the_fixed_half_does_not_move_by_weight_decay(still: Workspace, monkeypa
         seen.append(work.live.read(version=0))
 
     monkeypatch.setattr(_Inside, "step", spied)
-    sent, _ = take(still, FedDPA(mix=0.5, mix_lr=0.0), shared, given, weight_decay=0.5)
+    take(still, FedDPA(mix=0.5, mix_lr=0.0), shared, given, weight_decay=0.5)
     for module, rank in shared.spec.ranks.items():
         name = f"{module}.lora_A"
-        assert all(torch.equal(s[name][:rank], sent[name]) for s in seen) and len(seen) == 3
+        assert all(torch.equal(s[name][:rank], shared[name]) for s in seen) and len(seen) == 3
 
 
 # -- FedDAT --------------------------------------------------------------------------------------------------------------------------------
