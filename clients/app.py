@@ -295,7 +295,9 @@ def _fit_turn(
     if not examples:
         raise DataError(f"client {client} has no training row that it can use: {host.space.unusable(client)}")
     start = host.complete(client, request)
-    sent = sum(start[n].nbytes for n in matching(start.tensors, plan.send))
+    sent = turn.sent_bytes
+    if sent is None:
+        sent = sum(start[n].nbytes for n in matching(start.tensors, plan.send))
     if found := host.devices.fit(plan, start, sent_bytes + sent):
         plan, examples, fit = found
     else:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.clients.turns.fedkseed import CHANCES, SINCE, SUMS, TOTAL, candidate_seeds
+from fedtune.clients.turns.fedkseed import CHANCES, MOST, SINCE, SUMS, TOTAL, candidate_seeds
 from fedtune.config import Config
 from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
@@ -55,7 +55,7 @@ class FedKSeed(Strategy):
     seed: int = 0
 
     def check(self, config: Config) -> None:
-        require("strategy.candidates", self.candidates, ge=1)
+        require("strategy.candidates", self.candidates, ge=1, le=MOST)
         require("strategy.eps", self.eps, gt=0)
         require("strategy.clip", self.clip, gt=0)
         require("strategy.snapshot", self.snapshot, ge=1)
@@ -91,7 +91,9 @@ class FedKSeed(Strategy):
             sums = update.adapter[SUMS].double()
             weight += update.examples
             slopes += update.examples * sums[0]
-            sizes += sums[1:]
+            # a client has one vote for each of its seeds, with a mean in the range that its turn reports
+            used = sums[2] > 0
+            sizes += torch.stack([torch.where(used, (sums[1] / sums[2].clamp(min=1)).clamp(0.0, self.clip), 0.0), used.double()])
         row = (slopes / weight).float()[None]
         memory = dict(state.memory)
         memory[_SIZES] = memory.get(_SIZES, torch.zeros_like(sizes)) + sizes
@@ -109,6 +111,6 @@ class FedKSeed(Strategy):
 
 
 def chances_of(sizes: Tensor) -> Tensor:
-    """softmax(minmax(mean |d|)) (K,), given the sums of clipped |d| and the numbers of steps, (2, K). A seed without a step has mean 0."""
+    """softmax(minmax(mean |d|)) (K,), given the sums of clients' means and the numbers of these, (2, K). An unused seed has mean 0."""
     mean = sizes[0] / sizes[1].clamp(min=1)
     return ((mean - mean.min()) / (mean.max() - mean.min() + 1e-10)).softmax(0)

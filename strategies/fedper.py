@@ -27,7 +27,9 @@ class FedPer(FedAvg):
             layer.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(averages_entries=True, keeps_basis=True, needs_only_mean=True)
+    requirements: ClassVar[Requirements] = Requirements(
+        averages_entries=True, keeps_basis=True, needs_only_mean=True, assumes_zero_init=False
+    )
     local: Sequence[str] = field(default_factory=list)
 
     def start(self, adapter: AdapterState) -> ServerState:
@@ -56,5 +58,7 @@ class FedPer(FedAvg):
         if self.local:
             return matching(adapter.tensors, tuple(self.local))
         layers = {n: int(number) for n in adapter.tensors if (number := next((p for p in n.split(".") if p.isdigit()), ""))}
-        heads = [n for n in adapter.tensors if n not in layers and n.rpartition(".")[0] not in adapter.spec.ranks]
+        backbone = {n.split(".")[0] for n in layers}  # embeddings are no head
+        loose = [n for n in adapter.tensors if n not in layers and n.rpartition(".")[0] not in adapter.spec.ranks]
+        heads = [n for n in loose if n.split(".")[0] not in backbone]
         return heads or [n for n, layer in layers.items() if layer == max(layers.values())]

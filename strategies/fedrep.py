@@ -21,7 +21,9 @@ class FedRep(FedPer):
         local_share: Share of a turn's steps that train the local tensors, in (0, 1); at least one step each.
     """
 
-    requirements: ClassVar[Requirements] = Requirements(averages_entries=True, keeps_basis=True, needs_only_mean=True)
+    requirements: ClassVar[Requirements] = Requirements(
+        averages_entries=True, keeps_basis=True, needs_only_mean=True, assumes_zero_init=False
+    )
     local_share: float = 0.5
 
     def check(self, config: Config) -> None:

@@ -128,6 +128,11 @@ class Turn(abc.ABC):  # noqa: B024  a turn overrides what it needs
         """Gradients that each step of the plan computes in all, for estimates of a device's time; a forward pass alone is a third."""
         return 1.0
 
+    @property
+    def sent_bytes(self) -> int | None:
+        """Bytes of the update, for estimates of a device's time; None: those of the tensors of `plan.send`."""
+        return None
+
     def check(self) -> None:  # noqa: B027  most turns take any parameters of the right type
         """Raises PlanError if a parameter is out of range."""
 

@@ -1,5 +1,6 @@
 """Tensors that a turn trains beside the live ones, on the same minibatches."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,7 @@ from fedtune.clients.steps import lr_at, optimizer_of, steps_of
 from fedtune.clients.turns._base import Work
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import matching
-from fedtune.errors import PlanError
+from fedtune.errors import CheckpointError, PlanError, UpdateError
 from fedtune.models import LiveAdapter
 
 
@@ -40,8 +41,12 @@ class Beside:
             group["lr"] = lr_at(plan, self._done, self._steps)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name].clone() if name in gradients else None
+        params = list(self.parameters.values())
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise UpdateError(f"the gradient of the personal adapter became {norm.item()} in step {self._done + 1}: lower client.lr")
         if plan.clip_norm is not None:
-            nn.utils.clip_grad_norm_(list(self.parameters.values()), plan.clip_norm)
+            nn.utils.clip_grads_with_norm_(params, plan.clip_norm, norm)
         self._optimizer.step()
         self._done += 1
 
@@ -77,3 +82,15 @@ def set_gradients(work: Work, gradients: Mapping[str, Tensor]) -> None:
     """Replace the gradients of the trained tensors."""
     for name in matching(work.live.parameters, work.plan.train):
         work.live.parameters[name].grad = gradients.get(name)
+
+
+def scalar(kept: AdapterState, name: str) -> float:
+    """A number that the turn kept beside its tensors.
+
+    Raises:
+        CheckpointError: It is missing or not finite.
+    """
+    value = float(kept[name]) if name in kept.tensors else math.nan
+    if not math.isfinite(value):
+        raise CheckpointError(f"the client's stored state lacks '{name}': delete the file, so that the client starts anew")
+    return value

@@ -1,6 +1,9 @@
 """Weighted sums of LoRA adapters, exact in their products."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from fedtune.contracts.adapter_state import AdapterState
 
@@ -21,13 +24,19 @@ def mixture(*parts: tuple[float, AdapterState]) -> AdapterState:
     return first.replace({n: tensors[n] for n in first.tensors}, ranks=ranks)
 
 
-def part_of(state: AdapterState, first: AdapterState) -> AdapterState:
-    """The factors of a mixture after those of its first part; other tensors unchanged."""
-    tensors = dict(state.tensors)
-    for module, rank in first.spec.ranks.items():
-        a, b = f"{module}.lora_A", f"{module}.lora_B"
-        tensors[a], tensors[b] = state[a][rank:].contiguous(), state[b][:, rank:].contiguous()
-    return state.replace(tensors, ranks={m: r - first.spec.ranks[m] for m, r in state.spec.ranks.items()})
+def of_first(gradients: Mapping[str, Tensor], first: AdapterState, weight: float) -> dict[str, Tensor]:
+    """The gradients of the first part, given those of the mixture; `weight` is its c. Zero elsewhere."""
+    out = {}
+    for name, gradient in gradients.items():
+        module, _, kind = name.rpartition(".")
+        rank = first.spec.ranks.get(module, 0)
+        if not rank:
+            out[name] = weight * gradient
+            continue
+        out[name] = torch.zeros_like(gradient)
+        part = slice(rank) if kind == "lora_A" else (slice(None), slice(rank))
+        out[name][part] = gradient[part] if kind == "lora_A" else weight * gradient[part]
+    return out
 
 
-__all__ = ["mixture", "part_of"]
+__all__ = ["mixture", "of_first"]

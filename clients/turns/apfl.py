@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedtune.clients.turns._base import Turn, Work
-from fedtune.clients.turns._beside import Beside, gradients_of, put, set_gradients, values_of
+from fedtune.clients.turns._beside import Beside, gradients_of, put, scalar, set_gradients, values_of
 from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import PlanError
@@ -54,7 +54,7 @@ class APFL(Turn):
     def begin(self, work: Work) -> _Mixture:
         kept = work.recall()
         own = Beside(work, work.start if kept is None else _without_alpha(kept))
-        return _Mixture(own=own, alpha=self.alpha if kept is None else float(kept[_ALPHA]), slopes=[])
+        return _Mixture(own=own, alpha=self.alpha if kept is None else scalar(kept, _ALPHA), slopes=[])
 
     def step(self, work: Work, memory: _Mixture) -> None:
         assert work.minibatch is not None
@@ -80,7 +80,7 @@ class APFL(Turn):
     def personal(cls, given: AdapterState, kept: AdapterState | None) -> AdapterState:
         if kept is None:
             return given
-        alpha, own = float(kept[_ALPHA]), _without_alpha(kept)
+        alpha, own = scalar(kept, _ALPHA), _without_alpha(kept)
         return given.replace({n: alpha * own[n] + (1 - alpha) * t for n, t in given.tensors.items()})
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedtune.clients.turns._base import Turn, Work
 from fedtune.clients.turns._beside import Beside, gradients_of, put, set_gradients, values_of
-from fedtune.clients.turns._mixture import mixture
+from fedtune.clients.turns._mixture import mixture, of_first
 from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.task import task_of
@@ -63,8 +63,10 @@ class FedDAT(Turn):
 
     def loss(self, work: Work, memory: _Pair, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         shared = values_of(work)
-        wanted = self._answers(work, memory.teacher(), batch)
-        _load(work, memory.frozen, shared)
+        try:
+            wanted = self._answers(work, memory.teacher(), batch)
+        finally:  # after an out-of-memory error, the trainer tries again with fewer rows
+            _load(work, memory.frozen, shared)
         return self._loss(work, batch, wanted)
 
     def step(self, work: Work, memory: _Pair) -> None:
@@ -78,7 +80,7 @@ class FedDAT(Turn):
             return self._loss(work, batch, wanted)
 
         work.minibatch.gradient(loss)
-        memory.local.step(_of_local(gradients_of(work), memory.frozen))
+        memory.local.step(of_first(gradients_of(work), memory.frozen, 0.5))
         _load(work, memory.frozen, shared)
         set_gradients(work, of_shared)
 
@@ -113,18 +115,3 @@ def _load(work: Work, state: AdapterState, values: Mapping[str, Tensor]) -> None
     """Give the live slot the ranks of `state`, and these values."""
     work.live.load(state)
     put(work, values)
-
-
-def _of_local(gradients: Mapping[str, Tensor], local: AdapterState) -> dict[str, Tensor]:
-    """The gradients of L, given those of the teacher, in which L comes first and B has the factor ½."""
-    out = {}
-    for name, gradient in gradients.items():
-        module, _, kind = name.rpartition(".")
-        rank = local.spec.ranks.get(module, 0)
-        if not rank:
-            out[name] = 0.5 * gradient
-        else:
-            out[name] = torch.zeros_like(gradient)
-            place = slice(rank) if kind == "lora_A" else (slice(None), slice(rank))
-            out[name][place] = gradient[place] if kind == "lora_A" else 0.5 * gradient[place]
-    return out

@@ -4,19 +4,19 @@ Source: Yang et al. 2024, Dual-Personalizing Adapter for Federated Foundation Mo
 each request by its similarity to the client's rows. Here, the client learns m, as APFL does (arXiv:2003.13461).
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fedtune.clients.turns._base import Turn, Work
-from fedtune.clients.turns._mixture import mixture, part_of
+from fedtune.clients.turns._beside import Beside, gradients_of, scalar, set_gradients
+from fedtune.clients.turns._mixture import mixture, of_first
 from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import PlanError
 
-_MIX, _LEAST = "feddpa.mix", 0.05  # below this share, L is hardly trained
+_MIX, _LEAST = "feddpa.mix", 0.05  # with a smaller m, L would hardly learn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,78 +44,55 @@ class FedDPA(Turn):
 
     def finish(self, work: Work, trained: AdapterState) -> AdapterState:
         assert work.retrain is not None and work.keep is not None
-        kept = work.recall()
-        shared = work.start
-        local, mix = (shared, self.mix) if kept is None else (without_mix(kept), float(kept[_MIX]))
-        inside = _Inside(shared, mix)
-        got = work.retrain(mixture((1 - mix, shared), (mix, local)), inside)
-        mix = min(1.0, max(_LEAST, mix - self.mix_lr * sum(inside.slopes) / len(inside.slopes)))
-        work.keep(inside.local_of(got).replace({**inside.local_of(got).tensors, _MIX: torch.tensor(mix, dtype=torch.float64)}))
+        kept, shared = work.recall(), work.start
+        local, mix = (shared, self.mix) if kept is None else (without_mix(kept), scalar(kept, _MIX))
+        inside = _Inside(shared, local, mix)
+        work.retrain(mixture((mix, local), (1 - mix, shared)), inside)
+        own, mix = inside.local.state(), min(1.0, max(_LEAST, mix - self.mix_lr * sum(inside.slopes) / len(inside.slopes)))
+        work.keep(own.replace({**own.tensors, _MIX: torch.tensor(mix, dtype=torch.float64)}))
         return trained
 
     @classmethod
     def personal(cls, given: AdapterState, kept: AdapterState | None) -> AdapterState:
         if kept is None:
             return given
-        mix = float(kept[_MIX])
-        return mixture((1 - mix, given), (mix, without_mix(kept)))
+        mix = scalar(kept, _MIX)
+        return mixture((mix, without_mix(kept)), (1 - mix, given))
 
 
 class _Inside(Turn):
-    """Trains L inside the mixture: G's factors are put back before each step and have no gradient.
+    """Trains L inside m·L + (1 − m)·G, with an optimizer of L's own; the live slot holds the mixture.
 
     Args:
         shared: G.
+        first: L at the start.
         mix: m.
     """
 
-    def __init__(self, shared: AdapterState, mix: float) -> None:
-        self._shared, self._mix = shared, mix
+    local: Beside
+
+    def __init__(self, shared: AdapterState, first: AdapterState, mix: float) -> None:
+        self._shared, self._first, self._mix = shared, first, mix
         self.slopes = list[float]()
 
-    def begin(self, work: Work) -> Any:
-        return _Fixed(start=work.start)
+    def begin(self, work: Work) -> None:
+        self.local = Beside(work, self._first)
 
-    def step(self, work: Work, memory: "_Fixed") -> None:
-        slope, live, mix = 0.0, work.live.parameters, self._mix
-        with torch.no_grad():
-            for name, parameter in live.items():
-                if parameter.grad is None:
-                    continue
-                module, _, kind = name.rpartition(".")
-                rank = self._shared.spec.ranks.get(module, 0)
-                if rank and kind == "lora_A":
-                    parameter[:rank].copy_(memory.start[name][:rank])  # weight decay moves entries without a gradient
-                    parameter.grad[:rank] = 0.0
-                elif rank and kind == "lora_B":
-                    local = parameter[:, rank : 2 * rank] / mix
-                    shared = self._shared[name].to(parameter.device)
-                    slope += float((parameter.grad[:, rank : 2 * rank] * local).sum() - (parameter.grad[:, :rank] * shared).sum())
-                    parameter[:, :rank].copy_(memory.start[name][:, :rank])
-                    parameter.grad[:, :rank] = 0.0
-                else:  # the head's value is (1 − m)·G + m·L
-                    shared = self._shared[name].to(parameter.device)
-                    slope += float((parameter.grad * (parameter - shared)).sum()) / mix
+    def step(self, work: Work, memory: None) -> None:
+        gradients, own, mix = gradients_of(work), self.local.state(), self._mix
+        # ∂f/∂m: the mixture's B is [m·B_L, (1 − m)·B_G]
+        slope = 0.0
+        for name, gradient in gradients.items():
+            rank = own.spec.ranks.get(name.rpartition(".")[0], 0)
+            if rank and name.endswith(".lora_A"):
+                continue
+            ours, theirs = own[name].to(gradient.device), self._shared[name].to(gradient.device)
+            parts = (gradient[:, :rank], gradient[:, rank : 2 * rank]) if rank else (gradient, gradient)
+            slope += float((parts[0] * ours).sum() - (parts[1] * theirs).sum())
         self.slopes.append(slope)
-
-    def local_of(self, mixed: AdapterState) -> AdapterState:
-        """L, given the mixture."""
-        mix, out = self._mix, part_of(mixed, self._shared)
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in out.tensors.items():
-            module, _, kind = name.rpartition(".")
-            if module not in out.spec.ranks:
-                tensors[name] = (tensor - (1 - mix) * self._shared[name]) / mix
-            else:
-                tensors[name] = tensor / mix if kind == "lora_B" else tensor
-        return out.replace(tensors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fixed:
-    """The mixture before the first step."""
-
-    start: AdapterState = field(repr=False)
+        self.local.step(of_first(gradients, own, mix))
+        work.live.load(mixture((mix, self.local.state()), (1 - mix, self._shared)))
+        set_gradients(work, {})  # the trainer's optimizer has nothing to do
 
 
 def without_mix(kept: AdapterState) -> AdapterState:

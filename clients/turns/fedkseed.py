@@ -18,6 +18,7 @@ from fedtune.contracts.directions import move, replay
 from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import PlanError
 
+MOST = 1 << 16  # candidates; the paper has 4096
 TOTAL, SINCE, SUMS, CHANCES = "fedkseed.total", "fedkseed.since", "fedkseed.sums", "fedkseed.chances"
 
 
@@ -55,8 +56,12 @@ class FedKSeed(Turn):
     def passes(self) -> float:
         return 2 / 3
 
+    @property
+    def sent_bytes(self) -> int:
+        return 12 * self.candidates
+
     def check(self) -> None:
-        require("the turn's candidates", self.candidates, PlanError, ge=1)
+        require("the turn's candidates", self.candidates, PlanError, ge=1, le=MOST)
         require("the turn's eps", self.eps, PlanError, gt=0)
         require("the turn's clip", self.clip, PlanError, gt=0)
 
@@ -65,12 +70,18 @@ class FedKSeed(Turn):
         if plan.lr != plan.lr_last or plan.weight_decay:
             raise PlanError("the turn 'fedkseed' needs a constant learning rate and no weight decay: the server's replay knows neither")
         for name, rows in ((TOTAL, 0), (SINCE, 1), (CHANCES, 0)):
-            shape = tuple(work.extra[name].shape) if name in work.extra else None
-            if shape is not None and shape != (*shape[:rows], self.candidates):
+            if name not in work.extra:
+                continue
+            shape = tuple(work.extra[name].shape)
+            if work.extra[name].dtype != torch.float32:
+                raise PlanError(f"the message's {name} is {work.extra[name].dtype}, wanted float32")
+            if shape != (*shape[:rows], self.candidates):
                 wanted = "(rounds, " if rows else "("
                 raise PlanError(f"the message's {name} has the shape {shape}, wanted {wanted}{self.candidates})")
         work.live.load(rebuild(work.start, work.extra.get(TOTAL), work.extra.get(SINCE), seeds, plan.lr))
         chances = work.extra.get(CHANCES)
+        if chances is not None and not (chances.isfinite().all() and (chances >= 0).all() and chances.sum() > 0):
+            raise PlanError(f"the message's {CHANCES} are not weights: they must be finite and at least 0, and not all 0")
         return _Walk(
             sums=torch.zeros(3, self.candidates, dtype=torch.float64),
             draw=random.Random(derive_seed(plan.seed, "fedkseed")),
@@ -103,7 +114,7 @@ def rebuild(start: AdapterState, total: Tensor | None, since: Tensor | None, see
     count = len(seeds)
     total = torch.zeros(count) if total is None else total
     since = torch.zeros(0, count) if since is None else since
-    key = (start.digest, seeds[0], count, lr, total.numpy().tobytes())
+    key = (start.replace(version=0).digest, seeds[0], count, lr, total.numpy().tobytes())  # the version is the round's
     known, rows, state = _last.get("w", (None, since[:0], start))
     if known != key or len(rows) > len(since) or not torch.equal(rows, since[: len(rows)]):
         rows, state = since[:0], start.replace(replay(start.tensors, total, seeds, lr))

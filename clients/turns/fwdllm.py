@@ -50,7 +50,7 @@ class FwdLLM(Turn):
 
     @property
     def passes(self) -> float:
-        return 2 / 3 * self.perturbations
+        return 2 / 3 * self.most
 
     def check(self) -> None:
         require("the turn's eps", self.eps, PlanError, gt=0)

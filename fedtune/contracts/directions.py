@@ -1,4 +1,4 @@
-"""Random directions from seeds, the same in every process: zeroth-order methods send their seeds in place of tensors."""
+"""Random directions from seeds, the same in every process: zeroth-order methods send seeds in place of tensors."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +9,10 @@ from fedtune.contracts.seeds import derive_seed
 
 
 def direction(seed: int, name: str, shape: Iterable[int]) -> Tensor:
-    """z ~ N(0, I) of the tensor `name`, float32 on the CPU: other devices and dtypes draw other numbers."""
+    """z ~ N(0, I) of the tensor `name`, float32 on the CPU: other devices and dtypes draw other numbers.
+
+    On a CPU without AVX2, torch's draws differ in the last bit.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "direction", name))
     return torch.randn(tuple(shape), generator=generator)
 

@@ -1,5 +1,6 @@
 """The loss of a batch and its logits, with the task's targets and loss function."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,9 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
 
 def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
     """float32 logits (N, …) and targets (N, …) of all positions with a target, row by row."""
-    logits, targets = _counted(model, batch, task)
+    step = step_of(model)
+    with contextlib.nullcontext() if step is None else step.installed():
+        logits, targets = _counted(model, batch, task)
     return logits.float(), targets
 
 

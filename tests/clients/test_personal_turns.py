@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtune.clients.steps import batches
 from fedtune.clients.trainer import train
 from fedtune.clients.turns import Turn, Work, find
-from fedtune.clients.turns._mixture import mixture, part_of
+from fedtune.clients.turns._mixture import mixture, of_first
 from fedtune.clients.turns.apfl import APFL
 from fedtune.clients.turns.ditto import Ditto
 from fedtune.clients.turns.feddat import FedDAT
@@ -26,6 +26,7 @@ from fedtune.config import PeftConfig
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
 from fedtune.contracts.plan import Plan
 from fedtune.data import collate
+from fedtune.errors import CheckpointError, UpdateError
 from fedtune.models import loss_sum
 from fedtune.models.losses import counted_logits
 from fedtune.strategies._lowrank import at_ranks
@@ -307,7 +308,14 @@ def test_a_mixture_is_exact_in_the_products() -> None:
     assert mixed.spec.ranks == {"q": 5}
     assert torch.allclose(mixed.product("q"), 0.3 * parts[0].product("q") + 0.7 * parts[1].product("q"), atol=1e-5)
     assert torch.allclose(mixed["head.weight"], 0.3 * parts[0]["head.weight"] + 0.7 * parts[1]["head.weight"])
-    assert torch.equal(part_of(mixed, parts[0])["q.lora_A"], parts[1]["q.lora_A"])
+    # the gradient of the first part is that of the mixture, through B = [c·B_1, …] and head = c·head_1 + …
+    leaves = {n: t.clone().requires_grad_() for n, t in parts[0].tensors.items()}
+    whole = mixture((0.3, parts[0].replace(leaves)), (0.7, parts[1]))
+    scalar = sum((t * (i + torch.arange(t.numel()).view(t.shape))).sum() for i, t in enumerate(whole.tensors.values()))
+    of_mixture = {n: i + torch.arange(t.numel()).view(t.shape).float() for i, (n, t) in enumerate(whole.tensors.items())}
+    got = of_first(of_mixture, parts[0], 0.3)
+    for (name, leaf), want in zip(leaves.items(), torch.autograd.grad(scalar, list(leaves.values())), strict=True):  # type: ignore[arg-type]
+        assert torch.allclose(got[name][tuple(map(slice, leaf.shape))], want), name
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
@@ -321,24 +329,23 @@ def test_the_ends_of_the_dual_adapter_are_its_parts(still: Workspace, mix: float
     assert mix != 0.4 or all(not torch.allclose(got, x, atol=1e-2) for x in factors)
 
 
-def test_a_step_of_the_dual_adapter_by_hand(still: Workspace) -> None:
-    shared, local, mix, (rows,) = state(still, 1, 0.3), state(still, 2, 0.3), 0.4, rows_of(still, 1)
+@pytest.mark.parametrize("mix", [0.4, 0.05])
+def test_a_step_of_the_dual_adapter_by_hand(still: Workspace, mix: float) -> None:
+    shared, local, (rows,) = state(still, 1, 0.3), state(still, 2, 0.3), rows_of(still, 1)
     given = local.replace({**local.tensors, "feddpa.mix": torch.tensor(mix, dtype=torch.float64)})
-    more = {"lr": 0.1, "lr_last": 0.1, "steps": 1, "weight_decay": 0.0, **SGD}
-    _, kept = take(still, FedDPA(mix=0.9, mix_lr=0.3), shared, given, **more)
-    mixed = mixture((1 - mix, shared), (mix, local))
-    g = gradient(still, mixed, rows)
+    _, kept = take(still, FedDPA(mix=0.9, mix_lr=0.3), shared, given, lr=0.1, lr_last=0.1, steps=1, **SGD)
+    g = gradient(still, mixture((mix, local), (1 - mix, shared)), rows)
     for module, rank in local.spec.ranks.items():
         a, b = f"{module}.lora_A", f"{module}.lora_B"
-        assert torch.allclose(kept[a], local[a] - 0.1 * g[a][rank:], atol=1e-6)
-        assert torch.allclose(kept[b], (mix * local[b] - 0.1 * g[b][:, rank:]) / mix, atol=1e-5)
-    ahead, behind = (loss_at(still, mixture((1 - m, shared), (m, local)), rows) for m in (mix + 0.001, mix - 0.001))
-    assert float(kept["feddpa.mix"]) == pytest.approx(mix - 0.3 * (ahead - behind) / 0.002, abs=1e-3)
+        assert torch.allclose(kept[a], local[a] - 0.1 * g[a][:rank], atol=1e-6)
+        assert torch.allclose(kept[b], local[b] - 0.1 * mix * g[b][:, :rank], atol=1e-6)
+    ahead, behind = (loss_at(still, mixture((m, local), (1 - m, shared)), rows) for m in (mix + 0.001, mix - 0.001))
+    assert float(kept["feddpa.mix"]) == pytest.approx(max(0.05, mix - 0.3 * (ahead - behind) / 0.002), abs=2e-3)
 
 
-def test_the_fixed_half_does_not_move_by_weight_decay(still: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fixed_half_does_not_move(still: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     shared, local = state(still, 1), state(still, 2)
-    given = local.replace({**local.tensors, "feddpa.mix": torch.tensor(0.5, dtype=torch.float64)})
+    given = local.replace({**local.tensors, "feddpa.mix": torch.tensor(0.25, dtype=torch.float64)})
     seen, step = list[AdapterState](), _Inside.step
 
     def spied(self: Any, work: Work, memory: Any) -> None:
@@ -347,9 +354,22 @@ def test_the_fixed_half_does_not_move_by_weight_decay(still: Workspace, monkeypa
 
     monkeypatch.setattr(_Inside, "step", spied)
     take(still, FedDPA(mix=0.5, mix_lr=0.0), shared, given, weight_decay=0.5)
+    assert len(seen) == 3
     for module, rank in shared.spec.ranks.items():
-        name = f"{module}.lora_A"
-        assert all(torch.equal(s[name][:rank], shared[name]) for s in seen) and len(seen) == 3
+        a, b = f"{module}.lora_A", f"{module}.lora_B"
+        assert all(torch.equal(s[a][rank:], shared[a]) and torch.allclose(s[b][:, rank:], 0.75 * shared[b]) for s in seen)
+
+
+def test_a_state_without_its_number_is_one_sentence(still: Workspace) -> None:
+    for turn, name in ((FedDPA(mix=0.5, mix_lr=0.0), "feddpa.mix"), (APFL(alpha=0.5, alpha_lr=0.0), "apfl.alpha")):
+        with pytest.raises(CheckpointError, match=f"the client's stored state lacks '{name}': delete the file"):
+            take(still, turn, state(still), state(still, 2))
+
+
+def test_a_personal_adapter_that_diverged_is_an_error(still: Workspace) -> None:
+    huge = state(still, 2).replace({n: 1e30 * t for n, t in state(still, 2).tensors.items()})
+    with pytest.raises(UpdateError, match="the gradient of the personal adapter became nan in step 1: lower client.lr"):
+        take(still, APFL(alpha=0.5, alpha_lr=0.1), state(still), with_alpha(huge, 0.5))
 
 
 # -- FedDAT --------------------------------------------------------------------------------------------------------------------------------
@@ -388,6 +408,38 @@ def test_a_step_of_feddat_by_hand(still: Workspace) -> None:
     assert torch.allclose(logits(still, FedDAT.personal(shared, local)), logits(still, teacher), atol=1e-6)
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_feddat_survives_an_out_of_memory_error_anywhere(still: Workspace, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    shared, local, calls = state(still, 1, 0.3), state(still, 2, 0.3), itertools.count(1)
+    expected = take(still, FedDAT(temperature=3.0, weight=1.0), shared, local, steps=1, **SGD)
+
+    def limited(*given: Any) -> Any:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return counted_logits(*given)
+
+    monkeypatch.setattr("fedtune.clients.turns.feddat.counted_logits", limited)
+    got = take(still, FedDAT(temperature=3.0, weight=1.0), shared, local, steps=1, **SGD)
+    assert all(far(a, b) < 1e-6 for a, b in zip(got, expected, strict=True))
+
+
+def test_feddat_takes_the_lean_step(still: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune.models.lean import step_of
+
+    live = still.live
+    step, entered = step_of(live.model), list[int]()
+    assert step is not None
+    installed = type(step).installed
+
+    def spied(self: Any) -> Any:
+        entered.append(1)
+        return installed(self)
+
+    monkeypatch.setattr(type(step), "installed", spied)
+    take(still, FedDAT(temperature=3.0, weight=1.0), state(still), state(still, 2))
+    assert len(entered) == 6  # two gradients in each of 3 steps
+
+
 def test_feddat_without_distillation_and_equal_adapters(still: Workspace) -> None:
     plain, _ = take(still, Plain(), state(still), **SGD)
     sent, _ = take(still, FedDAT(temperature=3.0, weight=0.0), state(still), **SGD)
@@ -409,8 +461,12 @@ WRONG: dict[str, tuple[Callable[[Workspace], None], str, Any]] = {
     "v is held near itself": (test_a_step_of_ditto_by_hand, "ditto.near", lambda sent, mu: Plain()),
     "w stays at θ": (test_a_step_of_pfedme_by_hand, "pfedme.put", lambda work, values: None),
     "the gradient at w moves v": (test_a_step_of_apfl_by_hand, "apfl.put", lambda work, values: None),
-    "L has the gradient of the teacher's B": (test_a_step_of_feddat_by_hand, "feddat._of_local", lambda gradients, local: gradients),
-    "factors are averaged": (test_a_step_of_the_dual_adapter_by_hand, "feddpa.mixture", averaged),
+    "L has the gradient of the teacher's B": (
+        test_a_step_of_feddat_by_hand,
+        "feddat.of_first",
+        lambda gradients, first, weight: of_first(gradients, first, 1.0),
+    ),
+    "factors are averaged": (lambda space: test_a_step_of_the_dual_adapter_by_hand(space, 0.4), "feddpa.mixture", averaged),
 }
 
 

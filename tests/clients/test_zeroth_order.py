@@ -220,7 +220,7 @@ def test_a_round_of_the_server_by_hand() -> None:
     # a = (1·1 + 3·(−1)) / 4 = −0.5 and 3·4 / 4 = 3
     want = {n: t + 0.25 * direction(first, n, t.shape) - 1.5 * direction(second, n, t.shape) for n, t in start.tensors.items()}
     assert far(after.adapter, start.replace(want)) < 1e-6
-    # mean |d|: 1/3 and 0.5/1 → minmax 0, 1 → softmax
+    # the clients' mean |d| of seed 0: 0.5 / 1 and 0.5 / 2, of seed 1: 0.5 / 1 → 0.375 and 0.5 → minmax 0, 1 → softmax
     chances = chances_of(after.memory["fedkseed.sizes"])
     assert torch.allclose(chances, torch.tensor([0.0, 1.0], dtype=torch.float64).softmax(0), atol=1e-6)
     plan = dataclasses.replace(server, chances=True).plan(2, [Plan(round=2, client="a", base_version=1)], after)["a"]
@@ -241,6 +241,9 @@ def test_likely_seeds_are_drawn_more_often(still: Workspace) -> None:  # noqa: F
     [
         ({TOTAL: torch.zeros(K + 1)}, {}, r"fedkseed.total has the shape \(17,\), wanted \(16\)"),
         ({SINCE: torch.zeros(2, K - 1)}, {}, r"fedkseed.since has the shape \(2, 15\)"),
+        ({TOTAL: torch.zeros(K, dtype=torch.bfloat16)}, {}, "fedkseed.total is torch.bfloat16, wanted float32"),
+        ({"fedkseed.chances": torch.zeros(K)}, {}, "fedkseed.chances are not weights"),
+        ({"fedkseed.chances": torch.full((K,), -1.0)}, {}, "fedkseed.chances are not weights"),
         ({}, {"lr_last": 1e-3}, "needs a constant learning rate"),
         ({}, {"weight_decay": 0.1}, "no weight decay"),
     ],
@@ -253,6 +256,36 @@ def test_a_message_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(PlanError, match=sentence):
         walk(still, moved(still), extra, **changes)
+
+
+def test_a_client_that_lies_about_sizes_has_one_vote() -> None:
+    start, server, steps = random_adapter(0), Server(candidates=4, chances=True), torch.full((4,), 5.0)
+    honest = torch.stack([torch.zeros(4), steps * torch.tensor([0.1, 0.2, 0.3, 0.4]), steps])
+    liar = torch.tensor([[0.0] * 4, [1e38, 0.0, -1e38, 0.0], [1.0, 1e38, 1.0, 0.0]])
+    state = server.start(start)
+    for round in range(1, 4):
+        sent = [update(f"c{i}", start.replace({SUMS: honest})) for i in range(9)]
+        state = server.aggregate(round, state, [*sent, update("liar", start.replace({SUMS: liar}))])
+    means = state.memory["fedkseed.sizes"][0] / state.memory["fedkseed.sizes"][1]
+    # nine honest votes and one of at most clip = 0.5
+    assert torch.allclose(means, torch.tensor([0.14, 0.18, 0.27, 0.4], dtype=torch.float64), atol=1e-6)
+
+
+def test_a_turn_in_the_next_round_applies_only_the_new_rows(still: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    start, seeds, calls = moved(still), candidate_seeds(5, K), list[int]()
+    monkeypatch.setattr(module, "replay", lambda *given: calls.append(1) or replay(*given))
+    monkeypatch.setattr(module, "_last", {})
+    rows = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
+    counts = []
+    for round in range(4):
+        rebuild(start.replace(version=round), None, rows[:round], seeds, 1e-2)
+        counts.append(len(calls))
+    assert counts == [1, 2, 3, 4]
+
+
+def test_candidates_have_a_bound() -> None:
+    with pytest.raises(PlanError, match="candidates=2000000000 is out of range: it must be .*65536"):
+        FedKSeed(seed=0, candidates=2_000_000_000, eps=1e-2, clip=0.5).check()
 
 
 @pytest.mark.parametrize("name", ["a seed is used once", "the total is applied last", "the client's weight is ignored"])

@@ -50,7 +50,7 @@ NEEDS = (
     | {name: ["min_clients=7"] for name in ("krum", "multikrum", "bulyan", "fedtrimmedavg")}
 )
 START = lora_state()
-NEEDS_ZERO = {"feddat", "feddpa", "fedper", "fedrep", "fedsa", "hetlora", "slora"}  # a product B·A = 0 before round 1
+NEEDS_ZERO = {"feddat", "feddpa", "fedsa", "hetlora", "slora"}  # a product B·A = 0 before round 1
 KEEP_TENSORS = {"fedper", "fedrep", "fedsa"}  # clients keep tensors, which the server never gets
 CONF = Path(__file__).parents[2] / "conf" / "strategy"
 

@@ -76,6 +76,7 @@ MODULES = ("model.layers.9.q", "model.layers.10.q")
     [
         ((), [*LAYERS, "score.weight"], ["score.weight"]),
         ((), LAYERS, LAYERS[2:]),  # layer 10 comes after layer 9
+        ((), ["model.embed.weight", *LAYERS, "model.norm.weight"], LAYERS[2:]),  # embeddings are no head
         (("*.lora_B",), LAYERS, LAYERS[1::2]),
     ],
 )
@@ -99,7 +100,7 @@ def test_patterns_that_leave_nothing_are_refused(local: tuple[str, ...], what: s
     ("words", "sentence"),
     [
         (["strategy=pfedme", "strategy.mu=20", "strategy.inner_lr=0.1"], "inner_lr=0.1 times strategy.mu=20 is 2 or more"),
-        (["strategy=feddpa", "peft.rank=5"], "strategy=feddpa gives each of two adapters half of a rank, but 5 is odd"),
+        (["strategy=feddpa", "peft.rank=5"], "strategy=feddpa gives each of two adapters half of the rank, but 5 is odd"),
         (["strategy=feddat", "peft.rank_pattern={q_proj: 3}"], "but 3 is odd: set even ranks"),
         (["strategy=feddpa", "peft=bitfit"], "strategy=feddpa does not work with peft.method=bitfit: it adds LoRA products"),
         *((["privacy=record", f"strategy={name}"], f"strategy={name} trains personal adapters .* take privacy=user") for name in PARAMS),

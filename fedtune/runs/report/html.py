@@ -214,7 +214,7 @@ def _clients(clients: Sequence[ClientResult], metric: str, colors: Mapping[str, 
     by_class = {name: [(c.client, c.gain) for c in clients if c.device_class == name and c.gain is not None] for name in colors}
     if gains := [(name, colors[name], pairs, None) for name, pairs in by_class.items() if pairs]:
         chart = plots.swarm(gains, title="gain per client")
-        caption = "Personal adapter less shared adapter, on the client's held-out rows; a positive gain is better. Tick: mean."
+        caption = "Personal against shared adapter, on the client's held-out rows; above 0, the personal one is better. Tick: mean."
         out.append(e("div", {"class": "pair"}, page.figure(f"Gain of the personal adapter, {_words(metric)}", chart, caption)))
     head = ["client", "class", "train rows", "before", "after", "gain", "counted", "dropped", "time", "up", "down"]
     rows = [
