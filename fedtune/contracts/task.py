@@ -66,8 +66,10 @@ class Task(abc.ABC):
         settings: The config's `task`.
 
     Attributes:
-        columns: Columns that a row needs → type of their values: `text`, `class` (a name or an integer, stored as a class id), `number`,
-            `messages` (a conversation, see `data/messages.py`), or `raw` (stored as in the source). The column `label` is always a `class`.
+        columns: Columns that a row needs → type of their values: `text`, `class` (a name or an integer, stored as a class id), `classes`
+            (any number of them, stored as bytes: 1 for each class that the row has, else 0), `number`, `numbers` (`task.outputs` numbers,
+            stored as a list), `messages` (a conversation, see `data/messages.py`), or `raw` (stored as in the source). The column `label`
+            is always a `class`.
         columns_hint: End of the error about a missing column, after "set data.columns.NAME".
         drops_blank: Text columns; a row with a blank value in one of them is dropped.
         metrics: Metric → whether higher is better, the primary metric first. The loss is the last metric of every task.

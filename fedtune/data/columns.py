@@ -10,12 +10,12 @@ from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import task_of, tasks
 from fedtune.data import messages
 from fedtune.data.local import Columns
-from fedtune.data.values import fields, fill, in_order, names_of, numbers, texts, to_ids
+from fedtune.data.values import fields, fill, in_order, label_sets, names_of, numbers, texts, to_bits, to_ids, vectors
 from fedtune.errors import ConfigError, DataError
 
 PARTITION_BY = {"natural": ("client",), "dirichlet": ("label",), "pathological": ("label",), "prior": ("label",)}
 DEMO_PROMPT, DEMO_ANSWER = "Request: {request}\nAction:", " {action}"
-DEMO_COLUMNS = {"text": "request", "label": "intent"}
+DEMO_COLUMNS = {"text": "request", "label": "intent", "labels": "parts"}
 DEMO_CHAT = ("{request}", "{action}")  # what the user and the assistant say
 
 
@@ -24,7 +24,7 @@ class Table:
     """Rows in fedtune's columns.
 
     Args:
-        columns: Column → one value a row. `label` is a class id; the task defines the types of its own columns; the others are strings.
+        columns: Column → one value a row. `label` is a class id; `Task.columns` defines the task's own columns; the others are strings.
             `row` is the name of a conversation's row in errors, `tools` the JSON text of its tools or "".
         labels: Name of each class id; () if the source has no labels.
     """
@@ -65,8 +65,9 @@ def canonical(source: RowSet, config: Config, what: str, labels: tuple[str, ...]
         else:
             out[ours] = _values(source, ours, maps, templates, what)
     wanted = PARTITION_BY.get(config.partition.kind, ()) if what == "training" else ()
+    several = next((ours for ours, kind in task.columns.items() if kind == "classes"), None)
     for ours in ("client", "device_class", "label"):
-        if ours in out or (what == "test" and ours == "label"):
+        if ours in out or (ours == "label" and (what == "test" or several)):
             continue
         theirs = maps.get(ours, ours)
         required = ours in templates or (ours in maps and what == "training")
@@ -77,11 +78,18 @@ def canonical(source: RowSet, config: Config, what: str, labels: tuple[str, ...]
         values = names_of(out["label"], declared, what)
         names = (declared or in_order(values)) if labels is None else labels
         out["label"] = to_ids(values, names, what)
+    elif several:
+        declared = source.classes.get(maps.get(several, several)) if several not in templates else None
+        sets = label_sets(out[several], declared, what)
+        names = (declared or in_order([name for row in sets for name in row])) if labels is None else labels
+        out[several] = to_bits(sets, names, what)
     else:
         names = ()
     for ours in out:
         theirs, kind = maps.get(ours, ours), task.columns.get(ours, "text")
-        if ours != "label" and kind in _READ:
+        if kind == "numbers":
+            out[ours] = vectors(out[ours], ours, theirs, config.task.outputs)
+        elif ours != "label" and kind in _READ:
             out[ours] = _READ[kind](out[ours], ours, theirs)
     for ours in out.keys() & {"client", "device_class"}:  # invisible blanks must not create another client
         out[ours] = [value.strip() for value in out[ours]]
