@@ -109,6 +109,8 @@ class TaskConfig:
     generate: bool = opt(True, "instruction, chat: generate answers and score exact match; false: report only the answer loss")
     overlap: bool = opt(False, "instruction, chat: score token F1 and ROUGE-L too; every answer that is not exact is generated in full")
     packing: bool = opt(False, "tasks with token targets: train on short rows joined to rows of up to max_length; no row sees another")
+    loss: str = opt("dpo", "preference: dpo compares with the model before the run, orpo needs no reference", choices=("dpo", "orpo"))
+    beta: float = opt(0.1, "preference: dpo: β of the reward β·(log π − log π_ref); orpo: λ, the weight of the odds ratio", gt=0)
     outputs: int = opt(1, "regression: numbers that the model predicts for each text", ge=1)
     date: str = opt("2026-01-01", "chat: the date that chat templates print, YYYY-MM-DD; not today's, so that a run repeats")
     stride_texts: bool = opt(True, "causal_lm: concatenate a client's texts and split them into blocks of max_length")

@@ -163,7 +163,7 @@ def test_single_rows_have_the_gradients_of_the_loop(tmp_path: Path) -> None:
 
 def test_a_registered_task_is_a_choice_and_an_unknown_name_is_refused() -> None:
     (choices,) = [text for key, _, text in reference() if key == "task.kind"]
-    assert choices.endswith("[causal_lm | chat | classification | counts | instruction | multi_label | regression]")
+    assert choices.endswith("[causal_lm | chat | classification | counts | instruction | multi_label | preference | regression]")
     with pytest.raises(ConfigError, match=r"task\.kind=ranking is not known: choose one of causal_lm, .*, counts, .*"):
         check(Config(task=TaskConfig(kind="ranking")))
     with pytest.raises(ConfigError, match=r"task\.kind=_rows is not known"):
@@ -183,7 +183,7 @@ def test_a_non_numeric_value_is_refused(tmp_path: Path, value: object) -> None:
 
 @pytest.mark.parametrize("name", sorted({*TASKS.names(), "counts"}))
 def test_a_report_judges_by_the_task_s_own_primary_metric(name: str) -> None:
-    assert set(tasks()) == {"causal_lm", "chat", "classification", "counts", "instruction", "multi_label", "regression"}
+    assert set(tasks()) == {"causal_lm", "chat", "classification", "counts", "instruction", "multi_label", "preference", "regression"}
     task = task_of(TaskConfig(kind=name))
     record = {"round": 1, "client": None, "loss": 1.0, **dict.fromkeys(reversed([*task.metrics]), 0.5)}
     assert primary_metric([record]) == task.primary[0] and higher_is_better(task.primary[0]) == task.primary[1]
