@@ -35,7 +35,8 @@ from tests.models.build import checkpoint
 from tests.quick import quick
 
 STRATEGIES, TASKS = choices("strategy"), ("causal_lm", "classification")
-BACKBONES = {"causal_lm": "qwen2", "classification": "bert"}  # Qwen2 has biases, which Llama has not
+OTHERS = [task for task in choices("task") if task not in (*TASKS, "chat", "instruction")]  # with every strategy, and one method
+BACKBONES = {"causal_lm": "qwen2", "preference": "qwen2"}  # Qwen2 has biases, which Llama has not; BERT for tasks with a head
 FACTORS_ONLY = ("fedex", "fedsa", "fedsvd", "ffa", "flexlora", "flora", "hetlora", "lora_fair", "rolora", "slora")
 SGD: dict[str, dict[str, Any]] = dict.fromkeys(("scaffold", "fednova"), {"optimizer": "sgd", "clip_norm": None})
 SENTENCES = {  # strategy, method or task that refuses a cell → part of its error
@@ -58,16 +59,20 @@ CLIENTS: dict[str, int] = {"bulyan": 7, "fedtrimmedavg": 7, "krum": 7, "multikru
 def rows(clients: int, each: int, seed: int) -> list[dict[str, Any]]:
     words = ["turn", "on", "off", "the", "light", "lamp", "heat", "in", "kitchen", "bed", "up", "down"]
     rng = random.Random(seed)
+    texts = [" ".join(rng.choices(words, k=rng.randint(3, 8))) for _ in range(each * clients)]
     return [
-        {"text": " ".join(rng.choices(words, k=rng.randint(3, 8))), "label": i // clients % 3, "client": f"c{i % clients}"}
-        for i in range(each * clients)
-    ]
+        {
+            "text": text, "label": i // clients % 3, "client": f"c{i % clients}", "labels": text.split()[:2], "target": len(text) / 20,
+            "prompt": text, "chosen": text.split()[0], "rejected": text.split()[1] + " no",
+        }
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("matrix")
-    for kind in set(BACKBONES.values()):
+    for kind in {*BACKBONES.values(), "bert"}:
         checkpoint(folder / kind, kind)
     for name, clients, each, seed in (("3", 3, 8, 0), ("7", 7, 8, 0), ("test", 1, 9, 1)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows(clients, each, seed))) + "\n")
@@ -93,10 +98,16 @@ def experiment(files: Path, out: Path, strategy: str, method: str, task: str) ->
         clients_per_round=clients,
         min_clients=clients,
         output_dir=str(out),
-        model=ModelConfig(source="hub", name=str(files / BACKBONES[task]), device="cpu"),
-        data=DataConfig(source="local", path=str(files / f"{clients}.jsonl"), test_path=str(files / "test.jsonl"), held_out=0.25),
+        model=ModelConfig(source="hub", name=str(files / BACKBONES.get(task, "bert")), device="cpu"),
+        data=DataConfig(
+            source="local",
+            path=str(files / f"{clients}.jsonl"),
+            test_path=str(files / "test.jsonl"),
+            held_out=0.25,
+            labels=sorted({word for row in rows(7, 8, 0) for word in row["labels"]}) if task == "multi_label" else [],
+        ),
         partition=PartitionConfig(kind="natural"),
-        task=TaskConfig(kind=task, max_length=16, stride_texts=False),
+        task=TaskConfig(kind=task, max_length=80 if task == "preference" else 16, max_new_tokens=4, stride_texts=False),
         peft=dataclasses.replace(chosen_by(f"peft={method}").peft, rank=2, alpha=4.0, tokens=3, bottleneck=3),
         strategy=named,
         client=ClientConfig(steps=2, epochs=None, batch_size=4, lr=1e-2, schedule="constant", **SGD.get(strategy, {})),
@@ -210,6 +221,7 @@ def payload(heard: Listener, run: Path, strategy: str) -> None:
 
 
 CELLS = [(s, m, t) for s in STRATEGIES for m in METHODS for t in TASKS]
+CELLS += [(s, "ptuning_v2" if s == "fedpeptao" else "lora", t) for s in STRATEGIES for t in OTHERS]
 QUICK = [
     *((s, "ptuning_v2" if s == "fedpeptao" else "lora", "causal_lm") for s in ("fedsa", "flora", "rolora", "slora", "fedpeptao")),
     *(("fedavg", m, "classification") for m in ("prompt", "prefix")),

@@ -41,6 +41,7 @@ from fedtune.contracts.task import IGNORED, task_of
 from fedtune.data import Example, collate, encode, load_federation
 from fedtune.errors import ConfigError, DataError, Decline, ModelError
 from fedtune.experiment import simulate
+from fedtune.export.calibrate import read_calibration_texts
 from fedtune.export.edge import export_edge
 from fedtune.inference.generate import generate_text
 from fedtune.models import initial_adapter, lean, loss_sum
@@ -540,6 +541,7 @@ def test_clients_with_noise_and_an_edge_package(tmp_path: Path) -> None:
     assert rounds_of(run)[-1]["counted"] == 4
     export_edge(run, tmp_path / "edge", quantize="int8")
     assert isinstance(generate_text(tmp_path / "edge", "lamp", max_new_tokens=4), str)
+    assert any("Assistant: " in text for text in read_calibration_texts(run))
     assert json.loads((tmp_path / "edge" / "fedtune.json").read_text())["task"] == "preference"
 
 

@@ -54,7 +54,8 @@ def test_labels_come_as_lists_text_json_and_ids(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for row in rows:
         written(tmp_path / "folder" / f"{row['text']}.jsonl", [row])
-    for path in (written(tmp_path / "a.jsonl", rows), *(tmp_path / n for n in ("a.csv", "b.csv", "a.parquet", "folder"))):
+    labeled = written(tmp_path / "b.jsonl", [{**row, "label": "other"} for row in rows])  # the task's own column counts
+    for path in (written(tmp_path / "a.jsonl", rows), labeled, *(tmp_path / n for n in ("a.csv", "b.csv", "a.parquet", "folder"))):
         federation = load_federation(local(path, LABELS))
         assert federation.labels == ("a", "b", "c") and federation.rows["labels"][:] == wanted, path
         assert federation.summary()["clients"][0]["histogram"] == [1, 1, 1]
@@ -131,7 +132,7 @@ def measured(task: TaskConfig, logits: list[list[float]], targets: list[Any]) ->
 
 def test_multi_label_by_hand() -> None:
     # predicted {0}, {0, 1}, {}; true {0, 2}, {1}, {}: 2 hits of 3 predicted and 3 true
-    logits, targets = [[2.0, -1.0, -1.0], [1.0, 1.0, -9.0], [-1.0, -1.0, -1.0]], [[1.0, 0, 1], [0, 1, 0], [0, 0, 0]]
+    logits, targets = [[2.0, -1.0, -1.0], [0.4, 0.3, -9.0], [-1.0, -1.0, -1.0]], [[1.0, 0, 1], [0, 1, 0], [0, 0, 0]]
     found = measured(LABELS, logits, targets)
     assert found["micro_f1"] == pytest.approx(2 * 2 / (3 + 3))
     assert found["macro_f1"] == pytest.approx((2 * 1 / (1 + 2) + 2 * 1 / (1 + 1) + 0 / 1) / 3)
