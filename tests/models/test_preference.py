@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -38,16 +39,21 @@ from fedtune.config import (
 from fedtune.config.compose import compose
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan
+from fedtune.contracts.strategy import ServerState
 from fedtune.contracts.task import IGNORED, task_of
+from fedtune.contracts.warm_start import WarmStart
 from fedtune.data import Example, collate, encode, load_federation
 from fedtune.errors import ConfigError, DataError, Decline, ModelError
 from fedtune.experiment import simulate
+from fedtune.export import edge
 from fedtune.export.calibrate import read_calibration_texts
 from fedtune.export.edge import export_edge
 from fedtune.inference.generate import generate_text
-from fedtune.models import initial_adapter, lean, loss_sum
+from fedtune.models import initial_adapter, lean, load_backbone, loss_sum
 from fedtune.models.evaluation import sequence_log_probs
 from fedtune.models.tasks.preference import Preference
+from fedtune.rounds.bridge import Bridge
+from fedtune.rounds.snapshot import Snapshots
 from fedtune.runs.report import read_metrics
 from fedtune.simulations.engines import stacked, vmapped
 from fedtune.simulations.engines.batched import way_of
@@ -577,3 +583,20 @@ def test_clients_in_one_batch_train_as_alone(tmp_path: Path, method: str, dropou
     way, why = way_of(space.live, space.config.task)
     assert way is not None and way is (stacked.installed if method == "lora" else vmapped.installed), why
     check_stack(space.live, turn_inputs_of(rows, space.initial), space.config.task, space.pad_id, way)
+
+
+def test_a_client_gets_the_start_apart_from_later_shifts(model: LoadedModel) -> None:
+    shifts = [shift(model, version) for version in range(8)]
+    state = ServerState(adapter=shifts[0], shifts=tuple(shifts))
+    for task, warm, summed in ((DPO, True, False), (ORPO, True, True), (DPO, False, True)):
+        start = WarmStart(adapter=shifts[0], shifts=(shifts[0],)) if warm else None
+        bridge: Any = SimpleNamespace(warm=start, config=dataclasses.replace(model.config, task=task), snapshots=Snapshots())
+        assert (Bridge._snapshot(bridge, state) is not None) == summed
+
+
+def test_an_edge_package_is_measured_on_the_chosen_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = experiment(tmp_path)
+    words = load_backbone(config.model, config.task).tokenizer
+    monkeypatch.setattr(edge, "answers", lambda turns, *_: [*turns])
+    turns: Any = edge._of_test(config, cast(Any, None), words, 64)
+    assert {words.decode(answer).strip() for _, answer in turns} <= {f"{row['chosen']}{words.eos_token}" for row in pairs()}
