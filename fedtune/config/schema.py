@@ -77,7 +77,7 @@ class DataConfig:
     record_pattern: str | None = opt(None, "regular expression that splits a text file into records; its named groups become columns")
     client_from_file: bool = opt(False, "each file is a client, named after the file")
     columns: dict[str, str] = opt(
-        {}, "fedtune's column → the data's column; fedtune's: text, label, prompt, answer, messages, client, device_class"
+        {}, "fedtune's column → the data's column; fedtune's: the task's, such as text, label or prompt, and client, device_class"
     )
     prompt: str | None = opt(None, "prompt template over the file's columns, such as 'Q: {question}\\nA:'")
     answer: str | None = opt(None, "answer template over the file's columns, such as ' {answer}'")
