@@ -245,6 +245,7 @@ def prepare(host: ClientHost, message: Message, context: Context) -> PreparedTur
         request = dataclasses.replace(request, adapter=decode_broadcast(request.encoding, request.adapter, host.space.initial.tensors))
     model, start, plan, turn, examples, fit, private = _fit_turn(host, client_of(host, context), request, sent_bytes)
     model.rebase(request.base, request.shifts, request.snapshot)
+    examples = model.with_reference(examples)
     return PreparedTurn(
         message=message,
         plan=plan,

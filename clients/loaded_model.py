@@ -1,5 +1,7 @@
 """A frozen backbone in one precision with its adapter slots. All clients of a process with this precision share it."""
 
+import dataclasses
+import hashlib
 import itertools
 import logging
 from collections.abc import Sequence
@@ -11,12 +13,12 @@ from fedtune.clients.lower_layers import LowerLayers
 from fedtune.config import Config
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.task import task_of
-from fedtune.data import Example
+from fedtune.data import Example, pad_id
 from fedtune.errors import PlanError
 from fedtune.models import LiveAdapter, lean, load_backbone
 from fedtune.models.adapter_folder import OWN
 from fedtune.models.combined import fold_shifts
-from fedtune.models.evaluation import score_examples
+from fedtune.models.evaluation import score_examples, sequence_log_probs
 from fedtune.models.probe import probe, probe_packing
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.sparse import SparseSlot
@@ -50,6 +52,7 @@ class LoadedModel:
         self._sparse: SparseSlot | None = None
         self.lower = LowerLayers(self.live, config.engine.cache_layers * 1e9) if config.engine.cache_layers else None
         self.frozen = FrozenWeights(self.backbone.model)
+        self._reference: tuple[str, dict[bytes, tuple[float, ...]]] = "", {}  # of the start with this digest: row → its log-probabilities
 
     @cached_property
     def weights_bytes(self) -> int:
@@ -91,6 +94,24 @@ class LoadedModel:
             self._sparse = SparseSlot(self.live, state.spec)
         return self._sparse
 
+    def with_reference(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples with their `reference`, if the task needs it: log-probabilities under the model before round 1, which is the frozen
+        weights of the start without an adapter. Each row is computed once."""
+        if not task_of(self.config.task).needs_reference:
+            return examples
+        start = self.frozen.start.digest if self.frozen.start else ""
+        if start != self._reference[0]:
+            self._reference = start, {}
+        known, keys = self._reference[1], [hashlib.sha256(e.labels.tobytes() + e.input_ids.tobytes()).digest() for e in examples]
+        if missing := {key: e for key, e in zip(keys, examples, strict=True) if key not in known}:
+            if self._sparse is not None:
+                self._sparse.release()
+            how = {"batch_size": self.config.eval.batch_size, "pad_id": pad_id(self.backbone.tokenizer)}
+            with self.frozen.at_start(), self.live.disabled():
+                found = sequence_log_probs(self.live.model, [*missing.values()], self.config.task, **how)
+            known.update(zip(missing, found, strict=True))
+        return [dataclasses.replace(e, reference=known[key]) for key, e in zip(keys, examples, strict=True)]
+
     def save(self, folder: Path, state: AdapterState, shifts: Sequence[AdapterState]) -> None:
         """Write an adapter folder: PEFT's files, which include the shifts, and fedtune's own, which keep them apart."""
         self.slot(state).load(state)
@@ -105,8 +126,8 @@ class LoadedModel:
 
     def score(self, state: AdapterState, *groups: Sequence[Example]) -> list[dict[str, float]]:
         """The task's metrics with this adapter, one dict per group of examples; empty for an empty group. Batches may span groups."""
+        task, flat = self.config.task, self.with_reference([e for group in groups for e in group])
         live = self.slot(state)
         live.load(state)
-        task, flat = self.config.task, [e for group in groups for e in group]
         scores = iter(score_examples(live.model, self.backbone.tokenizer, flat, task, batch_size=self.config.eval.batch_size))
         return [task_of(task).summarize(list(itertools.islice(scores, len(group)))) if group else {} for group in groups]

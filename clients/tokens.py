@@ -11,7 +11,7 @@ import numpy as np
 from fedtune.data import Example
 
 _FIRST = 1 << 20  # initial bytes; a full file doubles, and unwritten parts use no disk space
-_COLUMNS = 8  # a row's entry: offset and length of its ids, labels and answer; prompt length in tokens; dtype of its labels
+_COLUMNS = 9  # a row's entry: offset and length of its ids, labels and answer; prompt length and `first` in tokens; dtype of its labels
 _LABELS = (np.int32, np.float32)
 
 
@@ -45,7 +45,7 @@ class Spill:
 
 
 class TokenStore(Spill):
-    """A file of encoded rows."""
+    """A file of encoded rows, without their `reference`."""
 
     def add(self, examples: Sequence[Example]) -> "Rows":
         """Write examples, and return a view of them."""
@@ -56,7 +56,7 @@ class TokenStore(Spill):
             if e.labels is not e.input_ids:  # in causal LM both are the same array
                 labels = self.write(e.labels.tobytes())
             kind = _LABELS.index(e.labels.dtype.type)
-            entry[:] = ids, len(e.input_ids), labels, len(e.labels), self.write(answer), len(answer), e.prompt_length, kind
+            entry[:] = ids, len(e.input_ids), labels, len(e.labels), self.write(answer), len(answer), e.prompt_length, e.first, kind
         return Rows(self, self.write(entries.tobytes()), len(examples))
 
 
@@ -81,7 +81,7 @@ class Rows(Sequence[Example]):
         if not -self._count <= index < self._count:
             raise IndexError(f"row {index} of {self._count}")
         entry = self._store.array(self._at + 8 * _COLUMNS * (index % self._count), _COLUMNS, np.int64)
-        ids_at, ids, labels_at, labels, answer_at, answer, prompt, kind = entry.tolist()
+        ids_at, ids, labels_at, labels, answer_at, answer, prompt, first, kind = entry.tolist()
         tokens = self._store.array(ids_at, ids, np.int32)
         wanted = tokens if labels_at < 0 else self._store.array(labels_at, labels, _LABELS[kind])
-        return Example(tokens, wanted, prompt, self._store.array(answer_at, answer, np.uint8).tobytes().decode())
+        return Example(tokens, wanted, prompt, self._store.array(answer_at, answer, np.uint8).tobytes().decode(), first)

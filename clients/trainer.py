@@ -304,7 +304,7 @@ class _Rows:
 
 def _backward(micro: list[dict[str, Tensor]], loss: Loss, task: TaskConfig, device: torch.device) -> tuple[float, int]:
     """Compute the gradients of the mean loss over all micro-batches, exact for unequal sizes. Returns this mean and its count."""
-    counts = [int(task_of(task).counts(batch).sum()) for batch in micro]
+    counts = [len(task_of(task).terms(batch)) for batch in micro]
     count, mean = max(sum(counts), 1), 0.0
     for batch in micro:
         summed, _ = loss({k: v.to(device) for k, v in batch.items()})

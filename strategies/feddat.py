@@ -12,6 +12,8 @@ from fedtune.config import Config
 from fedtune.config.bounds import require
 from fedtune.contracts.plan import Plan
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState
+from fedtune.contracts.task import task_of
+from fedtune.errors import ConfigError
 from fedtune.strategies._dual import DualAdapter
 
 
@@ -32,6 +34,11 @@ class FedDAT(DualAdapter):
 
     def check(self, config: Config) -> None:
         super().check(config)
+        if not task_of(config.task).cross_entropy:
+            raise ConfigError(
+                f"strategy=feddat distills the choice of a class or a token, which task.kind={config.task.kind} does not make: take"
+                " strategy=feddpa"
+            )
         require("strategy.temperature", self.temperature, gt=0)
         require("strategy.weight", self.weight, ge=0)
 

@@ -175,6 +175,8 @@ class Devices:
         choice = choose(device, shapes, work, **limits)  # pyright: ignore[reportArgumentType]
         if choice.length < work.longest:
             examples = space.examples(client, "train", choice.length)
+            if not examples:  # of a task that leaves out rows instead of cutting them
+                raise Decline("memory", f"only rows of {choice.length} tokens fit the device's memory, but all its rows are longer")
         plan = dataclasses.replace(plan, batch_size=choice.batch, steps=choice.steps, epochs=None)
         fit = Fit(
             device=device, shapes=shapes, choice=choice, work=work, used=used, simulated=self._device is None, micro=choice.micro,

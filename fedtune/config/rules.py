@@ -113,7 +113,7 @@ def _check_packing(c: Config) -> None:
     if not c.task.packing:
         return
     for wrong, sentence in (
-        (not TASKS.find(c.task.kind).packs, f"task.kind={c.task.kind} has one target per row, so its rows cannot be joined"),
+        (not TASKS.find(c.task.kind).packs, f"the rows of task.kind={c.task.kind} cannot be joined"),
         (c.privacy.kind == "record", "privacy=record clips the gradient of each row"),
         (c.engine.cache_layers > 0, "engine.cache_layers keeps the activations of each row"),
     ):

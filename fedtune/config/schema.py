@@ -77,7 +77,7 @@ class DataConfig:
     record_pattern: str | None = opt(None, "regular expression that splits a text file into records; its named groups become columns")
     client_from_file: bool = opt(False, "each file is a client, named after the file")
     columns: dict[str, str] = opt(
-        {}, "fedtune's column → the data's column; fedtune's: text, label, prompt, answer, messages, client, device_class"
+        {}, "fedtune's column → the data's column; fedtune's: the task's, such as text, label or prompt, and client, device_class"
     )
     prompt: str | None = opt(None, "prompt template over the file's columns, such as 'Q: {question}\\nA:'")
     answer: str | None = opt(None, "answer template over the file's columns, such as ' {answer}'")
@@ -85,7 +85,7 @@ class DataConfig:
     test_limit: int | None = opt(None, "use at most this many global test rows (a seeded sample)", ge=1)
     held_out: float = opt(0.2, "share of each client's rows held out to evaluate that client", ge=0, le=0.9)
     limit: int | None = opt(None, "use at most this many training rows (a seeded sample)", ge=1)
-    labels: list[str] = opt([], "classification: class names in the order of their ids, if the local rows do not contain all classes")
+    labels: list[str] = opt([], "class names in the order of their ids, for tasks with classes whose local rows do not contain all of them")
     client: str | None = opt(None, "the only client whose rows this machine has (fedtune-client sets it); none: all clients")
 
 
@@ -109,6 +109,9 @@ class TaskConfig:
     generate: bool = opt(True, "instruction, chat: generate answers and score exact match; false: report only the answer loss")
     overlap: bool = opt(False, "instruction, chat: score token F1 and ROUGE-L too; every answer that is not exact is generated in full")
     packing: bool = opt(False, "tasks with token targets: train on short rows joined to rows of up to max_length; no row sees another")
+    loss: str = opt("dpo", "preference: dpo compares with the model before the run, orpo needs no reference", choices=("dpo", "orpo"))
+    beta: float = opt(0.1, "preference: dpo: β of the reward β·(log π − log π_ref); orpo: λ, the weight of the odds ratio", gt=0)
+    outputs: int = opt(1, "regression: numbers that the model predicts for each text", ge=1)
     date: str = opt("2026-01-01", "chat: the date that chat templates print, YYYY-MM-DD; not today's, so that a run repeats")
     stride_texts: bool = opt(True, "causal_lm: concatenate a client's texts and split them into blocks of max_length")
 

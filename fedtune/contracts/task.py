@@ -36,12 +36,21 @@ class Example:
             start token, then the answer.
         prompt_length: Instruction: number of tokens before the answer, at least 1; else 0.
         answer: Instruction: the full answer as text; else "".
+        first: Number of tokens of the first of two sequences, a pair, that `input_ids` and `labels` join; 0: there is one sequence.
+        reference: Log-probability of each sequence's targets under the reference model, summed, in nats; (): not computed.
     """
 
     input_ids: "np.ndarray"
     labels: "np.ndarray"
     prompt_length: int = 0
     answer: str = ""
+    first: int = 0
+    reference: tuple[float, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.first, len(self.input_ids) - self.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +75,11 @@ class Task(abc.ABC):
         settings: The config's `task`.
 
     Attributes:
-        columns: Columns that a row needs → type of their values: `text`, `class` (a name or an integer, stored as a class id), `number`,
-            `messages` (a conversation, see `data/messages.py`), or `raw` (stored as in the source). The column `label` is always a `class`.
+        columns: Columns that a row needs → type of their values: `text`, `class` (a name or an integer, stored as a class id), `classes`
+            (any number of them, stored as bytes: 1 for each class that the row has, else 0), `number`, `numbers` (`task.outputs` numbers,
+            stored as a list), `messages` (a conversation, see `data/messages.py`), `answers` (the last message of a conversation, stored as
+            the whole; two such columns make a pair, and the source's column `prompt` may hold what comes before), or `raw` (stored as in
+            the source). The column `label` is always a `class`.
         columns_hint: End of the error about a missing column, after "set data.columns.NAME".
         drops_blank: Text columns; a row with a blank value in one of them is dropped.
         metrics: Metric → whether higher is better, the primary metric first. The loss is the last metric of every task.
@@ -80,6 +92,8 @@ class Task(abc.ABC):
         prompted: Rows are prompts with answers: an export includes the prompt template, and a run shows sample answers.
         packs: Rows can be joined for training (task.packing).
         conversational: Rows are conversations in the model's chat template.
+        sequences: Sequences of an example, which are neighboring rows of a batch.
+        cross_entropy: The loss is the cross-entropy of one choice at each target, so its logits can be distilled.
         adapter_types: PEFT task types that select this task for an adapter folder without a fedtune task.
     """
 
@@ -96,6 +110,8 @@ class Task(abc.ABC):
     prompted: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     conversational: ClassVar[bool] = False
+    sequences: ClassVar[int] = 1
+    cross_entropy: ClassVar[bool] = False
     adapter_types: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: "TaskConfig") -> None:
@@ -115,6 +131,21 @@ class Task(abc.ABC):
     def answer_tokens(self) -> int:
         """Maximum number of tokens that an evaluation generates per answer; 0 if it does not generate."""
         return 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the model with the one before the run, so that examples need their `reference`."""
+        return False
+
+    @property
+    def longest_sequence(self) -> int:
+        """Maximum number of tokens of a sequence."""
+        return self.settings.max_length // self.sequences
+
+    @property
+    def length_text(self) -> str:
+        """The setting of `longest_sequence`, for a sentence."""
+        return f"task.max_length={self.settings.max_length}" + (f" for {self.sequences} sequences" if self.sequences > 1 else "")
 
     @abc.abstractmethod
     def outputs(self, labels: int) -> int:
@@ -176,12 +207,20 @@ class Task(abc.ABC):
     def counts(self, batch: "Mapping[str, Tensor]") -> "Tensor":
         """(B, P) bool: whether each of a row's P positions has a target."""
 
+    def terms(self, batch: "Mapping[str, Tensor]") -> "Tensor":
+        """(M,): for each term of the loss its example in the batch, in ascending order; by default there is a term for each target."""
+        return self.counts(batch).nonzero()[:, 0]
+
+    def count_terms(self, example: Example) -> int:
+        """Number of terms of the loss of one example."""
+        return self.count(example)
+
     @abc.abstractmethod
     def targets(self, batch: "Mapping[str, Tensor]") -> "Tensor":
         """(B, P, …): the target of each position; undefined at positions without a target."""
 
-    def silence(self, batch: "dict[str, Tensor]", rows: "Tensor") -> None:  # noqa: B027  some tasks cannot remove a target
-        """Remove the targets of the selected rows, (B,) bool, from the batch in place, if possible; the caller also gives them weight 0."""
+    def silence(self, batch: "dict[str, Tensor]", examples: "Tensor") -> None:  # noqa: B027  some tasks cannot remove a target
+        """Remove the targets of the masked examples from the batch in place, if possible; the caller also gives them weight 0."""
 
     def decoder_mask(self, batch: "Mapping[str, Tensor]") -> "Tensor":
         """(B, A) bool: whether each position of an encoder-decoder's decoder input is not padding."""
@@ -209,6 +248,10 @@ class Task(abc.ABC):
     def loss(self, logits: "Tensor", targets: "Tensor", reduction: str) -> "Tensor":
         """The loss of N positions from their float32 logits: (N,) if `reduction` is "none", their sum if it is "sum"."""
 
+    def reduce(self, losses: "Tensor", batch: "Mapping[str, Tensor]") -> "Tensor":
+        """(M,): the terms of the loss, in the order of `terms`, from the losses (N,) of all positions."""
+        return losses
+
     # -- scores ---------------------------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -218,7 +261,7 @@ class Task(abc.ABC):
         Args:
             logits: (N, …) float32 for all targets, in the order of the examples.
             targets: (N, …).
-            sizes: Number of targets of each example.
+            sizes: Number of targets of each row of the batch.
             examples: The batch.
             tokenizer: The backbone's tokenizer.
         """

@@ -7,15 +7,16 @@ from typing import Any
 
 from fedtune.config import Config, DataConfig, template_text
 from fedtune.contracts.rows import RowSet
-from fedtune.contracts.task import task_of, tasks
+from fedtune.contracts.task import Task, task_of, tasks
 from fedtune.data import messages
 from fedtune.data.local import Columns
-from fedtune.data.values import fields, fill, in_order, names_of, numbers, texts, to_ids
+from fedtune.data.values import fields, fill, in_order, label_sets, names_of, numbers, texts, to_bits, to_ids, vectors
 from fedtune.errors import ConfigError, DataError
 
 PARTITION_BY = {"natural": ("client",), "dirichlet": ("label",), "pathological": ("label",), "prior": ("label",)}
+_PROMPT = "prompt"  # the column before a pair of answers
 DEMO_PROMPT, DEMO_ANSWER = "Request: {request}\nAction:", " {action}"
-DEMO_COLUMNS = {"text": "request", "label": "intent"}
+DEMO_COLUMNS = {"text": "request", "label": "intent", "labels": "parts", "chosen": "action"}
 DEMO_CHAT = ("{request}", "{action}")  # what the user and the assistant say
 
 
@@ -24,7 +25,7 @@ class Table:
     """Rows in fedtune's columns.
 
     Args:
-        columns: Column → one value a row. `label` is a class id; the task defines the types of its own columns; the others are strings.
+        columns: Column → one value a row. `label` is a class id; `Task.columns` defines the task's own columns; the others are strings.
             `row` is the name of a conversation's row in errors, `tools` the JSON text of its tools or "".
         labels: Name of each class id; () if the source has no labels.
     """
@@ -61,12 +62,17 @@ def canonical(source: RowSet, config: Config, what: str, labels: tuple[str, ...]
             out[ours] = _conversations(source, maps, templates, what)
             if messages.TOOLS in source.column_names and messages.form(source.column_names, maps, templates) not in ("pair", "alpaca"):
                 out["tools"] = messages.read_tools(source[messages.TOOLS][:], what)
-            out["row"] = [f"{what} row {number}" for number in range(1, len(source) + 1)]
         else:
             out[ours] = _values(source, ours, maps, templates, what)
+    if pair := _pair(task):
+        better, worse = (out[ours] for ours in pair)
+        out |= zip(pair, messages.read_pairs(_prompts(source, maps, templates), better, worse, what), strict=True)
+    if task.conversational:
+        out["row"] = [f"{what} row {number}" for number in range(1, len(source) + 1)]
     wanted = PARTITION_BY.get(config.partition.kind, ()) if what == "training" else ()
+    several = next((ours for ours, kind in task.columns.items() if kind == "classes"), None)
     for ours in ("client", "device_class", "label"):
-        if ours in out or (what == "test" and ours == "label"):
+        if ours in out or (ours == "label" and (what == "test" or several)):
             continue
         theirs = maps.get(ours, ours)
         required = ours in templates or (ours in maps and what == "training")
@@ -77,11 +83,18 @@ def canonical(source: RowSet, config: Config, what: str, labels: tuple[str, ...]
         values = names_of(out["label"], declared, what)
         names = (declared or in_order(values)) if labels is None else labels
         out["label"] = to_ids(values, names, what)
+    elif several:
+        declared = source.classes.get(maps.get(several, several)) if several not in templates else None
+        sets = label_sets(out[several], declared, what)
+        names = (declared or in_order([name for row in sets for name in row])) if labels is None else labels
+        out[several] = to_bits(sets, names, what)
     else:
         names = ()
     for ours in out:
         theirs, kind = maps.get(ours, ours), task.columns.get(ours, "text")
-        if ours != "label" and kind in _READ:
+        if kind == "numbers":
+            out[ours] = vectors(out[ours], ours, theirs, config.task.outputs)
+        elif ours != "label" and kind in _READ:
             out[ours] = _READ[kind](out[ours], ours, theirs)
     for ours in out.keys() & {"client", "device_class"}:  # invisible blanks must not create another client
         out[ours] = [value.strip() for value in out[ours]]
@@ -107,17 +120,18 @@ def check_names(present: Collection[str], config: Config, what: str) -> None:
     """
     task, there = task_of(config.task), ", ".join(present)
     maps, templates = mapping(config.data)
+    own = {*task.columns, *([_PROMPT] if _pair(task) else [])}
     for ours in dict.fromkeys((*task.columns, *known_columns())):
         theirs = maps.get(ours, ours)
         if task.columns.get(ours) == "messages":
             _check_conversations(present, config, what)
-        elif ours in templates and (ours in task.columns or ours in ("client", "device_class") or (ours == "label" and what == "training")):
+        elif ours in templates and (ours in own or ours in ("client", "device_class") or (ours == "label" and what == "training")):
             if missing := sorted(fields(templates[ours], f"the {ours} template") - set(present)):
                 template = templates[ours]
                 raise DataError(f"the {ours} template {template!r} names '{missing[0]}', but the rows have only {there}: correct the name")
         elif theirs in present or ours in templates:
             continue
-        elif ours in maps and (ours in task.columns or (what == "training" and ours in ("client", "device_class", "label"))):
+        elif ours in maps and (ours in own or (what == "training" and ours in ("client", "device_class", "label"))):
             raise DataError(f"the {what} rows have no column '{theirs}' (data.columns.{ours}), only {there}: correct the name")
         elif ours in task.columns:
             kind, more = config.task.kind, task.columns_hint
@@ -195,8 +209,10 @@ def read_columns(config: Config) -> Columns:
     """
     maps, templates = mapping(config.data)
     task, conversations = task_of(config.task), set[str]()
-    own = {ours for ours, kind in task.columns.items() if kind != "messages"}
-    if task.conversational:
+    pair, own = _pair(task), {ours for ours, kind in task.columns.items() if kind != "messages"}
+    if pair:
+        conversations = {maps.get(ours, ours) for ours in (_PROMPT, *pair)}
+    elif task.conversational:
         conversations = {maps["messages"]} if "messages" in maps else {*messages.COLUMNS}
         conversations.add(messages.TOOLS)
     required = {*own, *PARTITION_BY.get(config.partition.kind, ())} - set(maps) - set(templates)
@@ -204,7 +220,7 @@ def read_columns(config: Config) -> Columns:
     for ours, template in templates.items():
         required |= fields(template, f"the {ours} template")
     optional = {"client", "device_class", "label", *conversations}
-    if task.conversational:
+    if task.conversational and not pair:
         optional |= {*messages.PAIR, *messages.ALPACA, *messages.ALPACA_OPTIONAL}
     return Columns(frozenset(required), frozenset(optional - required), frozenset(conversations))
 
@@ -242,6 +258,19 @@ def _conversations(source: RowSet, maps: Mapping[str, str], templates: Mapping[s
         extra, system = (_optional(source, name) for name in messages.ALPACA_OPTIONAL)
         return messages.paired([messages.with_input(a, b) for a, b in zip(asked, extra, strict=True)], answers, system)
     return messages.read_messages(source[kind][:], what)
+
+
+def _pair(task: Task) -> list[str]:
+    """The task's columns of answers to one prompt; [] if it has none."""
+    return [ours for ours, kind in task.columns.items() if kind == "answers"]
+
+
+def _prompts(source: RowSet, maps: Mapping[str, str], templates: Mapping[str, str]) -> list[Any] | None:
+    """What comes before the answers of each row; None if the source does not say."""
+    if _PROMPT in templates:
+        return fill(templates[_PROMPT], source, f"the {_PROMPT} template")
+    theirs = maps.get(_PROMPT, _PROMPT)
+    return source[theirs][:] if theirs in source.column_names else None
 
 
 def _optional(source: RowSet, column: str) -> list[str]:

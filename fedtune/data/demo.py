@@ -67,7 +67,9 @@ def generate(seed: int, homes: int = 24, test_size: int = 240) -> tuple[list[dic
             in no home's training examples.
 
     Returns:
-        ``(train, test)``, rows ``{"client", "device_class", "request", "action", "intent"}``; train is grouped by home.
+        ``(train, test)``, rows ``{"client", "device_class", "request", "action", "intent", "parts", "rejected"}``; train is grouped by
+        home. ``parts`` are the action's device, verb and room, separated by commas; ``rejected`` is another action, of another home if
+        there are several.
     """
     people = _homes(seed, homes)
     if test_size and not people:
@@ -95,7 +97,19 @@ def generate(seed: int, homes: int = 24, test_size: int = 240) -> tuple[list[dic
             if row["request"] not in held_out:
                 train.append(row)
                 mine += 1
+    for name, rows in (("test", test), ("train", train)):
+        rng = random.Random(f"demo/{seed}/rejected/{name}")
+        for row in rows:
+            row["rejected"] = _other_action(rng, row, train, alone=homes == 1)
     return train, test
+
+
+def _other_action(rng: random.Random, row: dict[str, str], rows: Sequence[dict[str, str]], *, alone: bool) -> str:
+    """The action of a random row with another action and, unless there is one home only, of another home."""
+    while True:
+        other = rng.choice(rows)
+        if other["action"] != row["action"] and (alone or other["client"] != row["client"]):
+            return other["action"]
 
 
 def pretraining_text(seed: int) -> Iterator[str]:
@@ -156,6 +170,7 @@ def _example(rng: random.Random, home: Home) -> dict[str, str]:
         "request": request,
         "action": intent.action.format(r=room, **values),
         "intent": key,
+        "parts": ", ".join([intent.device, intent.verb, *([room] if "{r}" in intent.action else [])]),
     }
 
 

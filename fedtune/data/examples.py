@@ -86,8 +86,11 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["right", "le
 
     Returns:
         input_ids (B, T) int64; attention_mask (B, T) int64, 1 on tokens; labels (B, T) int64, -100 on padding; or for row targets (B,)
-        class ids or numbers, or (B, L) float32; for an encoder-decoder's answers (B, 1 + A) int64.
+        class ids or numbers, or (B, L) float32; for an encoder-decoder's answers (B, 1 + A) int64. Pairs of sequences give 2B rows, of
+        which rows 2i and 2i + 1 are example i, and reference (B, 2) float32.
     """
+    if examples[0].first:
+        return _collate_pairs(examples, pad_id, side)
     ids, mask = _pad([e.input_ids for e in examples], pad_id, side)
     if all(len(e.labels) == 1 for e in examples):  # examples with token targets have at least two labels
         labels = torch.tensor([e.labels[0].item() for e in examples])
@@ -96,6 +99,14 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["right", "le
     else:
         labels, _ = _pad([e.labels for e in examples], IGNORED, side)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _collate_pairs(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]) -> dict[str, Tensor]:
+    split = [np.split(values, [e.first]) for e in examples for values in (e.input_ids, e.labels)]
+    ids, mask = _pad([part for parts in split[::2] for part in parts], pad_id, side)
+    labels, _ = _pad([part for parts in split[1::2] for part in parts], IGNORED, side)
+    reference = torch.tensor([e.reference or (0.0, 0.0) for e in examples], dtype=torch.float32)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "reference": reference}
 
 
 def pack(examples: Sequence[Example], pad_id: int, longest: int) -> dict[str, Tensor]:

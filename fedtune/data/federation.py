@@ -48,7 +48,8 @@ class Federation:
         rows: Training rows in fedtune's columns.
         test: The global test in fedtune's columns; may be empty.
         clients: Logical id → its rows, sorted by id; every client has training rows.
-        labels: Name of each class id of the column `label`, which is the task's target or only for histograms; () without labels.
+        labels: Name of each class id of the column `label`, which is the task's target or only for histograms, or of the task's column of
+            kind `classes`; () without labels.
     """
 
     rows: RowSet
@@ -63,9 +64,13 @@ class Federation:
     def summary(self) -> dict[str, Any]:
         """Plain JSON: labels, test size, and for each client its device class, sizes and label histogram (train and held-out together)."""
         of_row, clients = self.row_labels(), []
+        sets = next((column for column in self.rows.columns.values() if len(column) and isinstance(column[0], bytes)), None)
         for name, client in self.clients.items():
             held = np.concatenate([client.train, client.held_out])
-            histogram = np.bincount(of_row[held], minlength=len(self.labels)).tolist() if self.labels else []
+            if sets is not None:  # a row counts once for each of its labels
+                histogram = [sum(bits) for bits in zip(*(sets[i] for i in held), strict=True)]
+            else:
+                histogram = np.bincount(of_row[held], minlength=len(self.labels)).tolist() if self.labels else []
             sizes = {"train": len(client.train), "held_out": len(client.held_out)}
             clients.append({"id": name, "device_class": client.device_class, **sizes, "histogram": histogram})
         return {"labels": list(self.labels), "clients": clients, "test": len(self.test)}

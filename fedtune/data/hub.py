@@ -22,10 +22,11 @@ def _rows(found: datasets.Dataset) -> RowSet:
     """The data set's columns, which are read when they are indexed."""
     plain, features = found.with_format(None), found.features
     types = {name: str(getattr(feature, "dtype", "")) for name, feature in features.items()}
+    kinds = {name: getattr(feature, "feature", feature) for name, feature in features.items()}  # of a list: that of its values
     return RowSet(
         {name: plain[name] for name in found.column_names},
         types,
-        {name: tuple(feature.names) for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)},
+        {name: tuple(kind.names) for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)},
     )
 
 

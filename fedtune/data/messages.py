@@ -4,6 +4,7 @@ Forms: `messages` with roles and contents; ShareGPT's `conversations` with `from
 `instruction`, `input` and `output`. A content may be a text or a list of text parts.
 """
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -75,6 +76,62 @@ def read_messages(values: Sequence[Any], what: str, first: int = 1) -> list[str]
         except ValueError as bad:
             raise DataError(f"{what} row {number} is not a conversation: {bad}") from None
     return out
+
+
+def read_pairs(prompts: Sequence[Any] | None, better: Sequence[Any], worse: Sequence[Any], what: str) -> tuple[list[str], list[str]]:
+    """Pairs of conversations that differ in their last message, an answer, as JSON text: the chosen ones and the rejected ones.
+
+    Args:
+        prompts: What comes before the answers: a request as text, messages, or their JSON text. None, or None for a row, if both
+            conversations of the row are whole.
+        better, worse: Answers as text, or messages that end with the answer. Unless they begin with an answer, they are whole.
+        what: "training" or "test", for errors.
+
+    Raises:
+        DataError: A row is not such a pair; names the row.
+    """
+    out: tuple[list[str], list[str]] = [], []
+    for number, (prompt, *pair) in enumerate(zip(prompts or [None] * len(better), better, worse, strict=True), 1):
+        try:
+            before = [] if prompt is None else _turns(prompt, "user")
+            found = [_whole(before, _turns(value, "assistant")) for value in pair]
+            if found[0][:-1] != found[1][:-1]:
+                raise ValueError("the conversations differ before their last message; give both the same prompt")
+            if found[0] == found[1]:
+                raise ValueError("chosen and rejected are the same; remove the row")
+            for texts, messages in zip(out, found, strict=True):
+                texts.append(_text(messages))
+        except UnicodeEncodeError as bad:
+            raise DataError(f"{what} row {number} has {bad.object[bad.start]!r}, which is not a character: clean the file") from None
+        except ValueError as bad:
+            raise DataError(f"{what} row {number} is not a pair of answers: {bad}") from None
+    return out
+
+
+def _turns(value: Any, role: str) -> list[dict[str, Any]]:
+    """Messages, their JSON text, or another text as one message of this role."""
+    if isinstance(value, str):
+        found = None
+        if value.lstrip().startswith("["):
+            with contextlib.suppress(ValueError):
+                found = parse_json(value)
+        if not isinstance(found, list) or not found or not all(isinstance(each, Mapping) for each in found):
+            return [{"role": role, "content": value}]
+        value = found
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{str(value)[:40]!r} is neither text nor a list of messages; correct it or remove the row")
+    return [_message(each, number) for number, each in enumerate(value, 1)]
+
+
+def _whole(before: list[dict[str, Any]], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation that ends with `turns`."""
+    if turns[-1]["role"] != "assistant":
+        raise ValueError(f"its last message has the role '{turns[-1]['role']}', but an answer has the role 'assistant'; correct it")
+    if turns[0]["role"] != "assistant":
+        return turns
+    if not before:
+        raise ValueError("it has no prompt; set data.columns.prompt, or give whole conversations")
+    return [*before, *turns]
 
 
 def read_tools(values: Sequence[Any], what: str, first: int = 1) -> list[str]:

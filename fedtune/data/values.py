@@ -1,8 +1,10 @@
 """Values of the source's columns as text, numbers and class ids, and templates that join several columns."""
 
+import contextlib
 import datetime
 import decimal
 import math
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from fedtune.contracts.rows import RowSet
 from fedtune.data.messages import ALPACA, ALPACA_OPTIONAL
 from fedtune.errors import ConfigError, DataError
+from fedtune.storage.parsing import parse_json
 
 _TYPES: dict[type, str] = {str: "string", int: "int64", float: "double", bool: "bool"}
 
@@ -136,12 +139,46 @@ def numbers(values: Sequence[Any], ours: str, theirs: str) -> list[float]:
     return out
 
 
-def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str) -> list[str]:
+def vectors(values: Sequence[Any], ours: str, theirs: str, size: int) -> list[list[float]]:
+    """Values as lists of `size` finite numbers: numbers, lists of numbers, or the JSON text of a list."""
+    rows = [as_list(value) for value in values]
+    for number, row in enumerate(rows, 1):
+        if len(row) != size:
+            raise DataError(
+                f"row {number} of column '{theirs}' has {len(row)} numbers, but task.outputs={size}: set task.outputs to the numbers of"
+                " each row"
+            )
+    columns = [numbers([row[i] for row in rows], ours, theirs) for i in range(size)]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list, the JSON text of a list, or a single value as a list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            value = parse_json(value)
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def label_sets(values: Sequence[Any], declared: tuple[str, ...] | None, what: str) -> list[list[str]]:
+    """The class names of every value: a list, its JSON text, or names separated by commas, semicolons or bars."""
+    out = []
+    for number, value in enumerate(values, 1):
+        found = as_list(value)
+        if found == [value] and isinstance(value, str):
+            found = [name for name in re.split("[,;|]", value) if name.strip()]
+        out.append(names_of(found, declared, what, number))
+    return out
+
+
+def names_of(values: Sequence[Any], declared: tuple[str, ...] | None, what: str, row: int | None = None) -> list[str]:
     """The stripped class name of every value.
 
-    Whole numbers are ids of `declared`, the names of a ClassLabel feature, if the source has one.
+    Whole numbers are ids of `declared`, the names of a ClassLabel feature, if the source has one. With `row`, all values are those of one
+    row, of this number.
     """
     for number, value in enumerate(values, 1):
+        number = row or number
         if not isinstance(value, (bool, int, str)):
             shown = f"{type(value).__name__} {str(value)[:40]}"
             raise DataError(f"{what} row {number} has the label {shown}, but a label is a name or a whole number: see data.columns.label")
@@ -158,8 +195,17 @@ def in_order(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(unique, key=int) if all(name.removeprefix("-").isdecimal() for name in unique) else unique)
 
 
-def to_ids(values: Sequence[str], names: tuple[str, ...], what: str) -> list[int]:
-    """The class id of every value.
+def to_bits(values: Sequence[Sequence[str]], names: tuple[str, ...], what: str) -> list[bytes]:
+    """For every row one byte for each class, 1 if the row has it. Raises DataError as `to_ids` does."""
+    out = []
+    for number, row in enumerate(values, 1):
+        ids = set(to_ids(row, names, what, number))
+        out.append(bytes(i in ids for i in range(len(names))))
+    return out
+
+
+def to_ids(values: Sequence[str], names: tuple[str, ...], what: str, row: int | None = None) -> list[int]:
+    """The class id of every value; `row` as in `names_of`.
 
     Raises:
         DataError: A value is not in `names`.
@@ -168,5 +214,7 @@ def to_ids(values: Sequence[str], names: tuple[str, ...], what: str) -> list[int
     for number, value in enumerate(values, 1):
         if value not in ids:
             shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-            raise DataError(f"{what} row {number} has the label '{value}', but the classes are {shown}: correct it or remove the row")
+            raise DataError(
+                f"{what} row {row or number} has the label '{value}', but the classes are {shown}: correct it or remove the row"
+            )
     return [ids[value] for value in values]

@@ -148,7 +148,7 @@ def _of_run(config: Config, tokenizer: Any) -> list[str]:
     rows = federation.rows.select(sorted(int(i) for client in federation.clients.values() for i in client.train))
     if "prompt" in rows.column_names:
         return [prompt + answer for prompt, answer in zip(rows["prompt"][:], rows["answer"][:], strict=True)]
-    if "messages" in rows.column_names:
+    if told := [name for name in ("messages", "chosen") if name in rows.column_names]:
         schemas = rows["tools"][:] if "tools" in rows.column_names else [""] * len(rows)
-        return [_rendered(chat, tools, tokenizer) for chat, tools in zip(rows["messages"][:], schemas, strict=True)]
+        return [_rendered(chat, tools, tokenizer) for chat, tools in zip(rows[told[0]][:], schemas, strict=True)]
     return list(rows["text"][:])

@@ -191,7 +191,7 @@ def _of_test(config: Config, text: Text, tokenizer: Any, window: int) -> list[Pi
         return []
     if (task := task_of(config.task)).conversational:
         examples = task.encode(rows, tokenizer, encoder_decoder=False, keep_short=False)
-        turns = ((e.input_ids[: e.prompt_length].tolist(), e.input_ids[e.prompt_length :].tolist()) for e in examples)
+        turns = ((e.input_ids[: e.prompt_length].tolist(), e.input_ids[e.prompt_length : e.first or None].tolist()) for e in examples)
         return answers(turns, _HELD, window)
     end = sorted(text.ends)[:1]  # of each row, as in training
     if "prompt" in rows.column_names:

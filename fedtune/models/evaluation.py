@@ -37,6 +37,20 @@ def score_examples(model: nn.Module, tokenizer: Any, examples: Sequence[Example]
         return kind.settle(model, tokenizer, examples, scores, batch_size=batch_size)
 
 
+def sequence_log_probs(
+    model: nn.Module, examples: Sequence[Example], task: TaskConfig, *, batch_size: int, pad_id: int
+) -> list[tuple[float, ...]]:
+    """For each example, in order, the log-probability of each sequence's targets, summed, in nats."""
+    kind, found = task_of(task), dict[int, tuple[float, ...]]()
+    with _evaluating(model):
+        for chunk in _by_length([len(e.input_ids) for e in examples], batch_size):
+            batch = _to_device(collate([examples[i] for i in chunk], pad_id), model)
+            losses = kind.loss(*counted_logits(model, batch, task), "none")
+            sums = torch.stack([each.sum() for each in losses.split(kind.counts(batch).sum(1).tolist())])
+            found.update(zip(chunk, map(tuple, (-sums).view(len(chunk), -1).tolist()), strict=True))
+    return [found[i] for i in range(len(examples))]
+
+
 def generate_answers(model: nn.Module, tokenizer: Any, examples: Sequence[Example], task: TaskConfig, *, batch_size: int) -> list[str]:
     """Greedily generated answers to the examples' prompts, in order, without surrounding white space."""
     out = [""] * len(examples)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fedtune.config import TaskConfig
-from fedtune.contracts.task import task_of
+from fedtune.contracts.task import Task, task_of
 from fedtune.models.lean import step_of
 
 _PIECE = 1 << 22  # logits to convert to float32 at once in training
 
 
 def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, int]:
-    """The summed loss and the number of targets, so that accumulation over unequal micro-batches is exact.
+    """The summed loss and the number of its terms, so that accumulation over unequal micro-batches is exact.
 
     Args:
         model: A model whose output has `logits`.
@@ -24,27 +24,36 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
         task: The task, which defines the loss.
 
     Returns:
-        The loss (float32, summed), and the number of targets.
+        The loss (summed), and the number of its terms (targets, or pairs).
     """
+    kind = task_of(task)
     if (step := step_of(model)) is not None:
         if (losses := step.token_losses(batch, task)) is not None:
+            losses = kind.reduce(losses, batch)
             return losses.sum(), len(losses)
         with step.installed():
             logits, targets = _counted(model, batch, task)
     else:
         logits, targets = _counted(model, batch, task)
-    kind = task_of(task)
+    if kind.sequences > 1:
+        losses = kind.reduce(_losses(kind, logits, targets, "none"), batch)
+        return losses.sum(), len(losses)
+    return _losses(kind, logits, targets, "sum").sum(), len(targets)
+
+
+def _losses(kind: Task, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """The loss of each position, (N,), or with "sum" of each piece of them."""
     if logits.dtype == torch.float32:
-        return kind.loss(logits, targets, "sum"), len(targets)
+        return kind.loss(logits, targets, reduction)
     # for 16-bit logits, the float32 copy and its log-softmax would dominate a step's memory, so they are computed in pieces
     rows = max(1, _PIECE // logits.shape[-1])
 
     def piece(some: Tensor, wanted: Tensor) -> Tensor:
-        return kind.loss(some.float(), wanted, "sum")
+        return kind.loss(some.float(), wanted, reduction)
 
     pieces = zip(logits.split(rows), targets.split(rows), strict=True)
     losses = [checkpoint(piece, some, wanted, use_reentrant=False, preserve_rng_state=False) for some, wanted in pieces]
-    return torch.stack(losses).sum(), len(targets)
+    return torch.stack(losses) if reduction == "sum" else torch.cat(losses)
 
 
 def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:

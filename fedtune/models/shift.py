@@ -1,5 +1,7 @@
 """Merge shifts into the frozen weights of a live model: W = W0 + Σ s·B·A."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -23,6 +25,7 @@ class FrozenWeights:
 
     Attributes:
         versions: Versions of the merged shifts, in order.
+        start: The shift of version 0, with which a warm start begins; None if there is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,6 +36,40 @@ class FrozenWeights:
         self._sums: dict[str, Tensor] = {}
         self._branches: dict[str, SideBranch] = {}
         self.versions: tuple[int, ...] = ()
+        self.start: AdapterState | None = None
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """A context with the weights before round 1: W0, plus the shift of version 0 if there is one.
+
+        Raises:
+            ModelError: The shift of version 0 came only as part of a snapshot.
+        """
+        if not any(self.versions):
+            yield
+            return
+        if 0 in self.versions and self.start is None:
+            raise ModelError("this client lacks the model that the run started from: restart it")
+        first = {m: self.start.product(m) for m in self.start.spec.scaling} if self.start else {}
+        hidden, own = list(self._branches.values()), []
+        try:
+            for branch in hidden:
+                branch.on = False
+            for module in first.keys() & self._branches.keys():
+                own.append(SideBranch(self._modules[module], self._dtype, module))
+                own[-1].add(cast(AdapterState, self.start))
+            with torch.no_grad():
+                for module, total in self._sums.items():
+                    self._move(module, first[module].to(total.device) if module in first else torch.zeros_like(total))
+            yield
+        finally:
+            for branch in own:
+                branch.remove()
+            for branch in hidden:
+                branch.on = True
+            with torch.no_grad():
+                for module, total in self._sums.items():
+                    self._move(module, total)
 
     def reset(self, fresh: nn.Module) -> None:
         """Restore W0 from `fresh`, the same backbone loaded again; weights that no shift has changed, such as a head, stay unchanged."""
@@ -42,7 +79,7 @@ class FrozenWeights:
         with torch.no_grad():
             for name in self._sums:
                 cast(Tensor, self._modules[name].weight).copy_(cast(Tensor, own[name].weight))
-        self._first, self._sums, self._branches, self.versions = {}, {}, {}, ()
+        self._first, self._sums, self._branches, self.versions, self.start = {}, {}, {}, (), None
 
     def add(self, *shifts: AdapterState, snapshot: AdapterState | None = None) -> None:
         """Merge shifts, oldest first, then set the sums of the snapshot's modules. If one is invalid, nothing changes.
@@ -73,6 +110,7 @@ class FrozenWeights:
                 else:
                     self._move(module, self._sum(module).copy_(total))
         self.versions = (*self.versions, *(s.spec.version for s in shifts))
+        self.start = next((s for s in shifts if s.spec.version == 0 and snapshot is None), self.start)
 
     def _branch(self, module: str) -> SideBranch | None:
         """A quantized layer's side branch; None if the layer is not quantized."""

@@ -25,6 +25,9 @@ class SideBranch:
         layer: A quantized linear layer, (in) → (out).
         dtype: Its compute dtype.
         module: Its name in the shifts.
+
+    Attributes:
+        on: Whether it adds anything.
     """
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype, module: str) -> None:
@@ -33,6 +36,7 @@ class SideBranch:
         self._a = torch.empty(0, int(layer.in_features), dtype=dtype, device=weight.device)  # type: ignore[arg-type]
         self._b = torch.empty(int(layer.out_features), 0, dtype=dtype, device=weight.device)  # type: ignore[arg-type]
         self._dense: Tensor | None = None
+        self.on = True
         self._handle = layer.register_forward_hook(self)
 
     def add(self, shift: AdapterState) -> None:
@@ -60,6 +64,8 @@ class SideBranch:
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """The hook."""
+        if not self.on:
+            return y
         x = args[0].to(self._a.dtype)
         part = F.linear(F.linear(x, self._a), self._b) if self._dense is None else F.linear(x, self._dense.to(x.dtype))
         return y + part.to(y.dtype)

@@ -96,10 +96,11 @@ def check_context(model: PreTrainedModel, task: TaskConfig, folder: Path) -> Non
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             context -= module.padding_idx + 1  # RoBERTa counts positions from its padding index
-    if task.max_length > context:
-        raise ModelError(f"task.max_length={task.max_length} is more than the context of {folder.name} ({context} tokens): make it smaller")
-    if task.max_length + task_of(task).answer_tokens > context:
+    kind = task_of(task)
+    if kind.longest_sequence > context:
+        raise ModelError(f"{kind.length_text} is more than the context of {folder.name} ({context} tokens): make it smaller")
+    if kind.longest_sequence + kind.answer_tokens > context:
         raise ModelError(
-            f"task.max_length={task.max_length} with task.max_new_tokens={task.max_new_tokens} is more than the context of {folder.name}"
+            f"{kind.length_text} with task.max_new_tokens={task.max_new_tokens} is more than the context of {folder.name}"
             f" ({context} tokens): make one of them smaller"
         )

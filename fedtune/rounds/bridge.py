@@ -21,6 +21,7 @@ from fedtune.contracts.plan import Plan
 from fedtune.contracts.scores import SHARED, personal_gain, worst_decile
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState, Strategy
+from fedtune.contracts.task import task_of
 from fedtune.contracts.warm_start import WarmStart
 from fedtune.contracts.wire import MessageWriter
 from fedtune.exchange import Exchange, NoUpdates
@@ -185,8 +186,13 @@ class Bridge:
     def _messages(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> dict[str, OutboundMessage]:
         assignments = self.strategy.plan(round, self._plans(round, ids, clients, state), state)
         held, started = {c: clients[c].held for c in ids}, {c: clients[c].start for c in ids}
-        snapshot = self.snapshots.of(state.shifts)
+        snapshot = self._snapshot(state)
         return write_messages(self.config, round, assignments, held, state.shifts, self.initial, snapshot, self._start, started)
+
+    def _snapshot(self, state: ServerState) -> AdapterState | None:
+        """The sums of the shifts; None also if clients need the shift of the start by itself, for their reference."""
+        apart = self.warm is not None and self.warm.shifts and task_of(self.config.task).needs_reference
+        return None if apart else self.snapshots.of(state.shifts)
 
     def _plans(self, round: int, ids: Sequence[str], clients: Mapping[str, Client], state: ServerState) -> list[Plan]:
         return [base_plan(self.config, round, c, state.adapter.spec.version, clients[c].rank) for c in ids]
@@ -202,7 +208,7 @@ class Bridge:
             asked = sorted(random.Random(derive_seed(self.config.seed, "eval")).sample(asked, self.config.eval.clients))
         # the plan of the next round defines the client's personal tensors
         round = record["round"]
-        writer, contents = MessageWriter(round, state.shifts, snapshot=self.snapshots.of(state.shifts)), {}
+        writer, contents = MessageWriter(round, state.shifts, snapshot=self._snapshot(state)), {}
         for i in range(0, len(asked), _PLAN_BATCH):
             batch = asked[i : i + _PLAN_BATCH]
             coming = self.strategy.plan(round + 1, self._plans(round + 1, batch, clients, state), state)

@@ -36,6 +36,8 @@ class EarlierRows:
 
     def __init__(self, earlier: Config, space: Workspace, records: Iterable[Mapping[str, Any]] = ()) -> None:
         data = earlier.data
+        if task_of(earlier.task).needs_reference:
+            raise DataError(f"the metrics of the earlier run '{earlier.name}' compare with the model that it started from")
         if data.source == "local" and not any(path and has_files(path) for path in (data.path, data.test_path)):
             raise DataError(f"the test rows of the earlier run '{earlier.name}' are not on this machine")
         rows = load_test(earlier).test

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedtune.config import Config
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.contracts.task import task_of
 from fedtune.contracts.warm_start import WarmStart
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models.combined import stack
@@ -31,7 +32,8 @@ def fit(source: Source, drawn: AdapterState, config: Config, labels: Sequence[st
         config: The run's config.
         labels: The run's class names.
         needs_zero: Whether the strategy assumes B·A = 0 before round 1. The product is then merged into the frozen weights, and the run
-            starts with the drawn factors and the earlier head.
+            starts with the drawn factors and the earlier head. So it is if the task's loss compares with the model before the run, which is
+            then the frozen weights alone.
 
     Raises:
         ConfigError: The adapter does not fit the run; the sentence names the setting to change.
@@ -41,7 +43,13 @@ def fit(source: Source, drawn: AdapterState, config: Config, labels: Sequence[st
     _check_kind(source, earlier, drawn, config, labels)
     _check_tensors(source, earlier, drawn, config)
     moved = [m for m in earlier.spec.ranks if earlier[m + _B].any()]
-    merges = needs_zero and bool(moved)
+    compares, kind = task_of(config.task).needs_reference, earlier.spec.method
+    if compares and method(kind).factors is None:
+        raise ConfigError(
+            f"task.loss={config.task.loss} compares with the model before the run, and {source.key}, with peft.method={kind}, cannot be"
+            " merged into its frozen weights: start from a run with peft=lora, or set task.loss=orpo"
+        )
+    merges = (needs_zero or compares) and bool(moved)
     if merges and method(earlier.spec.method).factors is None:
         raise ConfigError(
             f"{source.key} changes the model, but the strategy assumes B·A = 0 before round 1, and peft.method={config.peft.method} cannot"

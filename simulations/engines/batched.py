@@ -221,26 +221,25 @@ class _Stack:
 
     def _count(self, rows: Sequence[Example]) -> int:
         task = task_of(self.task)
-        return sum(task.count(e) for e in rows)
+        return sum(task.count_terms(e) for e in rows)
 
     def _losses(self, group: list[list[Example]], counts: list[int]) -> tuple[Tensor, Tensor]:
         """Return Σ_clients (summed loss / count), and each client's term, (C,), without graph."""
-        tall = max(len(rows) for rows in group)
-        self.client_batch.rows = [len(rows) for rows in group]
-        self.client_batch.widths = [max((len(e.input_ids) for e in rows), default=1) for rows in group]
+        task, tall = task_of(self.task), max(len(rows) for rows in group)
+        self.client_batch.rows = [task.sequences * len(rows) for rows in group]
+        self.client_batch.widths = [max((e.width for e in rows), default=1) for rows in group]
         # a short batch is padded with copies of its first row, which do not count
         some = next(rows[0] for rows in group if rows)
         flat = [e for rows in group for e in (*rows, *[rows[0] if rows else some] * (tall - len(rows)))]
         batch = {k: v.to(self.device) for k, v in collate(flat, self.pad_id).items()}
         self.client_batch.length = batch["input_ids"].shape[1]
-        real = torch.tensor([j < n for n in self.client_batch.rows for j in range(tall)], device=self.device)
-        task = task_of(self.task)
+        real = torch.tensor([j < len(rows) for rows in group for j in range(tall)], device=self.device)
         task.silence(batch, ~real)
-        row = task.counts(batch).nonzero()[:, 0]
-        losses = self.forward(batch, self.task)
+        example = task.terms(batch)
+        losses = task.reduce(self.forward(batch, self.task), batch)
         share = 1.0 / torch.tensor(counts, device=self.device).clamp(min=1)
-        owner = row // tall
-        each = losses * share[owner] * real[row]
+        owner = example // tall
+        each = losses * share[owner] * real[example]
         return each.sum(), torch.zeros(len(group), device=self.device).index_add_(0, owner, each.detach())
 
     def _gradient(self) -> Tensor:

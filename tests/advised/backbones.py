@@ -228,9 +228,9 @@ def _(place: Place) -> Iterator[str]:
     (model / "config.json").write_text(json.dumps({"model_type": "bart", "d_model": 16}))
     error = attach_error(model, CLASSES)
     yield error
-    (task,) = [TaskConfig(kind=kind, max_length=16) for kind in error.rpartition(" for ")[2].split(" or ")]
-    for kind in ("t5", "llama", "bert"):
-        yield attach_error(checkpoint(place.folder / kind, kind), task)
+    for name in error.rpartition(" for ")[2].split(" or "):
+        for kind in ("t5", "llama", "bert"):
+            yield attach_error(checkpoint(place.folder / f"{name}-{kind}", kind), TaskConfig(kind=name, max_length=16))
 
 
 @follows("model.device=cuda, but torch finds no CUDA device: take model.device=auto or cpu")
@@ -249,7 +249,7 @@ def _(place: Place) -> Iterator[str]:
         yield attach_error(model, TaskConfig(kind="causal_lm", max_length=length))
 
 
-@follows("task.max_length={} with task.max_new_tokens={} is more than the context of {} ({} tokens): make one of them smaller")
+@follows("{} with task.max_new_tokens={} is more than the context of {} ({} tokens): make one of them smaller")
 def _(place: Place) -> Iterator[str]:
     model = checkpoint(place.folder / "m")
     for length, answer in ((60, 6), (58, 6), (60, 4)):

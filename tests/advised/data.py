@@ -138,7 +138,9 @@ def _(place: Place) -> Iterator[str]:
 def _(place: Place) -> Iterator[str]:
     from fedtune.data import demo
 
-    place.patch.setattr(demo, "_example", lambda draw, home: {"request": str(draw.randrange(8))})
+    place.patch.setattr(
+        demo, "_example", lambda draw, home: {"client": home.id, **dict.fromkeys(("request", "action"), str(draw.randrange(8)))}
+    )
     for size in (9, 5):
         try:
             yield "" if demo.generate(0, homes=1, test_size=size) else "nothing"

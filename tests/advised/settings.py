@@ -312,6 +312,7 @@ setting("stack to {} rows, but strategy.max_rank={}: raise it, or lower clients_
         "strategy.max_rank=64", "clients_per_round=10", "peft.rank=8", "rounds=1",
         given=["strategy.max_rank=80", "clients_per_round=8", "peft.rank=6"])  # fmt: skip
 setting("gives each of two adapters half of", EVEN, "strategy=feddpa", "peft.rank=5", given=["peft.rank=6"])
+setting("distills the choice of a class or a token", EVEN, "strategy=feddat", "task=regression", given=["strategy=feddpa"])
 setting("trains personal adapters with gradients of their own", EVEN, "strategy=ditto", "privacy=record", given=["strategy=fedper"])
 setting("is 2 or more, so the inner steps diverge: lower one of", EVEN, "strategy=pfedme", "strategy.mu=20", "strategy.inner_lr=0.1",
         given=["strategy.mu=10", "strategy.inner_lr=0.05"])  # fmt: skip

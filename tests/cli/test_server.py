@@ -26,6 +26,15 @@ TASKS = {
     "causal_lm": TaskConfig(kind="causal_lm", max_length=16),
     "instruction": TaskConfig(kind="instruction", max_length=16, max_new_tokens=4),
     "classification": TaskConfig(kind="classification", max_length=16),
+    "multi_label": TaskConfig(kind="multi_label", max_length=16),
+    "preference": TaskConfig(kind="preference", max_length=96, max_new_tokens=4),
+    "regression": TaskConfig(kind="regression", max_length=16),
+}
+COLUMNS = {
+    "instruction": {"prompt": "question", "answer": "reply"},
+    "multi_label": {"labels": "label"},
+    "preference": {"prompt": "question", "chosen": "text", "rejected": "client"},
+    "regression": {"target": "label"},
 }
 
 
@@ -71,7 +80,7 @@ def test_a_classification_server_without_rows_starts_by_either_advice(
 def test_a_server_needs_no_training_rows(
     tmp_path: Path, serve: Callable[..., int], capsys: pytest.CaptureFixture[str], task: str, dealt: str, test: str
 ) -> None:
-    columns = {"prompt": "question", "answer": "reply"} if task == "instruction" else {}
+    columns, dealt = dict(COLUMNS.get(task, {})), "iid" if task == "multi_label" else dealt
     config = tiny_config(
         tmp_path, rounds=1, task=TASKS[task], eval=EvalConfig(), inference=InferenceConfig(samples=2),
         partition=PartitionConfig(kind=dealt, clients=4),

@@ -8,6 +8,7 @@ import pytest
 
 from fedtune.clients.deployed import Device, own_config
 from fedtune.config.compose import compose
+from fedtune.contracts.task import find
 from fedtune.data import Federation, check_data, load_federation
 from fedtune.errors import DataError
 
@@ -52,10 +53,14 @@ def test_a_column_of_the_task_is_required(tmp_path: Path) -> None:
         ("classification", {"text": "a", "topic": "x"}),
         ("chat", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
         ("chat", {"instruction": "a", "output": "b"}),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        ("regression", {"text": "a", "target": 1.5}),
+        ("multi_label", {"text": "a", "labels": ["x"]}),
     ],
 )
 def test_partition_columns_are_not_required_of_own_rows(tmp_path: Path, task: str, row: dict[str, Any]) -> None:
-    held = load(tmp_path, [*LOCAL, f"task={task}", "data.path=elsewhere"], row, ["x", "y"] if task == "classification" else None)
+    settings = LOCAL if task != "multi_label" else LOCAL[:-1]  # it has no label to split by
+    held = load(tmp_path, [*settings, f"task={task}", "data.path=elsewhere"], row, ["x", "y"] if find(task).classes else None)
     assert len(held.clients["anna"].train) == 4
 
 

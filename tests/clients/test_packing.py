@@ -87,7 +87,7 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["task=classification"], "has one target per row, so its rows cannot be joined: set task.packing=false"),
+        (["task=classification"], "the rows of task.kind=classification cannot be joined: set task.packing=false"),
         (["privacy=record", "privacy.epsilon=8"], "privacy=record clips the gradient of each row: set task.packing=false"),
         (["engine.cache_layers=1"], "engine.cache_layers keeps the activations of each row: set task.packing=false"),
         ([], "task.packing=true trains one client at a time: set engine.batched=none"),

@@ -26,6 +26,7 @@ NEEDS = {  # settings that a choice requires
     ("data", "hub"): ["data.name=some/data"],
     ("data", "local"): ["data.path=some.csv"],
     ("task", "causal_lm"): ["data=local", "data.path=some.txt"],
+    ("task", "regression"): ["data=local", "data.path=some.csv"],
 }
 
 

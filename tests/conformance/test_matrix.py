@@ -35,7 +35,8 @@ from tests.models.build import checkpoint
 from tests.quick import quick
 
 STRATEGIES, TASKS = choices("strategy"), ("causal_lm", "classification")
-BACKBONES = {"causal_lm": "qwen2", "classification": "bert"}  # Qwen2 has biases, which Llama has not
+OTHERS = [task for task in choices("task") if task not in (*TASKS, "chat", "instruction")]  # with every strategy, and one method
+BACKBONES = {"causal_lm": "qwen2", "preference": "qwen2"}  # Qwen2 has biases, which Llama has not; BERT for tasks with a head
 FACTORS_ONLY = (
     "feddat", "feddpa", "fedex", "fedrot", "fedsa", "fedsvd", "ffa", "flexlora", "flora", "hetlora", "lora_fair", "rolora", "slora",
 )  # fmt: skip
@@ -45,6 +46,7 @@ SENTENCES = {  # strategy, method or task that refuses a cell → part of its er
     **{("fedpeptao", m): "set peft=ptuning_v2" for m in METHODS if m != "ptuning_v2"},
     **{("ravan", m): "set peft=ravan" for m in METHODS if m != "ravan"},
     ("prefix", "classification"): "prefix",
+    **{("feddat", t): "strategy=feddat distills" for t in ("multi_label", "preference", "regression")},
     **{(s, m): "selects every tensor|prefix" for s in ("fedper", "fedrep") for m in ("prompt", "prefix")},
 }
 ALLOWED = {("flexlora", "dora"), ("fedrot", "dora"), ("fedsvd", "dora"), ("lora_fair", "dora")}
@@ -63,16 +65,20 @@ CLIENTS: dict[str, int] = {"bulyan": 7, "fedtrimmedavg": 7, "krum": 7, "multikru
 def rows(clients: int, each: int, seed: int) -> list[dict[str, Any]]:
     words = ["turn", "on", "off", "the", "light", "lamp", "heat", "in", "kitchen", "bed", "up", "down"]
     rng = random.Random(seed)
+    texts = [" ".join(rng.choices(words, k=rng.randint(3, 8))) for _ in range(each * clients)]
     return [
-        {"text": " ".join(rng.choices(words, k=rng.randint(3, 8))), "label": i // clients % 3, "client": f"c{i % clients}"}
-        for i in range(each * clients)
-    ]
+        {
+            "text": text, "label": i // clients % 3, "client": f"c{i % clients}", "labels": text.split()[:2], "target": len(text) / 20,
+            "prompt": text, "chosen": text.split()[0], "rejected": text.split()[1] + " no",
+        }
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("matrix")
-    for kind in set(BACKBONES.values()):
+    for kind in {*BACKBONES.values(), "bert"}:
         checkpoint(folder / kind, kind)
     for name, clients, each, seed in (("3", 3, 8, 0), ("7", 7, 8, 0), ("test", 1, 9, 1)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows(clients, each, seed))) + "\n")
@@ -100,10 +106,16 @@ def experiment(files: Path, out: Path, strategy: str, method: str, task: str) ->
         clients_per_round=clients,
         min_clients=clients,
         output_dir=str(out),
-        model=ModelConfig(source="hub", name=str(files / BACKBONES[task]), device="cpu"),
-        data=DataConfig(source="local", path=str(files / f"{clients}.jsonl"), test_path=str(files / "test.jsonl"), held_out=0.25),
+        model=ModelConfig(source="hub", name=str(files / BACKBONES.get(task, "bert")), device="cpu"),
+        data=DataConfig(
+            source="local",
+            path=str(files / f"{clients}.jsonl"),
+            test_path=str(files / "test.jsonl"),
+            held_out=0.25,
+            labels=sorted({word for row in rows(7, 8, 0) for word in row["labels"]}) if task == "multi_label" else [],
+        ),
         partition=PartitionConfig(kind="natural"),
-        task=TaskConfig(kind=task, max_length=16, stride_texts=False),
+        task=TaskConfig(kind=task, max_length=80 if task == "preference" else 16, max_new_tokens=4, stride_texts=False),
         peft=dataclasses.replace(chosen_by(f"peft={method}").peft, rank=2, alpha=4.0, core=3, tokens=3, bottleneck=3),
         strategy=named,
         client=ClientConfig(steps=2, epochs=None, batch_size=4, lr=1e-2, schedule="constant", **SGD.get(strategy, {})),
@@ -171,7 +183,9 @@ def kind(name: str) -> str:
 
 def cell(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, method: str, task: str) -> None:
     build = functools.partial(experiment, files, tmp_path, strategy, method, task)
-    refusal = next((SENTENCES[k] for k in ((strategy, method), (method, task)) if k in SENTENCES and k not in ALLOWED), None)
+    refusal = next(
+        (SENTENCES[k] for k in ((strategy, method), (strategy, task), (method, task)) if k in SENTENCES and k not in ALLOWED), None
+    )
     if refusal is not None:
         with pytest.raises(FedtuneError, match=refusal) as error:
             simulate(build())
@@ -239,6 +253,7 @@ CELLS = [
     # each strategy meets each method and each task; the two tasks alternate over the methods
     if s not in ONE_TASK or (ONE_TASK.index(s) + i + j) % 2 == 0 or (s, m, t) in QUICK
 ]
+CELLS += [(s, {"fedpeptao": "ptuning_v2", "ravan": "ravan"}.get(s, "lora"), t) for s in STRATEGIES for t in OTHERS]
 
 
 @pytest.mark.parametrize(("strategy", "method", "task"), quick(CELLS, *QUICK))

@@ -85,7 +85,7 @@ CASES: dict[str, tuple[str, str | bytes | None, dict[str, Any], type[Exception],
     ),
     "unknown column of ours": (
         "a.jsonl", Q, data(CLS, columns={"lable": "x"}),
-        ConfigError, r"data\.columns\.lable is not known: choose from text, messages, label, prompt, answer, client",
+        ConfigError, r"data\.columns\.lable is not known: choose from text, messages, label, prompt, answer, labels, chosen, .*, client",
     ),
     "no prompt": (
         "a.jsonl", Q, ASK,

@@ -73,7 +73,7 @@ def test_names_are_unique() -> None:
 def test_rows_have_the_documented_fields() -> None:
     people = {home.id: home for home in demo.homes(0)}
     for row in [*task(0)[0], *task(0)[1]]:
-        assert row.keys() == {"client", "device_class", "request", "action", "intent"}
+        assert row.keys() == {"client", "device_class", "request", "action", "intent", "parts", "rejected"}
         assert row["device_class"] == people[row["client"]].device_class
         assert row["intent"] in people[row["client"]].intents
         assert row["action"].split()[0] == INTENTS[row["intent"]].device

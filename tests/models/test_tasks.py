@@ -275,3 +275,5 @@ def test_primary_metrics() -> None:
     assert task_of(INSTRUCTION).primary == ("exact_match", True)
     assert task_of(TaskConfig(kind="instruction", generate=False)).primary == ("perplexity", False)
     assert task_of(CLASSES).primary == ("accuracy", True)
+    assert task_of(TaskConfig(kind="multi_label")).primary == ("micro_f1", True)
+    assert task_of(TaskConfig(kind="regression")).primary == ("mae", False)

@@ -88,11 +88,12 @@ def require_room(model: "PreTrainedModel", peft: PeftConfig, task: TaskConfig) -
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             context -= module.padding_idx + 1  # RoBERTa counts positions from its padding index
-    answer = task_of(task).answer_tokens
-    if peft.tokens + task.max_length + answer > context:
+    kind = task_of(task)
+    answer = kind.answer_tokens
+    if peft.tokens + kind.longest_sequence + answer > context:
         more = f" and task.max_new_tokens={answer}" if answer else ""
         raise ModelError(
-            f"peft.tokens={peft.tokens} with task.max_length={task.max_length}{more} is more than the model's context of {context} tokens:"
+            f"peft.tokens={peft.tokens} with {kind.length_text}{more} is more than the model's context of {context} tokens:"
             " make one of them smaller"
         )
 

@@ -1,14 +1,18 @@
 """Base class of tasks whose targets are tokens, predicted by the model's output layer from the tokens before them."""
 
 import abc
+import datetime
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedtune.contracts.task import IGNORED, Example, Score, Task
+from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fedtune.config import TaskConfig
 
 
 class TokenTask(Task, abc.ABC):
@@ -20,6 +24,7 @@ class TokenTask(Task, abc.ABC):
     head = False
     gives_text = True
     packs = True
+    cross_entropy = True
 
     def outputs(self, labels: int) -> int:
         return 0
@@ -45,8 +50,8 @@ class TokenTask(Task, abc.ABC):
     def targets(self, batch: "Mapping[str, Tensor]") -> "Tensor":
         return batch["labels"][:, 1:]
 
-    def silence(self, batch: "dict[str, Tensor]", rows: "Tensor") -> None:
-        batch["labels"][rows] = IGNORED
+    def silence(self, batch: "dict[str, Tensor]", examples: "Tensor") -> None:
+        batch["labels"][examples.repeat_interleave(self.sequences)] = IGNORED
 
     def decoder_mask(self, batch: "Mapping[str, Tensor]") -> "Tensor":
         return batch["labels"] != IGNORED
@@ -82,6 +87,14 @@ class TokenTask(Task, abc.ABC):
     def score(self, logits: "Tensor", targets: "Tensor", sizes: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> list[Score]:
         each = self.loss(logits, targets, "none")
         return [Score(losses.sum().item(), len(losses)) for losses in each.split(list(sizes))]
+
+
+def check_date(settings: "TaskConfig") -> None:
+    """Raises ConfigError if `task.date`, which chat templates print, is not a date."""
+    try:
+        datetime.date.fromisoformat(settings.date)
+    except ValueError:
+        raise ConfigError(f"task.date={settings.date} is not a date: write YYYY-MM-DD, such as 2026-01-01") from None
 
 
 def perplexity(loss: float) -> float:

@@ -1,6 +1,5 @@
 """Chat: the assistant's messages of a conversation, in the model's chat template."""
 
-import datetime
 import logging
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -8,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.contracts.rows import RowSet
 from fedtune.contracts.task import IGNORED, Example
-from fedtune.errors import ConfigError
 from fedtune.models.tasks._answers import AnswerTask
+from fedtune.models.tasks._tokens import check_date
 from fedtune.storage.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -93,10 +92,7 @@ class Chat(AnswerTask):
 
     def check(self, config: "Config") -> None:
         super().check(config)
-        try:
-            datetime.date.fromisoformat(self.settings.date)
-        except ValueError:
-            raise ConfigError(f"task.date={self.settings.date} is not a date: write YYYY-MM-DD, such as 2026-01-01") from None
+        check_date(self.settings)
 
     def answer_length(self, example: Example) -> int:
         return len(example.labels) - example.prompt_length

@@ -23,6 +23,7 @@ class Classification(RowTask):
     columns = {"text": "text", "label": "class"}
     metrics = {"accuracy": True, "macro_f1": True}
     classes = True
+    cross_entropy = True
     noun, gives = "a classifier", "labels"
     adapter_types = ("SEQ_CLS",)
 

@@ -34,6 +34,9 @@ TASKS = {
     "causal_lm": TaskConfig(kind="causal_lm", max_length=16, stride_texts=False),
     "instruction": TaskConfig(kind="instruction", max_length=32, max_new_tokens=8),
     "classification": TaskConfig(kind="classification", max_length=16),
+    "multi_label": TaskConfig(kind="multi_label", max_length=16),
+    "regression": TaskConfig(kind="regression", max_length=16, outputs=2),
+    "preference": TaskConfig(kind="preference", max_length=80, max_new_tokens=8, beta=2.0),
 }
 
 
@@ -42,8 +45,13 @@ def space(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     config = tiny_config(
         tmp_path_factory.mktemp(request.param), rows=ragged_rows(), task=TASKS[request.param], peft=PeftConfig(rank=3, alpha=4.0)
     )
-    if request.param == "instruction":
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompt="{question} ->", answer=" {reply}"))
+    changes = {
+        "instruction": {"prompt": "{question} ->", "answer": " {reply}"},
+        "multi_label": {"test_path": None},
+        "regression": {"test_path": None},
+        "preference": {"test_path": None},
+    }
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes.get(request.param, {})))
     return Workspace(config)
 
 
@@ -52,11 +60,14 @@ def ragged_rows() -> list[dict[str, Any]]:
     rows = texts(35)
     for i, row in enumerate(rows):
         row["client"] = "c0" if i < 20 else "c1" if i < 29 else "c2" if i < 33 else "c3"
+        row |= {"labels": [row["question"], row["reply"]], "target": [i / 10, -i / 20]}
+        row |= {"prompt": row["question"], "chosen": row["text"], "rejected": f"the {row['reply']}"}
     return rows
 
 
 def turn_inputs(space: Workspace, **changes: Any) -> list[TurnInput]:
-    return turn_inputs_of({c: space.examples(c, "train") for c in space.client_ids}, space.initial, **changes)
+    rows = {c: space.own.with_reference(space.examples(c, "train")) for c in space.client_ids}
+    return turn_inputs_of(rows, space.initial, **changes)
 
 
 def one_by_one(space: Workspace, todo: list[TurnInput]) -> list[tuple[AdapterState, Any]]:
