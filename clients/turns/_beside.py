@@ -44,7 +44,10 @@ class Beside:
         params = list(self.parameters.values())
         norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if not torch.isfinite(norm):
-            raise UpdateError(f"the gradient of the personal adapter became {norm.item()} in step {self._done + 1}: lower client.lr")
+            raise UpdateError(
+                f"the gradient of the personal adapter became {norm.item()} in step {self._done + 1}: delete the state that the client"
+                " stored for this turn, so that it starts anew"
+            )
         if plan.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(params, plan.clip_norm, norm)
         self._optimizer.step()
@@ -90,7 +93,7 @@ def scalar(kept: AdapterState, name: str) -> float:
     Raises:
         CheckpointError: It is missing or not finite.
     """
-    value = float(kept[name]) if name in kept.tensors else math.nan
+    value = float(kept[name]) if name in kept.tensors and kept[name].numel() == 1 else math.nan
     if not math.isfinite(value):
-        raise CheckpointError(f"the client's stored state lacks '{name}': delete the file, so that the client starts anew")
+        raise CheckpointError(f"the client's stored state lacks '{name}': delete the state that the client stored for this turn")
     return value

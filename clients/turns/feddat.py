@@ -19,7 +19,7 @@ from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.task import task_of
 from fedtune.errors import PlanError
-from fedtune.models.losses import counted_logits
+from fedtune.models.losses import training_logits
 
 
 @dataclass(kw_only=True)
@@ -99,13 +99,13 @@ class FedDAT(Turn):
         work.live.model.eval()
         try:
             with torch.no_grad():
-                return counted_logits(work.live.model, batch, work.task)[0]
+                return training_logits(work.live.model, batch, work.task)[0]
         finally:
             work.live.model.train()
 
     def _loss(self, work: Work, batch: Mapping[str, Tensor], wanted: Tensor) -> tuple[Tensor, int]:
         """CE + T²·KL(wanted ‖ live), summed."""
-        logits, targets = counted_logits(work.live.model, batch, work.task)
+        logits, targets = training_logits(work.live.model, batch, work.task)
         t = self.temperature
         divergence = F.kl_div(F.log_softmax(logits / t, -1), F.log_softmax(wanted / t, -1), reduction="sum", log_target=True)
         return task_of(work.task).loss(logits, targets, "sum") + self.weight * t**2 * divergence, len(targets)

@@ -119,7 +119,7 @@ def personal_adapter(adapter: StoredAdapter, of: ClientState) -> tuple[StoredAda
             made = kind.personal(state, _load(file, state))
             if _sizes(made) != _sizes(state):
                 raise ValueError("other tensors")
-        except (LookupError, RuntimeError, TypeError, ValueError):
+        except (CheckpointError, LookupError, RuntimeError, TypeError, ValueError):
             raise ModelError(
                 f"{file} is no state of the turn '{turn}' that fits the adapter: give the state and the adapter of the same run"
             ) from None

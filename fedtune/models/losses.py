@@ -58,10 +58,15 @@ def _losses(kind: Task, logits: Tensor, targets: Tensor, reduction: str) -> Tens
 
 def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
     """float32 logits (N, …) and targets (N, …) of all positions with a target, row by row."""
+    logits, targets = _counted(model, batch, task)
+    return logits.float(), targets
+
+
+def training_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
+    """`counted_logits`, with the layers of the lean step if the model has one."""
     step = step_of(model)
     with contextlib.nullcontext() if step is None else step.installed():
-        logits, targets = _counted(model, batch, task)
-    return logits.float(), targets
+        return counted_logits(model, batch, task)
 
 
 def _counted(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The advice of clients: refusals of a device, and turns that fail."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -10,11 +10,14 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedtune.clients.deployed import Device, _hello_of, _save_hello, own_config
 from fedtune.clients.lower_layers import LowerLayers
 from fedtune.clients.store import ClientStore
-from fedtune.clients.turns import _base, turn_of
+from fedtune.clients.trainer import train
+from fedtune.clients.turns import Work, _base, turn_of
+from fedtune.clients.turns.apfl import APFL
 from fedtune.clients.turns.fedpeptao import layer_scores, spectrum
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, DataConfig, ModelConfig, PeftConfig, TaskConfig
 from fedtune.contracts import flower
+from fedtune.contracts.adapter_state import AdapterState
 from fedtune.contracts.plan import Plan, Scalar
 from fedtune.data import collate
 from tests.advised.rows import Place, error_of, follows
@@ -175,6 +178,36 @@ def _(place: Place) -> Iterator[str]:
     yield error_of(lambda: space.rebase((1, 2), [shift_of(space, 1)]))
     started_again = Workspace(space.config)  # it reports no shifts, so the server sends all of them
     yield error_of(lambda: started_again.rebase((1, 2), [shift_of(started_again, 1), shift_of(started_again, 2)]))
+
+
+def apfl_error(place: Place, damage: Callable[[AdapterState], AdapterState] | None) -> str:
+    """The error of an APFL turn whose stored state is damaged, or was deleted (None)."""
+    folder = place.folder / str(len(list(place.folder.iterdir())))
+    folder.mkdir()
+    space, turned, stored = workspace(folder), APFL(alpha=0.5, alpha_lr=0.0), list[AdapterState]()
+    for kept in (lambda: None, lambda: damage(stored[0]) if damage else None):
+        space.live.load(space.initial)
+        plan = Plan(round=1, client="c0", base_version=0, steps=1, epochs=None, batch_size=4)
+        work = work_in(space, plan, start=space.initial, recall=kept, keep=stored.append)
+
+        def take(work: Work = work) -> AdapterState:
+            return turned.finish(dataclasses.replace(work, memory=train(work, turned).memory), space.live.read(version=0))
+
+        if error := error_of(take):
+            return error
+    return ""
+
+
+@follows("the client's stored state lacks '{}': delete the state that the client stored for this turn")
+def _(place: Place) -> Iterator[str]:
+    yield apfl_error(place, lambda kept: kept.replace({n: t for n, t in kept.tensors.items() if n != "apfl.alpha"}))
+    yield apfl_error(place, None)
+
+
+@follows("the gradient of the personal adapter became {} in step {}: delete the state that the client stored for this turn")
+def _(place: Place) -> Iterator[str]:
+    yield apfl_error(place, lambda kept: kept.replace({n: t if n == "apfl.alpha" else 1e30 * t.sign() for n, t in kept.tensors.items()}))
+    yield apfl_error(place, None)
 
 
 # -- training that fails ------------------------------------------------------------------------------------------------------------------

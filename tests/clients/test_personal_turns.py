@@ -28,7 +28,7 @@ from fedtune.contracts.plan import Plan
 from fedtune.data import collate
 from fedtune.errors import CheckpointError, UpdateError
 from fedtune.models import loss_sum
-from fedtune.models.losses import counted_logits
+from fedtune.models.losses import counted_logits, training_logits
 from fedtune.strategies._lowrank import at_ranks
 from tests.tiny import tiny_config
 from tests.working import work_in
@@ -362,13 +362,13 @@ def test_the_fixed_half_does_not_move(still: Workspace, monkeypatch: pytest.Monk
 
 def test_a_state_without_its_number_is_one_sentence(still: Workspace) -> None:
     for turn, name in ((FedDPA(mix=0.5, mix_lr=0.0), "feddpa.mix"), (APFL(alpha=0.5, alpha_lr=0.0), "apfl.alpha")):
-        with pytest.raises(CheckpointError, match=f"the client's stored state lacks '{name}': delete the file"):
+        with pytest.raises(CheckpointError, match=f"the client's stored state lacks '{name}': delete the state"):
             take(still, turn, state(still), state(still, 2))
 
 
 def test_a_personal_adapter_that_diverged_is_an_error(still: Workspace) -> None:
     huge = state(still, 2).replace({n: 1e30 * t for n, t in state(still, 2).tensors.items()})
-    with pytest.raises(UpdateError, match="the gradient of the personal adapter became nan in step 1: lower client.lr"):
+    with pytest.raises(UpdateError, match="the gradient of the personal adapter became nan in step 1: delete the state"):
         take(still, APFL(alpha=0.5, alpha_lr=0.1), state(still), with_alpha(huge, 0.5))
 
 
@@ -416,9 +416,9 @@ def test_feddat_survives_an_out_of_memory_error_anywhere(still: Workspace, monke
     def limited(*given: Any) -> Any:
         if next(calls) == call:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return counted_logits(*given)
+        return training_logits(*given)
 
-    monkeypatch.setattr("fedtune.clients.turns.feddat.counted_logits", limited)
+    monkeypatch.setattr("fedtune.clients.turns.feddat.training_logits", limited)
     got = take(still, FedDAT(temperature=3.0, weight=1.0), shared, local, steps=1, **SGD)
     assert all(far(a, b) < 1e-6 for a, b in zip(got, expected, strict=True))
 
