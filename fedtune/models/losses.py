@@ -28,7 +28,7 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
     if (step := step_of(model)) is not None:
         if (losses := step.token_losses(batch, task)) is not None:
             return losses.sum(), len(losses)
-        with step.installed():
+        with step.installed(batch):
             logits, targets = _counted(model, batch, task)
     else:
         logits, targets = _counted(model, batch, task)
