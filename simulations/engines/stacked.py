@@ -73,7 +73,7 @@ def _losses(
         name = names[module]
         return clients.views[f"{name}.lora_A"], clients.views[f"{name}.lora_B"] * clients.scaling[name][:, None, None]
 
-    with step.stacked(factors, clients.rows):
+    with step.stacked(factors, batch, clients.rows):
         if (losses := step.token_losses(batch, task)) is not None:
             return losses
         with step.installed(batch):

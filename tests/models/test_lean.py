@@ -30,7 +30,7 @@ from tests.tiny import tiny_config
 
 @pytest.fixture(autouse=True)
 def small_batches_leave_out_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "rounded", lambda n: n)
+    monkeypatch.setattr(places, "rounded", lambda n, least=1: n)
 
 
 LM = TaskConfig(kind="causal_lm", max_length=16)
@@ -130,9 +130,8 @@ def test_copied_rows_of_a_client_batch_are_padding(tmp_path: Path) -> None:
     live = live_model(tmp_path)
     lean.enable(live)
     found, rows = cast(LeanStep, step_of(live.model)), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
-    with found.stacked(lambda module: (torch.empty(2, 1, 1), torch.empty(2, 1, 1)), [2, 1]):
-        chosen = found._places({"input_ids": rows, "attention_mask": rows}).pack(torch.arange(16))
-    assert chosen.tolist() == [0, 1, 2, 4, 3, 8, 9, 10, 11, 12]  # five positions of each client
+    chosen = found._packed({"input_ids": rows, "attention_mask": rows}, [2, 1], 1).pack(torch.arange(16))
+    assert chosen.tolist() == [0, 1, 2, 4, 3, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("broken", ["neighbor", "padding"])

@@ -71,15 +71,17 @@ def test_linear_layers_share_an_input(dropout: float) -> None:
 def test_the_computed_positions_are_all_tokens_and_some_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     real, x = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool(), torch.arange(8)
     whole = Places(real.shape, real)
-    monkeypatch.setattr(places, "rounded", lambda n: n)
-    one, two = Places(real.shape, real), Places(real.shape, real, clients=2)
-    assert not whole.packs and whole.pack(x) is x and whole.unpack(x) is x  # 3 + 1, rounded up, are more than 8
+    assert not whole.packs and whole.pack(x) is x and whole.unpack(x) is x and whole.by_group(x) is x  # 3 + 1 is rounded up to 16
+    monkeypatch.setattr(places, "rounded", lambda n, least: n)
+    one, two = Places(real.shape, real), Places(real.shape, real, clients=2, group=2)
     assert one.pack(x).tolist() == [0, 1, 4, 2] and one.unpack(one.pack(x)).tolist() == [0, 1, 2, 2, 4, 2, 2, 2]
-    assert two.pack(x).tolist() == [0, 1, 2, 4, 5, 6] and two.unpack(two.pack(x)).tolist() == [0, 1, 2, 2, 4, 5, 6, 2]
+    assert two.pack(x).tolist() == [0, 1, 2, 2, 4, 2] and two.unpack(two.pack(x)).tolist() == [0, 1, 2, 2, 4, 2, 2, 2]
+    assert two.by_group(torch.tensor([10, 20])).tolist() == [10, 10, 20]
 
 
 def test_numbers_of_rows_are_rounded_up() -> None:
     assert [rounded(n) for n in (1, 16, 17, 1000, 1025, 4097)] == [16, 16, 32, 1008, 1056, 4224]
+    assert rounded(1000, 64) == 1024
 
 
 @pytest.mark.parametrize(("offset", "early"), [(0.0, True), (0.0, False), (1.0, False)])

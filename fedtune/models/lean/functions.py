@@ -27,7 +27,7 @@ _ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.m
 
 
 def rows_of(x: Tensor, like: Tensor) -> Tensor:
-    """x (N, width) as (C, N / C, width) if `like` holds a matrix for each of C clients, (C, …); otherwise x."""
+    """x (N, width) as (C, N / C, width) if `like` holds a matrix for each of C clients or groups, (C, …); otherwise x."""
     return x if like.ndim == 2 else x.reshape(len(like), -1, x.shape[-1])
 
 
@@ -80,7 +80,7 @@ class Linear:
         module: The layer, or PEFT's layer around it.
 
     Attributes:
-        stacked: A (C, r, in) and s·B (C, out, r) of C clients, who have N / C rows of x each; None: PEFT's layer has A, B and s.
+        stacked: A (C, r, in) and s·B (C, out, r) of C clients or groups, with N / C rows of x each; None: PEFT's layer has A, B and s.
     """
 
     def __init__(self, module: nn.Module) -> None:

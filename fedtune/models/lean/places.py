@@ -11,31 +11,39 @@ class Places:
 
     No token's result depends on padding, whose gradient is zero. So one position of padding stands for all that are left out.
 
+    The positions of several clients, with B / C rows each, lie in G groups of equal size. Each group has one client, as stacked factors
+    need, and its free positions have padding.
+
     Args:
         size: (B, T).
         real: (B, T) bool, whether a position has a token; None: compute all positions.
-        clients: Number of clients C, with B / C rows each. Stacked factors need equally many positions of each client, N / C.
+        clients: C.
+        group: Positions of a group, a power of two; 1 for one client.
 
     Attributes:
         size: (B, T).
     """
 
-    def __init__(self, size: torch.Size, real: Tensor | None, clients: int = 1) -> None:
+    def __init__(self, size: torch.Size, real: Tensor | None, clients: int = 1, group: int = 1) -> None:
         self.size = size
         self._chosen: Tensor | None = None  # (N,) indices into B·T
         self._back: Tensor | None = None  # (B·T,) indices into N
+        self._owners: Tensor | None = None  # (G,) clients
         if real is None:
             return
-        flat = real.reshape(clients, -1)
-        each = -(-rounded(clients * (int(flat.sum(1).max()) + 1)) // clients)
-        if each > (1 - LEAST) * flat.shape[1]:
+        counts = real.reshape(clients, -1).sum(1).tolist()
+        groups = [-(-(n + (i == 0)) // group) for i, n in enumerate(counts)]  # with one position of padding
+        positions = rounded(sum(groups) * group, group)
+        if positions > (1 - LEAST) * real.numel():
             return
-        order = flat.int().argsort(dim=1, descending=True, stable=True)[:, :each]  # tokens first
-        first = torch.arange(0, flat.numel(), flat.shape[1], device=real.device)
-        self._chosen = (order + first[:, None]).flatten()
-        numbers = torch.arange(len(self._chosen), device=real.device)
-        # the first client's last position is padding
-        self._back = numbers.new_full((flat.numel(),), each - 1).index_copy_(0, self._chosen, numbers)
+        groups[-1] += positions // group - sum(groups)
+        device, flat = real.device, real.flatten()
+        tokens, clients_of = flat.nonzero()[:, 0], torch.repeat_interleave(torch.tensor(counts))
+        starts = torch.tensor([sum(groups[:i]) * group - sum(counts[:i]) for i in range(clients)])
+        slots = (torch.arange(len(tokens)) + starts[clients_of]).to(device)
+        self._chosen = torch.full((positions,), int(flat.int().argmin()), device=device).index_copy_(0, slots, tokens)
+        self._back = torch.full((len(flat),), counts[0], device=device).index_copy_(0, tokens, slots)
+        self._owners = torch.repeat_interleave(torch.tensor(groups)).to(device)
 
     @property
     def packs(self) -> bool:
@@ -50,11 +58,15 @@ class Places:
         """x (N, …) as (B·T, …)."""
         return x if self._back is None else x.index_select(0, self._back)
 
+    def by_group(self, factors: Tensor) -> Tensor:
+        """The clients' factors (C, …) as (G, …)."""
+        return factors if self._owners is None else factors.index_select(0, self._owners)
 
-def rounded(n: int) -> int:
-    """n rounded up to a multiple of 16, or by at most 1 / 32.
+
+def rounded(n: int, least: int = 1) -> int:
+    """n rounded up to a multiple of 16 and `least`, or by at most 1 / 32.
 
     oneDNN compiles a product for each number of rows, which takes as long as multiplying by a small matrix. So there must be few numbers.
     """
-    unit = 1 << max(4, n.bit_length() - 6)
+    unit = max(16, least, 1 << max(0, n.bit_length() - 6))
     return -(-n // unit) * unit

@@ -90,7 +90,7 @@ class LeanStep:
             self._frozen += self._head.parameters()
         linears = [linear for layer in self._layers for linear in layer.linears]
         self._bases, self._adapted = [linear.base for linear in linears], [linear for linear in linears if linear.adapted]
-        self._rows: Sequence[int] | None = None  # of each client, where several train at once
+        self._places: Places | None = None  # of several clients
 
     def is_ready(self) -> bool:
         """Whether the adapter is active and not merged, the frozen weights need no gradient, and no hook changes a layer's output.
@@ -115,8 +115,9 @@ class LeanStep:
     def installed(self, batch: Mapping[str, Tensor]) -> Iterator[None]:
         """A context in which a forward pass of the model on this batch uses the lean layers."""
         again = [layer.module.gradient_checkpointing for layer in self._layers]
+        run = Pass(self._places or self._packed(batch, [len(batch["input_ids"])], 1))
         # the last layers keep theirs, which are freed before the first layers compute theirs again
-        run, first = Pass(self._places(batch)), self.layers - (0 if self._checkpoints() else self.kept)
+        first = self.layers - (0 if self._checkpoints() else self.kept)
         try:
             for i, layer in enumerate(self._layers):
                 layer.module.gradient_checkpointing = False  # the lean layer recomputes by itself
@@ -127,31 +128,34 @@ class LeanStep:
                 layer.module.gradient_checkpointing = flag
                 layer.module.__dict__.pop("forward", None)  # `clients.lower_layers` may have removed it
 
-    def _places(self, batch: Mapping[str, Tensor]) -> Places:
+    def _packed(self, batch: Mapping[str, Tensor], rows: Sequence[int], group: int) -> Places:
+        """The positions that the layers compute, for several clients in the groups of `Places`. For `rows` see `stacked`."""
         size, real = batch["input_ids"].shape, batch.get("attention_mask")
         if real is None or any(m._forward_hooks or m._forward_pre_hooks for m in (layer.module for layer in self._layers)):
             return Places(size, None)  # rows joined by `pack`; hooks read rows
-        real = real.bool()
-        if self._rows is not None:
-            mine = torch.arange(size[0] // len(self._rows)) < torch.tensor(self._rows)[:, None]
-            real = real & mine.view(-1, 1).to(real.device)
-        return Places(size, real, 1 if self._rows is None else len(self._rows))
+        mine = torch.arange(size[0] // len(rows)) < torch.tensor(rows)[:, None]
+        return Places(size, real.bool() & mine.view(-1, 1).to(real.device), len(rows), group)
 
     @contextmanager
-    def stacked(self, factors: Callable[[nn.Module], tuple[Tensor, Tensor]], rows: Sequence[int]) -> Iterator[None]:
-        """A context in which the rows of a batch belong to several clients, with an adapter each.
+    def stacked(
+        self, factors: Callable[[nn.Module], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], rows: Sequence[int]
+    ) -> Iterator[None]:
+        """A context in which the rows of this batch belong to several clients, with an adapter each.
 
         Args:
-            factors: PEFT's layer → its `Linear.stacked`.
+            factors: PEFT's layer → A (C, r, in) and s·B (C, out, r) of C clients.
+            batch: A batch with as many rows of each client.
             rows: Number of real rows of each client, which come first; the others are padding.
         """
-        self._rows = rows
+        given = [factors(linear.module) for linear in self._adapted]
+        # a group of r positions or more, so that its copy of the factors is not larger than its hidden states
+        self._places = self._packed(batch, rows, 1 << max(4, (max((a.shape[1] for a, _ in given), default=1) - 1).bit_length()))
         try:
-            for linear in self._adapted:
-                linear.stacked = factors(linear.module)
+            for linear, (a, b) in zip(self._adapted, given, strict=True):
+                linear.stacked = self._places.by_group(a), self._places.by_group(b)
             yield
         finally:
-            self._rows = None
+            self._places = None
             for linear in self._adapted:
                 linear.stacked = None
 
