@@ -50,7 +50,8 @@ def add_(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 def outer(y: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """yᵀ x, (out, in); or (C, out, in), if `like` is stacked."""
-    return rows_of(y, like).mT @ rows_of(x, like)
+    y, x = rows_of(y, like), rows_of(x, like)
+    return (x.mT @ y).mT if x.shape[-1] < y.shape[-1] else y.mT @ x  # a product with few columns is several times slower
 
 
 class States(dict["Linears | Linear", Tensor]):

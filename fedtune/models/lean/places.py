@@ -18,7 +18,7 @@ class Places:
         size: (B, T).
         real: (B, T) bool, whether a position has a token; None: compute all positions.
         clients: C.
-        group: Positions of a group, a power of two; 1 for one client.
+        group: Positions of a group, at least; a power of two, and 1 for one client.
 
     Attributes:
         size: (B, T).
@@ -32,6 +32,8 @@ class Places:
         if real is None:
             return
         counts = real.reshape(clients, -1).sum(1).tolist()
+        if clients > 1:  # larger groups for more tokens: fewer small products
+            group = max(group, 1 << max(0, (sum(counts) // (8 * clients)).bit_length() - 1))
         groups = [-(-(n + (i == 0)) // group) for i, n in enumerate(counts)]  # with one position of padding
         positions = rounded(sum(groups) * group, group)
         if positions > (1 - LEAST) * real.numel():
