@@ -73,6 +73,7 @@ def test_the_computed_positions_are_all_tokens_and_some_padding(monkeypatch: pyt
     whole = Places(real.shape, real)
     assert not whole.packs and whole.pack(x) is x and whole.unpack(x) is x and whole.by_group(x) is x  # 3 + 1 is rounded up to 16
     monkeypatch.setattr(places, "rounded", lambda n, least: n)
+    monkeypatch.setattr(places, "OF_CLIENTS", 0.0)
     one, two = Places(real.shape, real), Places(real.shape, real, clients=2, group=2)
     assert one.pack(x).tolist() == [0, 1, 4, 2] and one.unpack(one.pack(x)).tolist() == [0, 1, 2, 2, 4, 2, 2, 2]
     assert two.pack(x).tolist() == [0, 1, 2, 2, 4, 2] and two.unpack(two.pack(x)).tolist() == [0, 1, 2, 2, 4, 2, 2, 2]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 LEAST = 0.05  # share of the positions to leave out, at least: moving tensors between the two forms costs as much as a smaller share saves
-OF_CLIENTS = 0.25  # the same for several clients, where groups have their own copies of the factors
+OF_CLIENTS = 0.4  # the same for several clients, where groups have their own copies of the factors
 
 
 class Places:
