@@ -31,7 +31,7 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) ->
         if (losses := step.token_losses(batch, task)) is not None:
             losses = kind.reduce(losses, batch)
             return losses.sum(), len(losses)
-        with step.installed():
+        with step.installed(batch):
             logits, targets = _counted(model, batch, task)
     else:
         logits, targets = _counted(model, batch, task)

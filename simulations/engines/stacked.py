@@ -73,10 +73,10 @@ def _losses(
         name = names[module]
         return clients.views[f"{name}.lora_A"], clients.views[f"{name}.lora_B"] * clients.scaling[name][:, None, None]
 
-    with step.stacked(factors):
+    with step.stacked(factors, batch, clients.rows):
         if (losses := step.token_losses(batch, task)) is not None:
             return losses
-        with step.installed():
+        with step.installed(batch):
             return task_of(task).loss(*counted_logits(live.model, batch, task), "none")
 
 

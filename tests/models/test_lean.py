@@ -12,19 +12,26 @@ from torch import Tensor
 
 from fedtune.config import EngineConfig, ModelConfig, PeftConfig, TaskConfig
 from fedtune.contracts.adapter_state import AdapterState
-from fedtune.contracts.task import Example
+from fedtune.contracts.task import IGNORED, Example
 from fedtune.data import collate
-from fedtune.data.examples import pack
+from fedtune.data.examples import pack, pad_id
 from fedtune.experiment import simulate
 from fedtune.models import Backbone, LiveAdapter, lean, load_backbone, loss_sum
-from fedtune.models.lean import functions
+from fedtune.models.lean import functions, places, step
 from fedtune.models.lean.decoder import DecoderLayer
 from fedtune.models.lean.layer import Pass
+from fedtune.models.lean.places import Places
 from fedtune.models.lean.step import LeanStep, step_of
 from fedtune.models.shift import FrozenWeights
 from tests.architectures import ROWS, checkpoint
 from tests.quick import quick
 from tests.tiny import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def small_batches_leave_out_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "rounded", lambda n, least=1: n)
+
 
 LM = TaskConfig(kind="causal_lm", max_length=16)
 DECODERS = ["Llama 2", "Llama 3", "Qwen2, 2.5", "Qwen3", "Mistral", "Gemma 2", "Gemma 3", "Phi-3", "Phi-4-mini", "SmolLM3", "OLMo 2"]
@@ -81,6 +88,62 @@ def check_gradients(live: LiveAdapter, batches: Sequence[Mapping[str, Tensor]], 
 def test_gradients_of_every_architecture(architecture: str, tmp_path: Path) -> None:
     live = live_model(tmp_path, architecture)
     check_gradients(live, [collate(rows(), 0), pack(rows(), 0, 16), collate(rows()[:1], 0)])
+
+
+LENGTHS = {
+    "one token": [1, 9, 4],
+    "one long": [14, 1, 2, 1, 3, 1],
+    "little padding": [9, 9, 9, 8, 9],
+    "equal": [6, 6, 6],
+}
+
+
+def ragged(lengths: Sequence[int]) -> list[Example]:
+    """Rows of these lengths; the last has no target."""
+    drawn = [torch.randint(3, 200, (n,), generator=torch.Generator().manual_seed(n)).int().numpy() for n in lengths]
+    return [Example(ids, ids if i < len(lengths) - 1 else ids * 0 + IGNORED) for i, ids in enumerate(drawn)]
+
+
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
+    """Filled by later forward passes: whether padding is left out, and the number of computed and of all positions."""
+    found = list[tuple[bool, int, int]]()
+
+    class Recorder(Places):
+        def __init__(self, size: torch.Size, *given: Any) -> None:
+            super().__init__(size, *given)
+            found.append((self.packs, len(self.pack(torch.zeros(size.numel()))), size.numel()))
+
+    monkeypatch.setattr(step, "Places", Recorder)
+    return found
+
+
+@pytest.mark.parametrize("architecture", quick(["Llama 2", "Gemma 2", "Gemma 3", "OLMo 2", "Phi-3", "Qwen3"], "Llama 2", "Gemma 3"))
+def test_gradients_of_ragged_rows(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = packed(monkeypatch)
+    check_gradients(live_model(tmp_path, architecture), [collate(ragged(lengths), 0) for lengths in LENGTHS.values()])
+    # by hand: the tokens and one position of padding, unless less than 5 % are left out: 45 · 0.95 < 44 + 1
+    assert found == [(True, 15, 27), (True, 23, 84), (False, 45, 45), (False, 18, 18)]
+
+
+def test_copied_rows_of_a_client_batch_are_padding(tmp_path: Path) -> None:
+    """Two clients of two rows; the second has one row, and a copy of it, which does not count."""
+    live = live_model(tmp_path)
+    lean.enable(live)
+    found, rows = cast(LeanStep, step_of(live.model)), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
+    chosen = found._packed({"input_ids": rows, "attention_mask": rows}, [2, 1], 1).pack(torch.arange(16))
+    assert chosen.tolist() == [0, 1, 2, 4, 3, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("broken", ["neighbor", "padding"])
+def test_the_check_notices_wrong_positions(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack = Places.unpack
+    change = {
+        "neighbor": lambda x: x.roll(1, 0),  # attention reads each token's neighbor, across rows
+        "padding": lambda x: torch.cat([x[:-1], x[:1]]),  # a token, whose gradient is not zero, stands for padding
+    }[broken]
+    monkeypatch.setattr(Places, "unpack", lambda self, x: unpack(self, change(x)))
+    with pytest.raises(AssertionError):
+        check_gradients(live_model(tmp_path), [collate(ragged(LENGTHS["one long"]), 0)])
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -162,7 +225,7 @@ def test_a_tied_output_layer(tied: bool, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_classifier_on_a_decoder(tmp_path: Path) -> None:
     task = TaskConfig(kind="classification", max_length=16)
     live = live_model(tmp_path, "Qwen2, 2.5", task=task)
-    batch = {**collate(rows(), 0), "labels": torch.tensor([0, 2, 1, 0])}
+    batch = {**collate(rows(), pad_id(live.backbone.tokenizer)), "labels": torch.tensor([0, 2, 1, 0])}
     check_gradients(live, [batch], task=task)
 
 
@@ -185,8 +248,8 @@ def test_a_step_keeps_little_and_no_logits(tmp_path: Path) -> None:
             total, _ = loss_sum(live.model, collate(rows(), 0), LM)
         sizes.append(kept)
         del total
-    tokens, layer = 4 * 12, 6 * 48 + 2 * 72
-    rest = 48 * 28 + tokens * (3 * 48 + 1) + 1000  # the loss's gradient at 28 targets; the last norm
+    tokens, layer = 33, 6 * 48 + 2 * 72  # 32 tokens, and a position of padding
+    rest = 48 * 28 + 4 * 12 * (3 * 48 + 1) + 1000  # the loss's gradient at 28 targets; the last norm
     assert tokens * 2 * layer <= sum(sizes[0].values()) / 4 <= tokens * 2 * layer + rest
     assert tokens * 2 * 48 <= sum(sizes[1].values()) / 4 <= tokens * 2 * 48 + rest
 

@@ -14,7 +14,7 @@ from fedtune.data.examples import Example
 from fedtune.models import LiveAdapter, lean, load_backbone
 from fedtune.models.lean import functions
 from tests.models.build import bert_config, checkpoint, hub
-from tests.models.test_lean import check_gradients, gradients, rows, with_adapter
+from tests.models.test_lean import LENGTHS, check_gradients, gradients, packed, ragged, rows, small_batches_leave_out_padding, with_adapter  # noqa: F401  a fixture
 from tests.quick import quick
 
 TASK = TaskConfig(kind="classification", max_length=32)
@@ -42,14 +42,16 @@ def encoder(folder: Path, kind: str = "bert", *, model: dict[str, Any] | None = 
 
 def batches() -> list[Any]:
     """Ragged rows, which need a mask, and rows of one length, for which transformers makes none."""
-    labeled = [Example(e.input_ids % 20 + 3, np.array([1])) for e in rows()]
-    return [collate(labeled, 0), collate(labeled[:1], 0)]
+    groups = rows(), rows()[:1], *map(ragged, LENGTHS.values())
+    return [collate([Example(e.input_ids % 20 + 3, np.array([1])) for e in group], 0) for group in groups]
 
 
 @pytest.mark.parametrize("kind", quick([*CLASSES, "distilbert"], "bert", "distilbert"))
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-def test_gradients_of_every_encoder(kind: str, again: bool, tmp_path: Path) -> None:
+def test_gradients_of_every_encoder(kind: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = packed(monkeypatch)
     check_gradients(encoder(tmp_path, kind, model={"checkpointing": again}), batches(), task=TASK)
+    assert [packs for packs, *_ in found] == [True, False, True, True, False, False]
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -78,7 +80,7 @@ def test_gradients_of_quantized_backbones(precision: str, tmp_path: Path, monkey
 
 def test_bf16_is_as_close_to_float32_as_with_pefts_modules(tmp_path: Path) -> None:
     whole, half = (encoder(tmp_path / p, model={"precision": p}, sizes=SIZES) for p in ("fp32", "bf16"))
-    for batch in batches():
+    for batch in batches()[:2]:
         right, off = gradients(whole, batch, TASK), list[float]()
         for use in (lean.disable, lean.enable):
             use(half)

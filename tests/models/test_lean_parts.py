@@ -1,15 +1,16 @@
 """The parts of the lean training step have the gradients of autograd, in float64."""
 
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune.models.lean import functions, loss
-from fedtune.models.lean.functions import ACTIVATIONS, Linears, Norm, attend, attend_backward, rotate
+from fedtune.models.lean import functions, loss, places
+from fedtune.models.lean.functions import ACTIVATIONS, Linears, Norm, States, attend, attend_backward, rotate
 from fedtune.models.lean.loss import cross_entropy
+from fedtune.models.lean.places import Places, rounded
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -47,7 +48,7 @@ def test_linear_layers_share_an_input(dropout: float) -> None:
     want = [m(x) for m in modules]
     torch.autograd.backward(want, dys)
     after = torch.get_rng_state()
-    linears, states = Linears(*modules), cast(Any, {})
+    linears, states = Linears(*modules), States()
     pairs = [layer.factors for layer in linears.layers]
     with torch.no_grad():
         torch.manual_seed(1)
@@ -65,6 +66,23 @@ def test_linear_layers_share_an_input(dropout: float) -> None:
     for g, right in zip((g for g in grads if g is not None), wanted, strict=True):
         close(g, right)
     assert none is None and [g is None for g in some] == [False, True, True, True, True, True, True, False, True]
+
+
+def test_the_computed_positions_are_all_tokens_and_some_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, x = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool(), torch.arange(8)
+    whole = Places(real.shape, real)
+    assert not whole.packs and whole.pack(x) is x and whole.unpack(x) is x and whole.by_group(x) is x  # 3 + 1 is rounded up to 16
+    monkeypatch.setattr(places, "rounded", lambda n, least: n)
+    monkeypatch.setattr(places, "OF_CLIENTS", 0.0)
+    one, two = Places(real.shape, real), Places(real.shape, real, clients=2, group=2)
+    assert one.pack(x).tolist() == [0, 1, 4, 2] and one.unpack(one.pack(x)).tolist() == [0, 1, 2, 2, 4, 2, 2, 2]
+    assert two.pack(x).tolist() == [0, 1, 2, 2, 4, 2] and two.unpack(two.pack(x)).tolist() == [0, 1, 2, 2, 4, 2, 2, 2]
+    assert two.by_group(torch.tensor([10, 20])).tolist() == [10, 10, 20]
+
+
+def test_numbers_of_rows_are_rounded_up() -> None:
+    assert [rounded(n) for n in (1, 16, 17, 1000, 1025, 4097)] == [16, 16, 32, 1008, 1056, 4224]
+    assert rounded(1000, 64) == 1024
 
 
 @pytest.mark.parametrize(("offset", "early"), [(0.0, True), (0.0, False), (1.0, False)])

@@ -63,7 +63,7 @@ class _Attention:
         if len(given) == 1:
             given = list(given[0].split(self.widths, dim=1))
         q, k, v = self._heads(given, call)
-        a = attend(q, k, v, call.mask, self.scale, self.cap).transpose(1, 2).reshape(len(x), -1)
+        a = self._flat(attend(q, k, v, call.mask, self.scale, self.cap).transpose(1, 2), call)
         del q, k, v
         (y,) = self.o.forward(a, factors[-1:], call.states)
         return _forward(self.post, y).add_(x), [*given, a, y if self.post else None]
@@ -73,13 +73,13 @@ class _Attention:
     ) -> tuple[Tensor | None, Gradients]:
         *given, a, y = cast(list[Tensor], kept)
         da, o_grads = self.o.backward([_backward(self.post, dy, y)], a, factors[-1:], needed[-1:], call.states)
-        da = cast(Tensor, da).view(*call.size, -1, self.width).transpose(1, 2).contiguous()
+        da = self._by_row(cast(Tensor, da), call).transpose(1, 2).contiguous()
         q, k, v = self._heads(given, call)
         dheads = list(attend_backward(da, q, k, v, call.mask, self.scale, self.cap))
         del da, q, k, v
         for i in range(3):
             rotated = i < 2 and self.rotates
-            dheads[i] = (rotate(dheads[i], *call.rotation, back=True) if rotated else dheads[i].transpose(1, 2)).reshape(len(x), -1)
+            dheads[i] = self._flat(rotate(dheads[i], *call.rotation, back=True) if rotated else dheads[i].transpose(1, 2), call)
         for i, norm in enumerate(self.norms):
             if norm is not None:
                 dheads[i] = norm.backward(*(self._by_head(t) for t in (dheads[i], given[i]))).flatten(1)
@@ -91,11 +91,20 @@ class _Attention:
     def _heads(self, given: Sequence[Tensor], call: Call) -> list[Tensor]:
         """q (B, H, T, D), k and v (B, K, T, D) as attention reads them, from the linear layers' outputs."""
         normed = [t if n is None else n.forward(self._by_head(t)) for t, n in zip(given, (*self.norms, None), strict=True)]
-        q, k, v = (t.reshape(*call.size, -1, self.width) for t in normed)
+        q, k, v = (self._by_row(t.flatten(1), call) for t in normed)
         return [
             *(rotate(t, *call.rotation) if self.rotates else t.transpose(1, 2).contiguous() for t in (q, k)),
             v.transpose(1, 2).contiguous(),
         ]
+
+    def _by_row(self, x: Tensor, call: Call) -> Tensor:
+        """(N, H·D) → (B, T, H, D)."""
+        return call.places.unpack(x).view(*call.places.size, -1, self.width)
+
+    @staticmethod
+    def _flat(x: Tensor, call: Call) -> Tensor:
+        """(B, T, H, D) → (N, H·D)."""
+        return call.places.pack(x.flatten(2).flatten(0, 1))
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(N, H·D) in the shape that the norms of queries and keys read: (N, H, D), or unchanged if they are over all heads."""

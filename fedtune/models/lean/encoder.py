@@ -59,7 +59,7 @@ class EncoderLayer(Layer):
     def forward(self, x: Tensor, factors: Factors, call: Call, *, last: bool = True) -> tuple[Tensor, Kept]:
         given = self._qkv.forward(x, factors[:3], call.states)
         q, k, v = (self._heads(t, call) for t in given)
-        a = attend(q, k, v, self._mask(x, call), self._scale(q), None).transpose(1, 2).reshape(len(x), -1)
+        a = self._flat(attend(q, k, v, self._mask(x, call), self._scale(q), None), call)
         del q, k, v
         s1 = self._o.forward(a, factors[3:4], call.states)[0].add_(x)
         x2 = self._first.forward(s1)
@@ -82,13 +82,18 @@ class EncoderLayer(Layer):
         da, o_grads = self._o.backward([ds1], a, factors[3:4], needed[3:4], call.states)
         da, q, k, v = (self._heads(t, call) for t in (cast(Tensor, da), *given))
         dheads = attend_backward(da, q, k, v, self._mask(x, call), self._scale(q), None)
-        dgiven = [t.transpose(1, 2).reshape(len(x), -1) for t in dheads]
+        dgiven = [self._flat(t, call) for t in dheads]
         out, grads = self._qkv.backward(dgiven, x, factors[:3], needed[:3], call.states, dx=dx)
         return None if out is None else out.add_(ds1), grads + o_grads + up_grads + down_grads
 
     def _heads(self, x: Tensor, call: Call) -> Tensor:
         """(N, H·D) → (B, H, T, D)."""
-        return x.view(*call.size, self._heads_count, -1).transpose(1, 2).contiguous()
+        return call.places.unpack(x).view(*call.places.size, self._heads_count, -1).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def _flat(x: Tensor, call: Call) -> Tensor:
+        """(B, H, T, D) → (N, H·D)."""
+        return call.places.pack(x.transpose(1, 2).flatten(2).flatten(0, 1))
 
     @staticmethod
     def _scale(q: Tensor) -> float:
@@ -97,4 +102,4 @@ class EncoderLayer(Layer):
     @staticmethod
     def _mask(x: Tensor, call: Call) -> Tensor:
         """All positions see each other where transformers gives no mask."""
-        return torch.zeros(1, 1, 1, call.size[1], dtype=x.dtype, device=x.device) if call.mask is None else call.mask
+        return torch.zeros(1, 1, 1, call.places.size[1], dtype=x.dtype, device=x.device) if call.mask is None else call.mask

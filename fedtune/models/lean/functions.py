@@ -1,7 +1,7 @@
 """The parts of decoder and encoder layers, each with a hand-written backward pass.
 
 A part's `backward` takes the gradient of its output and what `forward` read or kept, and recomputes everything else. Frozen weights get no
-gradient. Tensors are flat: x (N, width), with N = rows · tokens.
+gradient. Tensors are flat: x (N, width), with the N positions that `Places` chooses.
 """
 
 import platform
@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedtune.models.lean.places import Places
 from fedtune.models.methods import SLOT
 
 Factors = Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]]  # A, B and m of each linear layer; None if it has none
 Needed = Sequence[tuple[bool, bool, bool]]  # whether A, B and m of each layer need a gradient
 Gradients = list[Tensor | None]
-# Linears → the generator's state before they drew dropout; Linear → the norms of the rows of DoRA's weight
-States = dict["Linears | Linear", Tensor]
 
 SCORES = 1 << 22  # attention scores to compute at once
 _aten = torch.ops.aten
@@ -28,7 +27,7 @@ _ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.m
 
 
 def rows_of(x: Tensor, like: Tensor) -> Tensor:
-    """x (N, width) as (C, N / C, width) if `like` holds a matrix for each of C clients, (C, …); otherwise x."""
+    """x (N, width) as (C, N / C, width) if `like` holds a matrix for each of C clients or groups, (C, …); otherwise x."""
     return x if like.ndim == 2 else x.reshape(len(like), -1, x.shape[-1])
 
 
@@ -51,7 +50,26 @@ def add_(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 def outer(y: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """yᵀ x, (out, in); or (C, out, in), if `like` is stacked."""
-    return rows_of(y, like).mT @ rows_of(x, like)
+    y, x = rows_of(y, like), rows_of(x, like)
+    return (x.mT @ y).mT if x.shape[-1] < y.shape[-1] else y.mT @ x  # a product with few columns is several times slower
+
+
+class States(dict["Linears | Linear", Tensor]):
+    """Linears → the generator's state before they drew dropout; Linear → the norms of the rows of DoRA's weight.
+
+    Args:
+        places: The positions of x that are computed; None: all.
+    """
+
+    def __init__(self, places: Places | None = None) -> None:
+        super().__init__()
+        self._places = places
+
+    def noise(self, x: Tensor, rate: float) -> Tensor:
+        """Dropout's factors for x (N, width), drawn for all positions, as PEFT's modules draw them."""
+        size = len(x) if self._places is None else self._places.size.numel()
+        drawn = x.new_empty(size, x.shape[1]).bernoulli_(1 - rate).div_(1 - rate)  # as torch draws it
+        return drawn if self._places is None else self._places.pack(drawn)
 
 
 class Linear:
@@ -63,7 +81,7 @@ class Linear:
         module: The layer, or PEFT's layer around it.
 
     Attributes:
-        stacked: A (C, r, in) and s·B (C, out, r) of C clients, who have N / C rows of x each; None: PEFT's layer has A, B and s.
+        stacked: A (C, r, in) and s·B (C, out, r) of C clients or groups, with N / C rows of x each; None: PEFT's layer has A, B and s.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -138,7 +156,7 @@ class Linears:
         if again is None and self._rate(factors):
             states[self] = _generator_state(x.device)
         with _random_from(again, x.device):
-            inner = [t for group, a, noise in self._groups(x, factors) for t in self._inner(x, factors, group, a, noise)]
+            inner = [t for group, a, noise in self._groups(x, factors, states) for t in self._inner(x, factors, group, a, noise)]
         out = []
         for layer, (a, b, m) in zip(self.layers, factors, strict=True):
             w, bias = layer.weight(x.dtype), layer.bias(x.dtype)
@@ -166,7 +184,7 @@ class Linears:
                 part = times(dy, layer.weight(dy.dtype).T)
                 total = part if total is None else total.add_(part)
         with _random_from(states.get(self), x.device):
-            for group, a, noise in self._groups(x, factors):
+            for group, a, noise in self._groups(x, factors, states):
                 dts = []
                 for i, t in zip(group, self._inner(x, factors, group, a, noise), strict=True):
                     b, layer = cast(Tensor, factors[i][1]), self.layers[i]
@@ -192,12 +210,12 @@ class Linears:
         """The adapters' dropout rate."""
         return max((layer.dropout for layer, (a, *_) in zip(self.layers, factors, strict=True) if a is not None), default=0.0)
 
-    def _groups(self, x: Tensor, factors: Factors) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    def _groups(self, x: Tensor, factors: Factors, states: States) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
         """(layers whose adapters have the same input, their A's concatenated by rows, the dropout's factors or None)."""
         adapted, rate = [i for i, (a, *_) in enumerate(factors) if a is not None], self._rate(factors)
         for group in [[i] for i in adapted] if rate else [adapted] if adapted else []:
             parts = [cast(Tensor, factors[i][0]).to(x.dtype) for i in group]
-            noise = torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate) if rate else None  # as torch draws it
+            noise = states.noise(x, rate) if rate else None
             yield group, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2), noise
 
     def _inner(self, x: Tensor, factors: Factors, group: list[int], a: Tensor, noise: Tensor | None) -> Sequence[Tensor]:

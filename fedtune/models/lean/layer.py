@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedtune.models.lean.functions import Factors, Gradients, Linear, Needed, States
+from fedtune.models.lean.places import Places
 
 __all__ = ["Call", "Kept", "Layer", "Pass"]
 
@@ -18,9 +19,14 @@ _ALIGNMENT = 64  # bytes
 
 
 class Pass:
-    """What the layers of one forward pass share."""
+    """What the layers of one forward pass share.
 
-    def __init__(self) -> None:
+    Args:
+        places: The positions that they compute.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
         self._shared: dict[int, tuple[Any, Any]] = {}
         self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
@@ -70,10 +76,10 @@ class Call:
     """One call of a layer: its mask, its rotary embedding, the generator's states before dropout, and whether it keeps tensors."""
 
     def __init__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None, *, keeps: int) -> None:
-        self.run, self.keeps, self.size = run, keeps, x.shape[:2]
+        self.run, self.keeps, self.places = run, keeps, run.places
         self.mask = run.mask(mask, x.dtype)
         self.rotation: tuple[Tensor, ...] = run.rotation(rotation, x.dtype) if rotation else ()
-        self.states: States = {}
+        self.states = States(run.places)
 
 
 class Layer(ABC):
@@ -95,11 +101,11 @@ class Layer(ABC):
         self.frozen = [p for p in module.parameters() if id(p) not in factors]
 
     def __call__(self, run: Pass, x: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None, *, keeps: int) -> Tensor:
-        """The layer's output, (B, T, hidden).
+        """The layer's output, of the shape of x.
 
         Args:
             run: The forward pass.
-            x: (B, T, hidden).
+            x: (1, N, hidden), with N computed positions, or (B, T, hidden).
             mask, rotation: As in `Pass`; None without rotary embedding.
             keeps: 0: keep no intermediate tensors, the backward pass computes them again; otherwise the number of layers that keep theirs,
                 from this one to the last.

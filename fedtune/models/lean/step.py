@@ -1,6 +1,6 @@
 """Which models train with the lean step, and how it replaces the layers of a transformers model during a forward pass."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from fedtune.models.lean.encoder import ENCODERS, EncoderLayer
 from fedtune.models.lean.functions import ACTIVATIONS
 from fedtune.models.lean.layer import Layer, Pass
 from fedtune.models.lean.loss import cross_entropy
+from fedtune.models.lean.places import Places
 from fedtune.models.tasks._tokens import TokenTask
 
 _steps: WeakKeyDictionary[nn.Module, "LeanStep"] = WeakKeyDictionary()
@@ -89,6 +90,7 @@ class LeanStep:
             self._frozen += self._head.parameters()
         linears = [linear for layer in self._layers for linear in layer.linears]
         self._bases, self._adapted = [linear.base for linear in linears], [linear for linear in linears if linear.adapted]
+        self._places: Places | None = None  # of several clients
 
     def is_ready(self) -> bool:
         """Whether the adapter is active and not merged, the frozen weights need no gradient, and no hook changes a layer's output.
@@ -110,33 +112,50 @@ class LeanStep:
         return self._stack.training and any(layer.module.gradient_checkpointing for layer in self._layers)
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """A context in which a forward pass of the model uses the lean layers."""
+    def installed(self, batch: Mapping[str, Tensor]) -> Iterator[None]:
+        """A context in which a forward pass of the model on this batch uses the lean layers."""
         again = [layer.module.gradient_checkpointing for layer in self._layers]
+        run = Pass(self._places or self._packed(batch, [len(batch["input_ids"])], 1))
         # the last layers keep theirs, which are freed before the first layers compute theirs again
-        run, first = Pass(), self.layers - (0 if self._checkpoints() else self.kept)
+        first = self.layers - (0 if self._checkpoints() else self.kept)
         try:
             for i, layer in enumerate(self._layers):
                 layer.module.gradient_checkpointing = False  # the lean layer recomputes by itself
-                layer.module.forward = partial(_forward, layer, run, self.layers - i if i >= first else 0)
+                layer.module.forward = partial(_forward, layer, run, self.layers - i, i >= first)
             yield
         finally:
             for layer, flag in zip(self._layers, again, strict=True):
                 layer.module.gradient_checkpointing = flag
                 layer.module.__dict__.pop("forward", None)  # `clients.lower_layers` may have removed it
 
+    def _packed(self, batch: Mapping[str, Tensor], rows: Sequence[int], group: int) -> Places:
+        """The positions that the layers compute, for several clients in the groups of `Places`. For `rows` see `stacked`."""
+        size, real = batch["input_ids"].shape, batch.get("attention_mask")
+        if real is None or any(m._forward_hooks or m._forward_pre_hooks for m in (layer.module for layer in self._layers)):
+            return Places(size, None)  # rows joined by `pack`; hooks read rows
+        mine = torch.arange(size[0] // len(rows)) < torch.tensor(rows)[:, None]
+        return Places(size, real.bool() & mine.view(-1, 1).to(real.device), len(rows), group)
+
     @contextmanager
-    def stacked(self, factors: Callable[[nn.Module], tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """A context in which the rows of a batch belong to several clients, with an adapter each.
+    def stacked(
+        self, factors: Callable[[nn.Module], tuple[Tensor, Tensor]], batch: Mapping[str, Tensor], rows: Sequence[int]
+    ) -> Iterator[None]:
+        """A context in which the rows of this batch belong to several clients, with an adapter each.
 
         Args:
-            factors: PEFT's layer → its `Linear.stacked`.
+            factors: PEFT's layer → A (C, r, in) and s·B (C, out, r) of C clients.
+            batch: A batch with as many rows of each client.
+            rows: Number of real rows of each client, which come first; the others are padding.
         """
+        given = [factors(linear.module) for linear in self._adapted]
+        # a group of r positions or more, so that its copy of the factors is not larger than its hidden states
+        self._places = self._packed(batch, rows, 1 << max(4, (max((a.shape[1] for a, _ in given), default=1) - 1).bit_length()))
         try:
-            for linear in self._adapted:
-                linear.stacked = factors(linear.module)
+            for linear, (a, b) in zip(self._adapted, given, strict=True):
+                linear.stacked = self._places.by_group(a), self._places.by_group(b)
             yield
         finally:
+            self._places = None
             for linear in self._adapted:
                 linear.stacked = None
 
@@ -151,14 +170,19 @@ class LeanStep:
         if own != (TokenTask.logits, TokenTask.loss) or not isinstance(self._head, nn.Linear):
             return None
         counts = kind.counts(batch)
-        with self.installed():
+        with self.installed(batch):
             hidden = self._stack(**kind.inputs(self._stack, batch), use_cache=False).last_hidden_state[:, -counts.shape[1] - 1 : -1][counts]
         targets = kind.targets(batch)[counts]
         return cross_entropy(hidden, self._head.weight, self._head.bias, targets, self._cap)
 
 
-def _forward(layer: Layer, run: Pass, keeps: int, x: Tensor, attention_mask: Any = None, *_: Any, **more: Any) -> Tensor:
-    return layer(run, x, attention_mask, more.get("position_embeddings"), keeps=keeps)
+def _forward(layer: Layer, run: Pass, left: int, keeps: bool, x: Tensor, attention_mask: Any = None, *_: Any, **more: Any) -> Tensor:
+    """A layer's output. `left` is the number of layers from this one to the last; between layers, x is without padding."""
+    places = run.places
+    if places.packs and x.shape[:2] == places.size:
+        x = places.pack(x.flatten(0, 1))[None]
+    y = layer(run, x, attention_mask, more.get("position_embeddings"), keeps=left if keeps else 0)
+    return places.unpack(y[0]).view(*places.size, -1) if places.packs and left == 1 else y
 
 
 def _stack(model: Any) -> Any:

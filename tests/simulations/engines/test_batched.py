@@ -22,7 +22,7 @@ from fedtune.contracts.plan import Plan
 from fedtune.contracts.wire import MessageWriter
 from fedtune.errors import CheckpointError, FedtuneError, UpdateError
 from fedtune.experiment import simulate
-from fedtune.models.lean import functions
+from fedtune.models.lean import functions, places
 from fedtune.simulations.engines import batched, stacked
 from fedtune.simulations.engines.batched import TurnInput, train_together
 from tests.quick import quick
@@ -251,7 +251,7 @@ def test_clients_that_keep_their_optimizer_run_sequentially(space: Workspace, mo
     assert together._turns(iter([(0, None), (1, None)])) == [waiting[0].plan.client]  # type: ignore[comparison-overlap]
 
 
-@pytest.mark.parametrize("broken", ["count", "neighbor", "lean neighbor", "scaling", "correction"])
+@pytest.mark.parametrize("broken", ["count", "neighbor", "lean neighbor", "padding", "scaling", "correction"])
 def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     scaffold = turn_inputs(space, turn="scaffold")
     todo = [dataclasses.replace(j, extra={n: torch.full_like(t, 0.01) for n, t in j.start.tensors.items()}) for j in scaffold]
@@ -261,6 +261,10 @@ def test_the_check_notices_a_wrong_stack(space: Workspace, monkeypatch: pytest.M
     elif broken == "lean neighbor":
         rows_of = functions.rows_of
         monkeypatch.setattr(functions, "rows_of", lambda x, like: rows_of(x, like).roll(1, 0) if like.ndim == 3 else x)
+    elif broken == "padding":  # the first client's factors for the second's first token
+        unpack, pack = places.Places.unpack, places.Places.pack
+        monkeypatch.setattr(places.Places, "unpack", lambda self, x: unpack(self, x.roll(1, 0)))
+        monkeypatch.setattr(places.Places, "pack", lambda self, x: pack(self, x).roll(-1, 0))
     elif broken == "neighbor":  # a client's rows use the next client's adapter
         monkeypatch.setattr(stacked, "step_of", lambda model: None)
         split = stacked._split
