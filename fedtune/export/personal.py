@@ -115,8 +115,9 @@ def personal_adapter(adapter: StoredAdapter, of: ClientState) -> tuple[StoredAda
                 f"client {of.client} has a state of the turn '{shown(turn)}', which this process does not have: update fedtune, or call"
                 " fedtune.export_hf in the program that registers the turn"
             )
+        kept = _load(file, state)
         try:
-            made = kind.personal(state, _load(file, state))
+            made = kind.personal(state, kept)
             if _sizes(made) != _sizes(state):
                 raise ValueError("other tensors")
         except (CheckpointError, LookupError, RuntimeError, TypeError, ValueError):
