@@ -65,7 +65,7 @@ def counted_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConf
 def training_logits(model: nn.Module, batch: Mapping[str, Tensor], task: TaskConfig) -> tuple[Tensor, Tensor]:
     """`counted_logits`, with the layers of the lean step if the model has one."""
     step = step_of(model)
-    with contextlib.nullcontext() if step is None else step.installed():
+    with contextlib.nullcontext() if step is None else step.installed(batch):
         return counted_logits(model, batch, task)
 
 

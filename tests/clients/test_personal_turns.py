@@ -431,9 +431,9 @@ def test_feddat_takes_the_lean_step(still: Workspace, monkeypatch: pytest.Monkey
     assert step is not None
     installed = type(step).installed
 
-    def spied(self: Any) -> Any:
+    def spied(self: Any, batch: Any) -> Any:
         entered.append(1)
-        return installed(self)
+        return installed(self, batch)
 
     monkeypatch.setattr(type(step), "installed", spied)
     take(still, FedDAT(temperature=3.0, weight=1.0), state(still), state(still, 2))
