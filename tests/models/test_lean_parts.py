@@ -167,3 +167,9 @@ def test_the_loss_of_no_row_and_of_an_impossible_target() -> None:
     one = torch.tensor([[1.0]], requires_grad=True)
     total = cross_entropy(one, torch.tensor([[300.0], [0.0]]), None, torch.tensor([1])).sum()
     assert total.item() == 300.0  # by hand: log(e^300 + e^0) - 0
+
+
+def test_the_last_client_of_a_stack_is_one_group() -> None:
+    real = torch.arange(10)[None] < torch.tensor([9, 5, 1, 7])[:, None]
+    places, factors = Places(real.shape, real, clients=1, group=16), torch.randn(1, 3, 4)
+    assert places.packs and places.by_group(factors) is factors

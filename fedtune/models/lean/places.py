@@ -10,7 +10,8 @@ OF_CLIENTS = 0.4  # the same for several clients, where groups have their own co
 class Places:
     """The positions of a batch (B, T) that layers compute outside of attention: all tokens, and little padding.
 
-    No token's result depends on padding, whose gradient is zero. So one position of padding stands for all that are left out.
+    No token's result depends on padding, whose gradient is zero. So one position of padding stands for all that are left out. A batch whose
+    loss reads padding, such as [CLS] with padding on the left, must not be packed: `collate` pads on the right.
 
     The positions of several clients, with B / C rows each, lie in G groups of equal size. Each group has one client, as stacked factors
     need, and its free positions have padding.
@@ -19,7 +20,7 @@ class Places:
         size: (B, T).
         real: (B, T) bool, whether a position has a token; None: compute all positions.
         clients: C.
-        group: Positions of a group, at least; a power of two, and 1 for one client.
+        group: Positions of a group, at least; a power of two; one client has one group.
 
     Attributes:
         size: (B, T).
@@ -33,8 +34,8 @@ class Places:
         if real is None:
             return
         counts = real.reshape(clients, -1).sum(1).tolist()
-        if clients > 1:  # larger groups for more tokens: fewer small products
-            group = max(group, 1 << max(0, (sum(counts) // (8 * clients)).bit_length() - 1))
+        # larger groups for more tokens: fewer small products; the last client of a stack is one group
+        group = 1 if clients == 1 else max(group, 1 << max(0, (sum(counts) // (8 * clients)).bit_length() - 1))
         groups = [-(-(n + (i == 0)) // group) for i, n in enumerate(counts)]  # with one position of padding
         positions = rounded(sum(groups) * group, group)
         if positions > (1 - (LEAST if clients == 1 else OF_CLIENTS)) * real.numel():
@@ -46,7 +47,7 @@ class Places:
         slots = (torch.arange(len(tokens)) + starts[clients_of]).to(device)
         self._chosen = torch.full((positions,), int(flat.int().argmin()), device=device).index_copy_(0, slots, tokens)
         self._back = torch.full((len(flat),), counts[0], device=device).index_copy_(0, tokens, slots)
-        self._owners = torch.repeat_interleave(torch.tensor(groups)).to(device)
+        self._owners = None if clients == 1 else torch.repeat_interleave(torch.tensor(groups)).to(device)
 
     @property
     def packs(self) -> bool:
