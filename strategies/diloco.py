@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fedtune.config import Config
@@ -26,6 +27,7 @@ from fedtune.errors import ConfigError
 
 _STRATEGIES = Registry("fedtune.strategies", "fedtune.contracts.strategy.Strategy")
 _OWN = "outer/"
+_STRETCH = 2.31  # AdamW with moments of earlier turns: at most (1 − β1) / √((1 − β2)·(1 − β1² / β2)) = 7.3·lr a step, anew 3.2·lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,10 @@ class DiLoCo(Strategy):
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
         plans = [dataclasses.replace(p, keep_optimizer=self.keep_optimizer) for p in plans]
-        return self._within.plan(round, plans, _inside(state))
+        given = self._within.plan(round, plans, _inside(state))
+        if not self.keep_optimizer:
+            return given
+        return {client: dataclasses.replace(a, stretch=_STRETCH * a.stretch) for client, a in given.items()}
 
     def aggregate(self, round: int, state: ServerState, updates: Iterable[Update]) -> ServerState:
         return self._step(state, self._within.aggregate(round, _inside(state), updates))
@@ -97,6 +102,10 @@ class DiLoCo(Strategy):
         """The outer step, from the state before the round and the inner strategy's state after it."""
         tensors, memory = dict[str, Tensor](), dict(inner.memory)
         for name, old in before.adapter.tensors.items():
+            if torch.equal(inner.adapter[name], old):  # the round did not train it: the other factor of RoLoRA
+                tensors[name] = old
+                memory |= {n: t for n, t in before.memory.items() if n == _OWN + name}
+                continue
             new = inner.adapter[name].double()
             delta = old.double() - new
             v = self.momentum * before.memory[_OWN + name] + delta if _OWN + name in before.memory else delta

@@ -15,6 +15,8 @@ from fedtune.contracts.strategy import Assignment, Requirements, ServerState
 from fedtune.strategies._require import no_privacy, sgd_only
 from fedtune.strategies.fedavg import FedAvg
 
+_LARGEST = 8.0  # an entry of z is larger with probability 1e-15
+
 
 @dataclass(frozen=True, kw_only=True)
 class FedMeZO(FedAvg):
@@ -35,4 +37,4 @@ class FedMeZO(FedAvg):
         no_privacy(config, "fedmezo")
 
     def plan(self, round: int, plans: Sequence[Plan], state: ServerState) -> Mapping[str, Assignment]:
-        return {p.client: Assignment(plan=p.with_turn("mezo", eps=self.eps), adapter=state.adapter) for p in plans}
+        return {p.client: Assignment(plan=p.with_turn("mezo", eps=self.eps), adapter=state.adapter, stretch=_LARGEST) for p in plans}

@@ -35,7 +35,9 @@ class HierFAVG(Strategy):
         cloud_every: Counted rounds between cloud steps (κ2).
     """
 
-    requirements: ClassVar[Requirements] = Requirements(averages_entries=True, keeps_basis=True, assumes_zero_init=False)
+    requirements: ClassVar[Requirements] = Requirements(
+        averages_entries=True, keeps_basis=True, assumes_zero_init=False, beyond_adapter=True
+    )
     edges: int = 4
     cloud_every: int = 2
 

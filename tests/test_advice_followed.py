@@ -29,7 +29,7 @@ NOT_FOLLOWED = {  # part of a sentence → why no test can do as it says
     "no longer answers, because of an error in fedtune: the log has it; start the client again": "no input is known that brings it about",
     "its rendering process ended with status {}: see stderr": "a person reads what the process wrote there",
     "what the package discloses about them is not covered by ε": "it says what was read, and there is nothing to do",
-    "must be a number: correct it or remove the row": "no task of fedtune has a column of numbers, only one of a test",
+    "must be a number of at most 1e18: correct it or remove the row": "no task of fedtune has a column of numbers, only one of a test",
     "fill it or remove the row": "the end of other sentences, which are followed",
     "the divergence is {} at step {}: lower --lr": "no rate that is allowed makes a tiny model diverge",
     "so put a TLS proxy in front of it": "a proxy is no part of fedtune",

@@ -35,7 +35,7 @@ class FedRot(Turn):
         factor: The factor to bring near the received one: lora_A or lora_B.
     """
 
-    private: ClassVar[bool] = True
+    private: ClassVar[tuple[str, ...]] = ("record", "user")
     batched: ClassVar[type[BatchedTurn] | None] = BatchedTurn
     share: float
     factor: str

@@ -18,7 +18,7 @@ SCALE = ".core_scale"
 class RAVAN(Turn):
     """H_i ← s_i·H_i and s_i ← 1, after plain training of both."""
 
-    private: ClassVar[bool] = True
+    private: ClassVar[tuple[str, ...]] = ("record", "user")
     batched: ClassVar[type[BatchedTurn] | None] = BatchedTurn
 
     def finish(self, work: Work, trained: AdapterState) -> AdapterState:

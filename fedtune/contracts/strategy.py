@@ -41,6 +41,7 @@ class Assignment:
         extra: Further tensors that the plan's turn needs, named like the adapter's, such as SCAFFOLD's c − c_k.
         expect: Names and shapes of the reply if it contains measurements instead of trained tensors; else None.
         may_prune: Whether the reply may have lower ranks than `adapter`.
+        stretch: How many times as far as the optimizer's steps the turn may move an entry.
         recombines: Whether the turn multiplies or rotates trained tensors, so that an entry may move further than the optimizer's steps.
     """
 
@@ -50,6 +51,7 @@ class Assignment:
     expect: AdapterState | None = None
     may_prune: bool = False
     recombines: bool = False
+    stretch: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

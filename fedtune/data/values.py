@@ -124,6 +124,9 @@ def texts(values: Sequence[Any], ours: str, theirs: str) -> list[str]:
     return [value if isinstance(value, str) else str(value) for value in values]
 
 
+LARGEST = 1e18  # of a number: float32 holds its square
+
+
 def numbers(values: Sequence[Any], ours: str, theirs: str) -> list[float]:
     """Values as finite numbers; numeric strings are converted."""
     out = []
@@ -132,9 +135,10 @@ def numbers(values: Sequence[Any], ours: str, theirs: str) -> list[float]:
             out.append(float(value))
         except (TypeError, ValueError, OverflowError):
             out.append(math.nan)
-        if not math.isfinite(out[-1]):
+        if not abs(out[-1]) <= LARGEST:
             raise DataError(
-                f"row {number} of column '{theirs}' is {str(value)[:40]!r}, but '{ours}' must be a number: correct it or remove the row"
+                f"row {number} of column '{theirs}' is {str(value)[:40]!r}, but '{ours}' must be a number of at most 1e18:"
+                " correct it or remove the row"
             )
     return out
 
@@ -166,6 +170,8 @@ def label_sets(values: Sequence[Any], declared: tuple[str, ...] | None, what: st
     for number, value in enumerate(values, 1):
         found = as_list(value)
         if found == [value] and isinstance(value, str):
+            if value.lstrip().startswith("["):
+                raise DataError(f'{what} row {number} has the labels {value[:40]!r}, which are not a JSON list: write ["a", "b"] or a, b')
             found = [name for name in re.split("[,;|]", value) if name.strip()]
         out.append(names_of(found, declared, what, number))
     return out

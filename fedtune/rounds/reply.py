@@ -109,9 +109,10 @@ def _check_numbers(update: Update, assignment: Assignment) -> None:
 def _check_reach(update: Update, assignment: Assignment) -> None:
     """Reject an update that changes an entry more than its steps allow: it was forged, or the client is faulty.
 
-    AdamW moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr per step, for any gradient (Kingma & Ba 2015, arXiv:1412.6980, §2.1),
-    plus lr·decay times the entry. SGD has a bound only with gradient clipping: lr·clip per step, over all tensors and including the turn's
-    added gradients. Steps do not bound privacy noise and error feedback, so an update with either is not checked.
+    AdamW, begun anew, moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr per step, for any gradient (Kingma & Ba 2015,
+    arXiv:1412.6980, §2.1), plus lr·decay times the entry. SGD has a bound only with gradient clipping: lr·clip per step, over all
+    tensors and including the turn's added gradients. Steps do not bound privacy noise and error feedback, so an update with either is not
+    checked.
 
     A turn that recombines has a bound for the tensor w of n entries, not for each entry, where m is the bound of an entry: a rotation moves
     w by at most 2·‖w‖ + √n·m, a product with a scale 1 ± m by at most m·‖w‖ + √n·m·(1 + m).
@@ -128,7 +129,7 @@ def _check_reach(update: Update, assignment: Assignment) -> None:
             continue
         before = start[name][tuple(slice(size) for size in tensor.shape)].float()
         moved = (tensor.float() - before).abs().max().item() if tensor.numel() else 0.0
-        most = reach * (_ADAMW if plan.optimizer == "adamw" else float(plan.clip_norm or 0.0))
+        most = assignment.stretch * reach * (_ADAMW if plan.optimizer == "adamw" else float(plan.clip_norm or 0.0))
         limit = _SLACK * grown * (most + plan.weight_decay * reach * before.abs().max().item()) if tensor.numel() else 0.0
         if assignment.recombines:
             limit = (2.0 + limit) * before.norm().item() + math.sqrt(tensor.numel()) * limit * (1.0 + limit)

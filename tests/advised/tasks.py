@@ -12,6 +12,7 @@ from torch import nn
 from fedtune.clients.workspace import Workspace
 from fedtune.config import Config, PartitionConfig, PeftConfig, PrivacyConfig, TaskConfig, check
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
+from fedtune.data.values import label_sets
 from fedtune.models.shift import FrozenWeights
 from fedtune.models.tasks.multi_label import MultiLabel
 from fedtune.warm_start import fit
@@ -56,6 +57,12 @@ def _(place: Place) -> Iterator[str]:
     yield error
     for kind in re.split(", | or ", error.rpartition("take ")[2]):
         yield error_of(lambda kind=kind: check(Config(task=TaskConfig(kind="multi_label"), partition=PartitionConfig(kind=kind))))
+
+
+@follows('which are not a JSON list: write ["a", "b"] or a, b')
+def _(place: Place) -> Iterator[str]:
+    for text in ("['a', 'b']", '["a", "b"]', "a, b"):
+        yield error_of(lambda text=text: label_sets([text], None, "training"))
 
 
 @follows("a classifier needs at least 2 classes, but the data has {}: see data.columns.labels")

@@ -31,6 +31,7 @@ def test_each_file_defines_the_turn_with_its_name(name: str) -> None:
     kind = find(name)
     assert kind.__module__ == f"fedtune.clients.turns.{name}" and dataclasses.is_dataclass(kind)
     assert kind.batched is None or issubclass(kind.batched, turns.BatchedTurn)
+    assert isinstance(kind.private, tuple) and set(kind.private) <= {"record", "user"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from fedtune.config import Config, PeftConfig
 from fedtune.config.compose import choices, compose
 from fedtune.contracts.adapter_state import AdapterState
-from fedtune.contracts.plan import Plan, Update
+from fedtune.contracts.plan import Plan, Update, matching
 from fedtune.contracts.strategy import ServerState, Strategy
 from fedtune.errors import ConfigError
 from fedtune.rounds.find_strategy import make_strategy
@@ -174,3 +174,34 @@ def test_a_stale_or_partial_update_moves_only_its_tensors() -> None:
     after = method.aggregate(1, start, [Update(client="a", round=1, base_version=0, adapter=part, examples=1)]).adapter
     assert {n for n in after.tensors if not torch.equal(after[n], start.adapter[n])} == {"q.lora_B"}
     assert isinstance(after, AdapterState) and list(after.tensors) == list(start.adapter.tensors)
+
+
+def test_the_momentum_leaves_a_factor_that_a_round_did_not_train() -> None:
+    strategy = DiLoCo(inner="rolora", lr=0.7, momentum=0.9)
+    state = strategy.start(random_adapter(0))
+    for round in (1, 2, 3):
+        given = strategy.plan(round, [Plan(round=round, client="a", base_version=round - 1)], state)["a"]
+        names = matching(state.adapter.tensors, given.plan.send)
+        sent = state.adapter.subset(names).replace({n: state.adapter[n] + 0.1 * round for n in names})
+        after = strategy.aggregate(round, state, [update("a", sent)])
+        assert {n for n in state.adapter.tensors if not torch.equal(after.adapter[n], state.adapter[n])} == set(names), round
+        state = after
+
+
+def test_an_inner_strategy_with_adapters_of_its_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match="strategy.inner=hierfavg changes more than the adapter's values"):
+        DiLoCo(inner="hierfavg").check(Config())
+
+
+def test_an_entry_may_move_further_with_old_moments() -> None:
+    kept, anew = (
+        DiLoCo(keep_optimizer=keep).plan(1, [Plan(round=1, client="a", base_version=0)], DiLoCo().start(random_adapter(0)))["a"]
+        for keep in (True, False)
+    )
+    assert (kept.stretch, anew.stretch) == (2.31, 1.0)
+    # the largest step of AdamW for gradients g_t = b^(T - t): by Cauchy-Schwarz at b = β1 / β2
+    b1, b2, steps = 0.9, 0.999, 20_000
+    g = (b1 / b2) ** torch.arange(steps, dtype=torch.float64)  # the newest first
+    powers = torch.arange(steps, dtype=torch.float64)
+    ratio = (1 - b1) * (b1**powers * g).sum() / ((1 - b2) * (b2**powers * g**2).sum()).sqrt()
+    assert float(ratio) == pytest.approx(kept.stretch * 3.16, rel=0.01)
