@@ -54,8 +54,8 @@ def no_record_privacy(config: Config, strategy: str) -> None:
     """Raises ConfigError if the config asks for record-level privacy; the strategy's clients compute more gradients than DP-SGD's."""
     if config.privacy.kind == "record":
         raise ConfigError(
-            f"strategy={strategy} trains personal adapters with gradients of their own, which privacy=record does not cover: take"
-            " privacy=user, or a strategy such as fedper"
+            f"strategy={strategy} trains personal adapters with gradients of their own, which privacy=record does not cover: set"
+            " privacy=user, or take strategy=fedper"
         )
 
 

@@ -12,15 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtune.clients.turns.fedkseed import CHANCES, MOST, SINCE, SUMS, TOTAL, candidate_seeds
 from fedtune.config import Config
 from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
-from fedtune.contracts.directions import replay
+from fedtune.contracts.directions import CHANCES, MOST, SINCE, SUMS, TOTAL, candidate_seeds, replay
 from fedtune.contracts.plan import Plan, Update
 from fedtune.contracts.strategy import Assignment, Requirements, ServerState, Strategy
 from fedtune.errors import ConfigError
-from fedtune.strategies._require import no_privacy, sgd_only
+from fedtune.strategies._require import no_privacy
 
 _SIZES, _START = "fedkseed.sizes", "fedkseed.start/"
 
@@ -60,13 +59,12 @@ class FedKSeed(Strategy):
         require("strategy.clip", self.clip, gt=0)
         require("strategy.snapshot", self.snapshot, ge=1)
         require("strategy.lr", self.lr, gt=0)
-        sgd_only(config, "fedkseed")
         no_privacy(config, "fedkseed")
         c = config.client
-        if c.schedule != "constant" or c.warmup_rounds or c.weight_decay:
+        if c.optimizer != "sgd" or c.schedule != "constant" or c.warmup_rounds or c.weight_decay:
             raise ConfigError(
-                "strategy=fedkseed replays all steps with one learning rate and without weight decay: set client.schedule=constant"
-                " client.warmup_rounds=0 client.weight_decay=0"
+                "strategy=fedkseed replays plain steps with one learning rate and without weight decay: set client.optimizer=sgd"
+                " client.schedule=constant client.warmup_rounds=0 client.weight_decay=0"
             )
         if c.lr != self.lr:
             raise ConfigError(

@@ -14,12 +14,9 @@ from fedtune.clients.turns._base import Turn, Work
 from fedtune.clients.turns.mezo import trained, two_sided
 from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
-from fedtune.contracts.directions import move, replay
+from fedtune.contracts.directions import CHANCES, MOST, SINCE, SUMS, TOTAL, candidate_seeds, move, replay
 from fedtune.contracts.seeds import derive_seed
 from fedtune.errors import PlanError
-
-MOST = 1 << 16  # candidates; the paper has 4096
-TOTAL, SINCE, SUMS, CHANCES = "fedkseed.total", "fedkseed.since", "fedkseed.sums", "fedkseed.chances"
 
 
 @dataclass(kw_only=True)
@@ -100,10 +97,6 @@ class FedKSeed(Turn):
 
     def finish(self, work: Work, trained: AdapterState) -> AdapterState:
         return work.start.replace({SUMS: work.memory.sums.float()})
-
-
-def candidate_seeds(seed: int, count: int) -> list[int]:
-    return [derive_seed(seed, "fedkseed", j) for j in range(count)]
 
 
 _last: dict[str, tuple[object, Tensor, AdapterState]] = {}  # the process's last w: what it was rebuilt from, its rows, and w

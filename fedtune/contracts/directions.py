@@ -7,6 +7,15 @@ from torch import Tensor
 
 from fedtune.contracts.seeds import derive_seed
 
+MOST = 1 << 16  # of FedKSeed's directions; the paper has 4096
+# FedKSeed's tensors: coefficients up to the snapshot (K,) and since then (R, K); a client's sums (3, K); weights of the draw (K,)
+TOTAL, SINCE, SUMS, CHANCES = "fedkseed.total", "fedkseed.since", "fedkseed.sums", "fedkseed.chances"
+
+
+def candidate_seeds(seed: int, count: int) -> list[int]:
+    """The seeds of FedKSeed's K = `count` directions."""
+    return [derive_seed(seed, "fedkseed", j) for j in range(count)]
+
 
 def direction(seed: int, name: str, shape: Iterable[int]) -> Tensor:
     """z ~ N(0, I) of the tensor `name`, float32 on the CPU: other devices and dtypes draw other numbers.

@@ -312,12 +312,12 @@ setting("stack to {} rows, but strategy.max_rank={}: raise it, or lower clients_
         "strategy.max_rank=64", "clients_per_round=10", "peft.rank=8", "rounds=1",
         given=["strategy.max_rank=80", "clients_per_round=8", "peft.rank=6"])  # fmt: skip
 setting("gives each of two adapters half of", EVEN, "strategy=feddpa", "peft.rank=5", given=["peft.rank=6"])
-setting("distills the choice of a class or a token", EVEN, "strategy=feddat", "task=regression", given=["strategy=feddpa"])
-setting("trains personal adapters with gradients of their own", EVEN, "strategy=ditto", "privacy=record", given=["strategy=fedper"])
+setting("distills the choice of a class or a token", EVEN, "strategy=feddat", "task=multi_label", given=["strategy=feddpa"])
+setting("trains personal adapters with gradients of their own", EVEN, "strategy=ditto", "privacy=record")
 setting("is 2 or more, so the inner steps diverge: lower one of", EVEN, "strategy=pfedme", "strategy.mu=20", "strategy.inner_lr=0.1",
         given=["strategy.mu=10", "strategy.inner_lr=0.05"])  # fmt: skip
-setting("takes plain steps along random directions", EVEN, "strategy=fedkseed", "client.optimizer=adamw")
-setting("replays all steps with one learning rate and without weight decay", EVEN, "strategy=fedkseed", "client.schedule=cosine")
+setting("takes plain steps along random directions", EVEN, "strategy=fedmezo", "client.optimizer=adamw")
+setting("replays plain steps with one learning rate and without weight decay", EVEN, "strategy=fedkseed", "client.schedule=cosine")
 setting("differ, but the server replays the clients' steps", EVEN, "strategy=fedkseed", "strategy.lr=0.5")
 setting("computes slopes of the loss", EVEN, "strategy=fwdllm", "privacy=record")
 one_of("strategy.variant={} is not known: choose covered or paper", "strategy.variant", "strategy=hetlora", after="choose ")

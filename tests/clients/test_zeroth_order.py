@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from fedtune.clients.trainer import train
 from fedtune.clients.turns import Work
 from fedtune.clients.turns import fedkseed as module
-from fedtune.clients.turns.fedkseed import SINCE, SUMS, TOTAL, FedKSeed, candidate_seeds, rebuild
+from fedtune.clients.turns.fedkseed import FedKSeed, rebuild
 from fedtune.clients.turns.fwdllm import FwdLLM, _cosine
 from fedtune.clients.turns.mezo import MeZO
 from fedtune.clients.workspace import Workspace
 from fedtune.config import EvalConfig, ModelConfig, PeftConfig
 from fedtune.contracts.adapter_state import AdapterSpec, AdapterState
-from fedtune.contracts.directions import direction, move, replay
+from fedtune.contracts.directions import SINCE, SUMS, TOTAL, candidate_seeds, direction, move, replay
 from fedtune.contracts.plan import Plan
 from fedtune.contracts.seeds import derive_seed
 from fedtune.contracts.strategy import ServerState
@@ -340,7 +340,7 @@ def test_a_run_sends_kilobytes_and_resumes_to_the_same_bits(tmp_path: Path, meth
     # another process rebuilds the adapter from the checkpoint's coefficients
     code = (
         "import sys, torch; from pathlib import Path; from fedtune.runs.directory import read_checkpoint;"
-        "from fedtune.contracts.directions import replay; from fedtune.clients.turns.fedkseed import candidate_seeds;"
+        "from fedtune.contracts.directions import replay; from fedtune.contracts.directions import candidate_seeds;"
         "m = read_checkpoint(max(Path(sys.argv[1]).glob('checkpoints/round-*'))).state; names = m.adapter.tensors;"
         "w = {n: m.memory['fedkseed.start/' + n] for n in names};"
         "w = replay(w, m.memory['fedkseed.total'], candidate_seeds(0, 32), 1e-2);"
@@ -368,7 +368,7 @@ def test_quantized_backbones(tmp_path: Path, name: str, precision: str) -> None:
     ("change", "sentence"),
     [
         ({"optimizer": "adamw"}, "set client.optimizer=sgd"),
-        ({"schedule": "cosine"}, "set client.schedule=constant"),
+        ({"schedule": "cosine"}, "client.schedule=constant"),
         ({"weight_decay": 0.1}, "client.weight_decay=0"),
         ({"lr": 0.5}, "strategy.lr=0.01 and client.lr=0.5 differ"),
     ],

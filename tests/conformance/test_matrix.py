@@ -224,8 +224,9 @@ def payload(heard: Listener, run: Path, strategy: str) -> None:
             assert set(up) == {"fedkseed.sums"} and not down
             continue
         if strategy in ("fedper", "fedrep"):  # the head, or else the last layer, stays with the clients
-            heads = {n for n in every if kind(n) == "head" and "layer" not in n}
-            assert set(up) == set(down) == every - (heads or {n for n in every if "layers.1." in n}) and up
+            backbone = {n.split(".")[0] for n in every if "layer" in n}  # its embeddings are no head
+            heads = {n for n in every if kind(n) == "head" and "layer" not in n and n.split(".")[0] not in backbone}
+            assert set(up) == set(down) == every - (heads or {n for n in every if "layers.1." in n or "layer.1." in n}) and up
             continue
         ends = UP[strategy](round) if strategy in UP else None
         assert {kind(n) for n in up} <= set(ends) if ends else set(up) == every

@@ -120,7 +120,9 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
 @pytest.mark.parametrize("architecture", quick(["Llama 2", "Gemma 2", "Gemma 3", "OLMo 2", "Phi-3", "Qwen3"], "Llama 2", "Gemma 3"))
 def test_gradients_of_ragged_rows(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = packed(monkeypatch)
-    check_gradients(live_model(tmp_path, architecture), [collate(ragged(lengths), 0) for lengths in LENGTHS.values()])
+    check_gradients(
+        live_model(tmp_path, architecture), [collate(ragged(lengths), 0) for lengths in LENGTHS.values()], 2e-5
+    )  # sums in another order
     # by hand: the tokens and one position of padding, unless less than 5 % are left out: 45 · 0.95 < 44 + 1
     assert found == [(True, 15, 27), (True, 23, 84), (False, 45, 45), (False, 18, 18)]
 

@@ -66,7 +66,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("setting", list(SETTINGS))
 def test_gradients_of_every_adapter(setting: str, tmp_path: Path) -> None:
-    check_gradients(encoder(tmp_path, **SETTINGS[setting]), batches(), task=TASK)
+    check_gradients(encoder(tmp_path, **SETTINGS[setting]), batches(), 2e-5, task=TASK)  # small gradients, sums in another order
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

@@ -19,8 +19,8 @@ from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.fedavgm import FedAvgM
 from tests.strategies.updates import close, plain, random_adapter, reload, update
 
-BEYOND = ("fedex", "slora", "fedpeptao")  # more than the adapter changes
-NEW_FACTORS = ("flora", "flexlora", "fedsvd")
+BEYOND = ("fedex", "hierfavg", "slora", "fedpeptao")  # more than the adapter changes
+NEW_FACTORS = ("fedkseed", "flora", "flexlora", "fedsvd")
 
 
 def check_by_hand() -> None:
@@ -134,7 +134,7 @@ def test_the_inner_strategys_memory_and_notes_are_its_own(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("inner", [n for n in choices("strategy") if n not in (*BEYOND, *NEW_FACTORS, "diloco")])
 def test_it_wraps_every_strategy_that_keeps_the_meaning_of_entries(inner: str) -> None:
     needs = {"krum": 7, "multikrum": 7, "bulyan": 7, "fedtrimmedavg": 7}.get(inner, 1)
-    sgd = ["client.optimizer=sgd", "client.clip_norm=null"] if inner in ("scaffold", "fednova") else []
+    sgd = ["client.optimizer=sgd", "client.clip_norm=null"] if inner in ("scaffold", "fednova", "fedmezo") else []
     peft = ["peft=ravan"] if inner == "ravan" else []
     args = ["strategy=diloco", f"strategy.inner={inner}", f"min_clients={needs}", "inference=none", "devices=none", *sgd, *peft]
     method = make_strategy(compose(args)[0].config)

@@ -359,7 +359,7 @@ def test_the_command_in_the_docs_measures_forgetting(tmp_path: Path, capsys: pyt
     assert sim.main(["conf=heterogeneous", *small, f"output_dir={tmp_path}"]) == 0
     (before,) = (tmp_path / "heterogeneous").iterdir()
     page = (Path(__file__).parents[2] / "docs" / "simulation.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"-m fedtune\.sim (.* peft\.from=\S+)", page)
+    (line,) = re.findall(r"-m fedtune\.sim (conf=heterogeneous .* peft\.from=\S+)", page)
     command = line.replace("outputs/heterogeneous/RUN", str(before)).split()
     assert sim.main([*command, *small, f"output_dir={tmp_path / 'again'}"]) == 0
     (after,) = (tmp_path / "again" / "heterogeneous").iterdir()
