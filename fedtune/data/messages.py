@@ -116,7 +116,7 @@ def _turns(value: Any, role: str) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 found = parse_json(value)
         # an answer may itself be a JSON list
-        if not isinstance(found, list) or not found or not all(isinstance(each, Mapping) and "role" in each for each in found):
+        if not isinstance(found, list) or not found or not all(isinstance(each, Mapping) and {"role", "from"} & each.keys() for each in found):
             return [{"role": role, "content": value}]
         value = found
     if not isinstance(value, list) or not value:
