@@ -115,8 +115,11 @@ def _turns(value: Any, role: str) -> list[dict[str, Any]]:
         if value.lstrip().startswith("["):
             with contextlib.suppress(ValueError):
                 found = parse_json(value)
-        # an answer may itself be a JSON list
-        if not isinstance(found, list) or not found or not all(isinstance(each, Mapping) and {"role", "from"} & each.keys() for each in found):
+
+        def is_message(each: Any) -> bool:  # an answer may itself be a JSON list
+            return isinstance(each, Mapping) and bool({"role", "from"} & each.keys())
+
+        if not isinstance(found, list) or not found or not all(map(is_message, found)):
             return [{"role": role, "content": value}]
         value = found
     if not isinstance(value, list) or not value:
