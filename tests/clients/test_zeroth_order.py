@@ -33,7 +33,6 @@ from fedtune.runs.directory import read_checkpoint
 from fedtune.strategies.fedkseed import FedKSeed as Server
 from fedtune.strategies.fedkseed import chances_of
 from tests.clients.test_personal_turns import far, rows_of, same, still, take  # noqa: F401  `still` is a fixture
-from tests.quick import quick
 from tests.strategies.updates import random_adapter, update
 from tests.tiny import tiny_config
 from tests.working import work_in
@@ -329,7 +328,8 @@ def last_state(run: Path) -> ServerState:
     return read_checkpoint(max((run / "checkpoints").glob("round-*"))).state
 
 
-@pytest.mark.parametrize("method", quick(["lora", "full", "ptuning_v2"], "full"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full", "ptuning_v2"])
 def test_a_run_sends_kilobytes_and_resumes_to_the_same_bits(tmp_path: Path, method: str) -> None:
     config = run_of(tmp_path, "fedkseed", peft=PeftConfig(method=method, rank=2))
     run = simulate(config)

@@ -34,7 +34,7 @@ def personal_files(run: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "clients").rglob("round-*.safetensors"))}
 
 
-@pytest.mark.parametrize("name", quick([*TURNS, *KEEPS], "apfl", "fedper"))
+@pytest.mark.parametrize("name", quick([*TURNS, *KEEPS], "fedper"))
 def test_personal_state_is_byte_for_byte_that_of_a_run_that_was_not_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
