@@ -27,7 +27,9 @@ from fedtune.errors import ConfigError
 
 _STRATEGIES = Registry("fedtune.strategies", "fedtune.contracts.strategy.Strategy")
 _OWN = "outer/"
-_STRETCH = 2.31  # AdamW with moments of earlier turns: at most (1 − β1) / √((1 − β2)·(1 − β1² / β2)) = 7.3·lr a step, anew 3.2·lr
+_STRETCH = (
+    2.31  # AdamW with moments of earlier turns: at most (1 − β1) / √((1 − β2)·(1 − β1² / β2)) = 7.3·lr a step, with a new state 3.2·lr
+)
 
 
 @dataclass(frozen=True, kw_only=True)

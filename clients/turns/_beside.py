@@ -15,7 +15,7 @@ from fedtune.models import LiveAdapter
 
 
 class Beside:
-    """A second copy of the trained tensors with an optimizer of its own. Values are those of the live parameters, which for some methods
+    """A second copy of the trained tensors with its own optimizer. Values are those of the live parameters, which for some methods
     are the state's plus an origin.
 
     Args:
@@ -46,7 +46,7 @@ class Beside:
         if not torch.isfinite(norm):
             raise UpdateError(
                 f"the gradient of the personal adapter became {norm.item()} in step {self._done + 1}: delete the state that the client"
-                " stored for this turn, so that it starts anew"
+                " stored for this turn"
             )
         if plan.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(params, plan.clip_norm, norm)
@@ -87,13 +87,18 @@ def set_gradients(work: Work, gradients: Mapping[str, Tensor]) -> None:
         work.live.parameters[name].grad = gradients.get(name)
 
 
-def scalar(kept: AdapterState, name: str) -> float:
-    """A number that the turn kept beside its tensors.
+def with_number(state: AdapterState, name: str, number: float) -> AdapterState:
+    """A state to keep, with a number beside its tensors."""
+    return state.replace({**state.tensors, name: torch.tensor(number, dtype=torch.float64)})
+
+
+def split_number(kept: AdapterState, name: str) -> tuple[AdapterState, float]:
+    """The state and the number of `with_number`.
 
     Raises:
-        CheckpointError: It is missing or not finite.
+        CheckpointError: The number is missing or not finite.
     """
     value = float(kept[name]) if name in kept.tensors and kept[name].numel() == 1 else math.nan
     if not math.isfinite(value):
         raise CheckpointError(f"the client's stored state lacks '{name}': delete the state that the client stored for this turn")
-    return value
+    return kept.replace({n: t for n, t in kept.tensors.items() if n != name}), value

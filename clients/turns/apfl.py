@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fedtune.clients.turns._base import Turn, Work
-from fedtune.clients.turns._beside import Beside, gradients_of, put, scalar, set_gradients, values_of
+from fedtune.clients.turns._beside import Beside, gradients_of, put, set_gradients, split_number, values_of, with_number
 from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
 from fedtune.errors import PlanError
@@ -53,8 +52,8 @@ class APFL(Turn):
 
     def begin(self, work: Work) -> _Mixture:
         kept = work.recall()
-        own = Beside(work, work.start if kept is None else _without_alpha(kept))
-        return _Mixture(own=own, alpha=self.alpha if kept is None else scalar(kept, _ALPHA), slopes=[])
+        own, alpha = (work.start, self.alpha) if kept is None else split_number(kept, _ALPHA)
+        return _Mixture(own=Beside(work, own), alpha=alpha, slopes=[])
 
     def step(self, work: Work, memory: _Mixture) -> None:
         assert work.minibatch is not None
@@ -72,18 +71,12 @@ class APFL(Turn):
         assert work.keep is not None
         memory: _Mixture = work.memory
         alpha = memory.alpha - self.alpha_lr * sum(memory.slopes) / len(memory.slopes)
-        own = memory.own.state()
-        work.keep(own.replace({**own.tensors, _ALPHA: torch.tensor(min(1.0, max(0.0, alpha)), dtype=torch.float64)}))
+        work.keep(with_number(memory.own.state(), _ALPHA, min(1.0, max(0.0, alpha))))
         return trained
 
     @classmethod
     def personal(cls, given: AdapterState, kept: AdapterState | None) -> AdapterState:
         if kept is None:
             return given
-        alpha, own = scalar(kept, _ALPHA), _without_alpha(kept)
+        own, alpha = split_number(kept, _ALPHA)
         return given.replace({n: alpha * own[n] + (1 - alpha) * t for n, t in given.tensors.items()})
-
-
-def _without_alpha(kept: AdapterState) -> AdapterState:
-    tensors: dict[str, Tensor] = {n: t for n, t in kept.tensors.items() if n != _ALPHA}
-    return kept.replace(tensors)

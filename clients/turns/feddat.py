@@ -28,10 +28,14 @@ class _Pair:
 
     local: Beside
     frozen: AdapterState = field(repr=False)
+    teacher: AdapterState = field(init=False, repr=False)
 
-    def teacher(self) -> AdapterState:
-        """½·L + ½·frozen, with L first."""
-        return mixture((0.5, self.local.state()), (0.5, self.frozen))
+    def __post_init__(self) -> None:
+        self.combine()
+
+    def combine(self) -> None:
+        """Set the teacher, ½·L + ½·frozen with L first."""
+        self.teacher = mixture((0.5, self.local.state()), (0.5, self.frozen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class FedDAT(Turn):
     def loss(self, work: Work, memory: _Pair, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         shared = values_of(work)
         try:
-            wanted = self._answers(work, memory.teacher(), batch)
+            wanted = self._answers(work, memory.teacher, batch)
         finally:  # after an out-of-memory error, the trainer tries again with fewer rows
             _load(work, memory.frozen, shared)
         return self._loss(work, batch, wanted)
@@ -72,7 +76,7 @@ class FedDAT(Turn):
     def step(self, work: Work, memory: _Pair) -> None:
         assert work.minibatch is not None
         shared, of_shared = values_of(work), gradients_of(work)
-        now, teacher = work.live.read(version=0), memory.teacher()
+        now, teacher = work.live.read(version=0), memory.teacher
 
         def loss(batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
             wanted = self._answers(work, now, batch)
@@ -81,6 +85,7 @@ class FedDAT(Turn):
 
         work.minibatch.gradient(loss)
         memory.local.step(of_first(gradients_of(work), memory.frozen, 0.5))
+        memory.combine()
         _load(work, memory.frozen, shared)
         set_gradients(work, of_shared)
 

@@ -7,10 +7,8 @@ each request by its similarity to the client's rows. Here, the client learns m, 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from fedtune.clients.turns._base import Turn, Work
-from fedtune.clients.turns._beside import Beside, gradients_of, scalar, set_gradients
+from fedtune.clients.turns._beside import Beside, gradients_of, set_gradients, split_number, with_number
 from fedtune.clients.turns._mixture import mixture, of_first
 from fedtune.config.bounds import require
 from fedtune.contracts.adapter_state import AdapterState
@@ -45,19 +43,19 @@ class FedDPA(Turn):
     def finish(self, work: Work, trained: AdapterState) -> AdapterState:
         assert work.retrain is not None and work.keep is not None
         kept, shared = work.recall(), work.start
-        local, mix = (shared, self.mix) if kept is None else (without_mix(kept), scalar(kept, _MIX))
+        local, mix = (shared, self.mix) if kept is None else split_number(kept, _MIX)
         inside = _Inside(shared, local, mix)
         work.retrain(mixture((mix, local), (1 - mix, shared)), inside)
-        own, mix = inside.local.state(), min(1.0, max(_LEAST, mix - self.mix_lr * sum(inside.slopes) / len(inside.slopes)))
-        work.keep(own.replace({**own.tensors, _MIX: torch.tensor(mix, dtype=torch.float64)}))
+        mix = min(1.0, max(_LEAST, mix - self.mix_lr * sum(inside.slopes) / len(inside.slopes)))
+        work.keep(with_number(inside.own, _MIX, mix))
         return trained
 
     @classmethod
     def personal(cls, given: AdapterState, kept: AdapterState | None) -> AdapterState:
         if kept is None:
             return given
-        mix = scalar(kept, _MIX)
-        return mixture((mix, without_mix(kept)), (1 - mix, given))
+        own, mix = split_number(kept, _MIX)
+        return mixture((mix, own), (1 - mix, given))
 
 
 class _Inside(Turn):
@@ -65,21 +63,23 @@ class _Inside(Turn):
 
     Args:
         shared: G.
-        first: L at the start.
+        own: L.
         mix: m.
+
+    Attributes:
+        own: L, newly trained after each step.
+        slopes: ∂f/∂m of each step.
     """
 
-    local: Beside
-
-    def __init__(self, shared: AdapterState, first: AdapterState, mix: float) -> None:
-        self._shared, self._first, self._mix = shared, first, mix
+    def __init__(self, shared: AdapterState, own: AdapterState, mix: float) -> None:
+        self._shared, self.own, self._mix = shared, own, mix
         self.slopes = list[float]()
 
-    def begin(self, work: Work) -> None:
-        self.local = Beside(work, self._first)
+    def begin(self, work: Work) -> Beside:
+        return Beside(work, self.own)
 
-    def step(self, work: Work, memory: None) -> None:
-        gradients, own, mix = gradients_of(work), self.local.state(), self._mix
+    def step(self, work: Work, memory: Beside) -> None:
+        gradients, own, mix = gradients_of(work), self.own, self._mix
         # ∂f/∂m: the mixture's B is [m·B_L, (1 − m)·B_G]
         slope = 0.0
         for name, gradient in gradients.items():
@@ -90,10 +90,7 @@ class _Inside(Turn):
             parts = (gradient[:, :rank], gradient[:, rank : 2 * rank]) if rank else (gradient, gradient)
             slope += float((parts[0] * ours).sum() - (parts[1] * theirs).sum())
         self.slopes.append(slope)
-        self.local.step(of_first(gradients, own, mix))
-        work.live.load(mixture((mix, self.local.state()), (1 - mix, self._shared)))
+        memory.step(of_first(gradients, own, mix))
+        self.own = memory.state()
+        work.live.load(mixture((mix, self.own), (1 - mix, self._shared)))
         set_gradients(work, {})  # the trainer's optimizer has nothing to do
-
-
-def without_mix(kept: AdapterState) -> AdapterState:
-    return kept.replace({n: t for n, t in kept.tensors.items() if n != _MIX})

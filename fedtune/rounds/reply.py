@@ -109,7 +109,7 @@ def _check_numbers(update: Update, assignment: Assignment) -> None:
 def _check_reach(update: Update, assignment: Assignment) -> None:
     """Reject an update that changes an entry more than its steps allow: it was forged, or the client is faulty.
 
-    AdamW, begun anew, moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr per step, for any gradient (Kingma & Ba 2015,
+    AdamW with a new state moves an entry by at most lr·(1 − β1)/√(1 − β2) = 3.2·lr per step, for any gradient (Kingma & Ba 2015,
     arXiv:1412.6980, §2.1), plus lr·decay times the entry. SGD has a bound only with gradient clipping: lr·clip per step, over all
     tensors and including the turn's added gradients. Steps do not bound privacy noise and error feedback, so an update with either is not
     checked.

@@ -194,11 +194,11 @@ def test_an_inner_strategy_with_adapters_of_its_own_is_refused() -> None:
 
 
 def test_an_entry_may_move_further_with_old_moments() -> None:
-    kept, anew = (
+    kept, fresh = (
         DiLoCo(keep_optimizer=keep).plan(1, [Plan(round=1, client="a", base_version=0)], DiLoCo().start(random_adapter(0)))["a"]
         for keep in (True, False)
     )
-    assert (kept.stretch, anew.stretch) == (2.31, 1.0)
+    assert (kept.stretch, fresh.stretch) == (2.31, 1.0)
     # the largest step of AdamW for gradients g_t = b^(T - t): by Cauchy-Schwarz at b = β1 / β2
     b1, b2, steps = 0.9, 0.999, 20_000
     g = (b1 / b2) ** torch.arange(steps, dtype=torch.float64)  # the newest first
